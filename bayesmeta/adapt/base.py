@@ -1,0 +1,187 @@
+"""What every method shares: a program, the guide of its global sites, checks, and its two Pyro callables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from bayesmeta.data import Observations, TaskBatch
+from bayesmeta.errors import DeviceMismatchError, OptionError
+from bayesmeta.models.program import as_program
+from bayesmeta.models.theta import GlobalGuide, GlobalKind
+from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.posteriors.base import TaskPosterior
+
+
+class Method(nn.Module):
+    """Base of the methods: ``adapt`` for a posterior, ``loss`` for training, ``model`` and ``guide`` for Pyro.
+
+    Args:
+        model: a :class:`~bayesmeta.TaskProgram`, or a Pyro program, which is wrapped as one.
+        global_guide: posterior over the program's global sites, ``"point"`` or ``"normal"``.
+    """
+
+    def __init__(self, model: Any, *, global_guide: GlobalKind = "point") -> None:
+        super().__init__()
+        if global_guide not in ("point", "normal"):
+            raise OptionError(f"Unknown global_guide {global_guide!r}; expected 'point' or 'normal'.")
+        self.program = as_program(model)
+        self.global_kind: GlobalKind = global_guide
+        self.theta_guide: GlobalGuide | None = None
+
+    # -- what a method defines ----------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """Options as plain values, written into checkpoints and compared on resume."""
+        return {}
+
+    def _create(self, observations: Observations) -> None:
+        """Create the method's own parameters, once the program knows its sites."""
+
+    def _adapt(
+        self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
+    ) -> TaskPosterior:
+        """The posterior, differentiable in θ if ``create_graph``; ``theta`` is ``[G, E]`` or None."""
+        raise NotImplementedError
+
+    def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Loss of each task in nats, ``[tasks]``; ``theta`` is ``[1, E]`` or None."""
+        raise NotImplementedError
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: TaskBatch | Observations) -> None:
+        """Read the program's sites at the first data and create the parameters that depend on them.
+
+        Raises:
+            ModelError and its kinds, DataError and its kinds: when program and data do not fit.
+        """
+        if self.program.is_prepared and getattr(self, "_created", False):
+            return
+        observations = batch.union() if isinstance(batch, TaskBatch) else batch
+        self._check_device(observations)
+        self.program.prepare(observations)
+        if self.program.has_theta_sites:
+            self.theta_guide = GlobalGuide(self.program, self.global_kind, observations)
+        self._create(observations)
+        self._created = True
+
+    def _check_device(self, observations: Observations) -> None:
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            return
+        if parameter.device != observations.device:
+            raise DeviceMismatchError(
+                f"The method is on {parameter.device} but the data are on {observations.device}; move one with .to()."
+            )
+        if observations.x.is_floating_point() and parameter.dtype != observations.x.dtype:
+            raise DeviceMismatchError(
+                f"The method has dtype {parameter.dtype} but the data {observations.x.dtype}; cast one with .to(dtype=…)."
+            )
+
+    # -- adapt --------------------------------------------------------------------------------------------------
+
+    def adapt(self, support: Observations, *, generator: Seed = None, num_theta: int = 20) -> Any:
+        """Infer φ from the support of each task.
+
+        Args:
+            support: what adaptation may see, ``[tasks, shots, …]``.
+            generator: generator or seed; None means seed 0.
+            num_theta: draws of the global sites that the posterior integrates over, where they have a Gaussian guide.
+
+        Returns:
+            A posterior over φ, without a graph.
+
+        Raises:
+            NonFiniteDataError, ShapeError, DeviceMismatchError, DataError: for a support that cannot be used.
+        """
+        if isinstance(support, TaskBatch):
+            raise OptionError("adapt sees the support alone; give batch.support, not the batch.")
+        support.check()
+        self.prepare(support)
+        self._check_device(support)
+        self.program.check(support)
+        generator = as_generator(generator, support.device)
+        with torch.enable_grad():
+            theta = None
+            if self.theta_guide is not None:
+                theta = self.theta_guide.draw(1 if self.theta_guide.kind == "point" else num_theta, generator).detach()
+            self.program.check_targets(support, None if theta is None else theta[0])
+            return self._adapt(support, theta, generator, create_graph=False)
+
+    # -- loss ---------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: TaskBatch, *, generator: Seed = None) -> Tensor:
+        """Meta-training loss: mean over the real tasks of the batch, in nats a task.
+
+        A hyperprior on global sites is added once for all N tasks of the population, that is divided by N; without a
+        known N there is none.
+        """
+        self.prepare(batch)
+        generator = as_generator(generator, batch.support.device)
+        theta = None if self.theta_guide is None else self.theta_guide.draw(1, generator)
+        loss = batch.mean(self._task_loss(batch, theta, generator))
+        if self.theta_guide is not None and theta is not None and batch.population is not None:
+            penalty = self.theta_guide.penalty(self.program, theta, batch.support).mean()
+            loss = loss + penalty / batch.population
+        return loss
+
+    # -- model and guide ----------------------------------------------------------------------------------------
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """The Pyro model of support ∪ query: takes a :class:`TaskBatch`, Observations, or ``(x, y, mask)``."""
+        observations = _everything(args, kwargs)
+        self.prepare(observations)
+        w = {} if observations.w is None else {"w": observations.w}
+        return self.program(observations.x, observations.y, observations.mask, **w)
+
+    def guide(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The Pyro guide: adapts to the support (of a :class:`TaskBatch`; else to all that is given) and samples φ.
+
+        Differentiable in θ, with fresh noise from torch's global generator, as Pyro's own guides.
+        """
+        support = args[0].support if args and isinstance(args[0], TaskBatch) else _everything(args, kwargs)
+        self.prepare(support)
+        generator = torch.Generator(device=support.device)
+        generator.manual_seed(int(torch.randint(2**62, ()).item()))
+        theta = None if self.theta_guide is None else self._sample_theta(support)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            posterior = self._adapt(support, theta, generator, create_graph=create_graph)
+        posterior.paired = True
+        return posterior()
+
+    def _sample_theta(self, observations: Observations) -> Tensor:
+        """Sample the global sites as Pyro sites; returns them unconstrained, ``[G, E]``, one for each ELBO particle."""
+        guide, program = self.theta_guide, self.program
+        assert guide is not None
+        flat = guide.loc
+        if guide.kind == "normal":
+            normal = dist.Normal(guide.loc, guide.log_scale.exp()).to_event(1)
+            flat = pyro.sample("_theta", normal, infer={"is_auxiliary": True})
+        theta = flat.reshape(-1, flat.shape[-1])
+        vectorised = flat.dim() > 1
+        u = theta.new_zeros(len(theta), observations.num_tasks, program.layout.dim)
+        handed = (u, theta) if vectorised else (u[0], theta[0])
+        result = program.evaluate(handed[0], observations.with_y(None), handed[1])
+        for site in program.layout.theta:
+            value, event_dim = result.values[site.name], len(site.shape)
+            log_density = torch.zeros_like(result.log_dets[site.name])
+            if guide.kind == "normal":
+                log_density = -result.log_dets[site.name]
+            log_density = log_density.reshape(value.shape[: value.dim() - event_dim])
+            pyro.sample(site.name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
+        return theta
+
+
+def _everything(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observations:
+    """Support ∪ query of a batch, or the observations given in one of the other forms."""
+    if args and isinstance(args[0], TaskBatch):
+        return args[0].union()
+    if args and isinstance(args[0], Observations):
+        return args[0]
+    return Observations(*args, **kwargs)

@@ -1,0 +1,77 @@
+"""Typed errors. Each says what was given, what was expected and what to do.
+
+All derive from :class:`BayesMetaError`; those that are also bad values derive from :class:`ValueError` too, so
+``except ValueError`` keeps working. The command line prints the message alone and exits with status 2.
+"""
+
+
+class BayesMetaError(Exception):
+    """Base class of every error that bayesmeta raises on purpose."""
+
+
+class DataError(BayesMetaError, ValueError):
+    """The data given cannot be used as they are."""
+
+
+class ShapeError(DataError):
+    """A tensor has another shape, width or number of tasks than the model or method expects."""
+
+
+class NonFiniteDataError(DataError):
+    """NaN or infinity among the observations that count."""
+
+
+class EmptyTaskError(DataError):
+    """A task has neither support nor query, or fewer observations than were asked for."""
+
+
+class DeviceMismatchError(DataError):
+    """Tensors that must meet live on different devices or have different floating dtypes."""
+
+
+class ModelError(BayesMetaError):
+    """The Pyro program cannot be read as a task program."""
+
+
+class PlateError(ModelError):
+    """A sample site sits outside the plate it belongs to, or has dimensions that no plate declares."""
+
+
+class SiteError(ModelError):
+    """A sample site is duplicated, missing, discrete or has a support without a bijection."""
+
+
+class LikelihoodError(ModelError):
+    """The likelihood is missing, is outside the shot plate, or ignores the mask."""
+
+
+class UnsupportedError(BayesMetaError):
+    """A method cannot do what was asked of it with this model; the message says why and what can."""
+
+
+class NoClosedFormError(UnsupportedError):
+    """This posterior has no closed-form predictive; draw from it with ``predict`` instead."""
+
+
+class OptionError(BayesMetaError, ValueError):
+    """An option has a name or a value that is not known."""
+
+
+class NonFiniteLossError(BayesMetaError):
+    """Training met a loss or gradient that is not finite. The last good checkpoint is kept.
+
+    Attributes:
+        step: the step, counted from 1, at which it happened.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class CheckpointError(BayesMetaError):
+    """A checkpoint is missing, damaged, or belongs to another model, method or version."""
+
+
+class RunFolderError(BayesMetaError):
+    """The output folder cannot be used: it holds another run, or cannot be written."""

@@ -1,0 +1,1 @@
+"""The generative story: plates, task programs, networks, priors, likelihoods."""

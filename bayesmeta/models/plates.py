@@ -1,0 +1,38 @@
+"""The two plates of every task program: tasks at dim −2, shots at dim −1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+from pyro import poutine
+from torch import Tensor
+
+TASKS = "tasks"
+SHOTS = "shots"
+
+
+def task_plate(x: Tensor) -> pyro.plate:
+    """Plate over tasks, at dim −2. A latent site directly inside it is a task parameter, with batch shape ``[tasks, 1]``.
+
+    Args:
+        x: inputs, ``[tasks, shots, features]``.
+    """
+    return pyro.plate(TASKS, x.shape[-3], dim=-2)
+
+
+@contextmanager
+def shot_plate(x: Tensor, mask: Tensor | None = None) -> Iterator[None]:
+    """Plate over the observations of each task, at dim −1, to be opened inside :func:`task_plate`.
+
+    Args:
+        x: inputs, ``[tasks, shots, features]``.
+        mask: ``[tasks, shots]``; the log-probability of an observation where it is False counts as 0.
+    """
+    with pyro.plate(SHOTS, x.shape[-2], dim=-1):
+        if mask is None:
+            yield
+        else:
+            with poutine.mask(mask=mask):
+                yield

@@ -1,0 +1,1 @@
+"""Tensor mathematics without Pyro: randomness, Gaussian algebra, batched networks."""

@@ -1,0 +1,1 @@
+"""Posteriors over task parameters: what ``adapt`` returns, what diagnostics read. Each is a Pyro guide."""

@@ -1,0 +1,242 @@
+"""What every posterior over φ shares: draws of u in, named values, densities and predictions out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from bayesmeta.data import Observations
+from bayesmeta.errors import CheckpointError, NoClosedFormError, ShapeError
+from bayesmeta.models.neural import SITE, NeuralTaskModel
+from bayesmeta.models.plates import task_plate
+from bayesmeta.models.program import TaskProgram
+from bayesmeta.ops.random import Seed, as_generator
+
+_AUXILIARY = "_u"
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Joint draws.
+
+    Attributes:
+        u: unconstrained task parameters, ``[n, tasks, D]``.
+        theta: unconstrained global sites, ``[n, E]``; None where there are none.
+    """
+
+    u: Tensor
+    theta: Tensor | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of draws n."""
+        return self.u.shape[0]
+
+
+class TaskPosterior:
+    """Base of the posteriors over φ of a batch of tasks.
+
+    A posterior is a Pyro guide: calling it (whatever the arguments) opens the task plate and samples each task
+    parameter by its name, so that it can go into ``pyro.infer.Trace_ELBO``, ``Importance`` or ``Predictive`` beside
+    ``method.model``.
+
+    Args:
+        program: the model; its θ at the time of use counts.
+        support: what the posterior was conditioned on.
+    """
+
+    is_point = False
+    #: set by ``method.guide``, which has sampled the global sites that this posterior's draws of θ are
+    paired = False
+
+    def __init__(self, program: TaskProgram, support: Observations) -> None:
+        self.program = program
+        self.support = support
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks."""
+        return self.support.num_tasks
+
+    # -- what a kind of posterior defines -----------------------------------------------------------------------
+
+    def draws(self, num_samples: int, generator: Seed = None) -> Draws:
+        """Draw u (and θ's sites), ``[n, tasks, D]``."""
+        raise NotImplementedError
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """log q(u) in unconstrained space, ``[…, tasks]``, for u ``[…, tasks, D]``."""
+        raise NotImplementedError
+
+    def u_distribution(self) -> Any:
+        """Distribution of u as a Pyro distribution of event shape ``[D]`` and batch shape ``[tasks, 1]``."""
+        raise NotImplementedError
+
+    def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
+        """Predictive distribution of y in closed form.
+
+        Args:
+            x: inputs ``[tasks, shots, features]``.
+            joint: one distribution over all shots of a task (event shape ``[shots]``) rather than the marginals.
+
+        Raises:
+            NoClosedFormError: where there is none; :meth:`predict` draws from it.
+        """
+        raise NoClosedFormError(
+            f"{type(self).__name__} has no closed-form predictive for this model; use predict(x, num_samples) for draws."
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that define it, for :meth:`save`."""
+        raise NotImplementedError
+
+    # -- what follows from draws --------------------------------------------------------------------------------
+
+    def sample(self, num_samples: int, generator: Seed = None) -> dict[str, Tensor]:
+        """Draw the task parameters by name in their own space, each ``[n, tasks, …]``."""
+        return self.named(self.draws(num_samples, generator))
+
+    def named(self, draws: Draws) -> dict[str, Tensor]:
+        """Named task parameters of draws, each ``[n, tasks, …]``."""
+        with torch.no_grad():
+            return self.program.named(draws.u, self.support, draws.theta)
+
+    def named_theta(self, draws: Draws) -> dict[str, Tensor]:
+        """Named global sites of draws, each ``[n, …]``; empty where there are none."""
+        if draws.theta is None:
+            return {}
+        with torch.no_grad():
+            return self.program.named_theta(draws.theta, self.support)
+
+    def prior_draws(self, num_samples: int, generator: Seed = None) -> Draws:
+        """Draw from the prior p(φ | θ, w) of the same tasks; global sites are drawn from q(θ), the meta-learned one."""
+        generator = as_generator(generator, self.support.device)
+        theta = self._theta_draws(num_samples, generator)
+        u, theta = self.program.sample_prior(num_samples, self.support, generator, theta)
+        return Draws(u, theta)
+
+    def _theta_draws(self, num_samples: int, generator: torch.Generator) -> Tensor | None:
+        return self.draws(num_samples, generator).theta
+
+    def log_prior(self, draws: Draws) -> Tensor:
+        """log p(φ | θ) with Jacobian, ``[n, tasks]``."""
+        with torch.no_grad():
+            value = self.program.log_prior(draws.u, self.support, draws.theta)
+        return value.expand(draws.u.shape[:-1])
+
+    def log_likelihood(
+        self,
+        observations: Observations,
+        num_samples: int = 1000,
+        *,
+        draws: Draws | None = None,
+        generator: Seed = None,
+    ) -> Tensor:
+        """log p(y | x, φ) of each observation under draws of φ, ``[n, tasks, shots]``; 0 where masked."""
+        self._same_tasks(observations)
+        draws = self.draws(num_samples, generator) if draws is None else draws
+        with torch.no_grad():
+            return self.program.log_likelihood(draws.u, observations, draws.theta)
+
+    def log_joint(self, draws: Draws) -> Tensor:
+        """log p(support, φ | θ) in unconstrained space, ``[n, tasks]``."""
+        with torch.no_grad():
+            return self.program.log_joint(draws.u, self.support, draws.theta)
+
+    def predict(
+        self,
+        x: Tensor | Observations,
+        num_samples: int = 1000,
+        *,
+        draws: Draws | None = None,
+        generator: Seed = None,
+    ) -> Tensor:
+        """Draw from the posterior predictive.
+
+        Args:
+            x: inputs ``[tasks, shots, features]``, or observations whose y is ignored.
+            num_samples: number of draws n, ignored when ``draws`` is given.
+            draws: draws of φ to use.
+            generator: generator or seed; None means seed 0.
+
+        Returns:
+            ``[n, tasks, shots]``, or ``[n, tasks, shots, outputs]``.
+        """
+        observations = self._as_observations(x)
+        generator = as_generator(generator, observations.device)
+        draws = self.draws(num_samples, generator) if draws is None else draws
+        y = self.program.predict(draws.u, observations, generator, draws.theta)
+        lead = (draws.num_samples, observations.num_tasks)
+        return y.expand(*lead, *y.shape[2:])
+
+    def _as_observations(self, x: Tensor | Observations) -> Observations:
+        observations = x.with_y(None) if isinstance(x, Observations) else Observations(x, w=self.support.w)
+        self._same_tasks(observations)
+        return observations
+
+    def _same_tasks(self, observations: Observations) -> None:
+        if observations.num_tasks != self.num_tasks:
+            raise ShapeError(
+                f"x has {observations.num_tasks} tasks; this posterior was adapted to {self.num_tasks}. "
+                "Give the same tasks in the same order."
+            )
+        self.program.check(observations)
+
+    # -- as a Pyro guide ----------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample the task parameters as a Pyro guide; arguments are accepted and ignored."""
+        plate = task_plate(self.support.x)
+        if isinstance(self.program, NeuralTaskModel):  # one real site: no Jacobian, and a closed-form KL
+            with plate:
+                return {SITE: pyro.sample(SITE, self.u_distribution())}
+        with plate:
+            u = pyro.sample(_AUXILIARY, self.u_distribution(), infer={"is_auxiliary": True})
+        # outside the plate: the program opens one of its own
+        result = self.program.evaluate(u.squeeze(-2), self.support.with_y(None), self._current_theta())
+        sites = {}
+        with plate:
+            for site in self.program.layout.local:
+                log_density, event_dim = -result.log_dets[site.name], len(site.shape)
+                delta = dist.Delta(result.values[site.name], log_density=log_density, event_dim=event_dim)
+                sites[site.name] = pyro.sample(site.name, delta)
+        return sites
+
+    def _current_theta(self) -> Tensor | None:
+        return None
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the posterior's tensors (not the program's θ); :func:`load_posterior` reads them."""
+        support = {k: v for k, v in vars(self.support).items() if v is not None}
+        torch.save({"kind": type(self).__name__, "state": self.state(), "support": support}, path)
+
+
+def load_posterior(path: str | Path, program: TaskProgram) -> TaskPosterior:
+    """Read a posterior written by :meth:`TaskPosterior.save`; nothing in the file is executed.
+
+    Args:
+        path: the file.
+        program: the program with the θ under which the posterior was made.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or of an unknown kind.
+    """
+    from bayesmeta.posteriors import kinds  # every kind derives from this module
+
+    try:
+        content = torch.load(path, weights_only=True)
+        kind, state, support = content["kind"], content["state"], Observations(**content["support"])
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a posterior: {type(error).__name__}: {error}") from error
+    if kind not in kinds.KINDS:
+        raise CheckpointError(f"{path} holds a posterior of kind {kind!r}; expected one of {', '.join(kinds.KINDS)}.")
+    program.prepare(support)
+    return kinds.KINDS[kind](program, support, **state)
