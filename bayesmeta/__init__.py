@@ -1,1 +1,103 @@
-"""x"""
+"""bayesmeta: Bayesian meta-learning on Pyro and PyTorch.
+
+θ is a prior over task parameters φ; every method learns θ and infers φ from a few observations of a new task. Names are
+imported on first use, so that ``import bayesmeta`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "diagnostics": "bayesmeta.diagnostics",
+    "errors": "bayesmeta.errors",
+    "likelihoods": "bayesmeta.models.likelihoods",
+    "nets": "bayesmeta.models.nets",
+    "priors": "bayesmeta.models.priors",
+    "tasks": "bayesmeta.tasks",
+}
+
+_NAMES = {
+    "ABML": "bayesmeta.adapt.abml",
+    "BayesianLastLayer": "bayesmeta.adapt.last_layer",
+    "DeltaPosterior": "bayesmeta.posteriors.kinds",
+    "Draws": "bayesmeta.posteriors.base",
+    "ExactLinearPosterior": "bayesmeta.posteriors.kinds",
+    "FitResult": "bayesmeta.train.fit",
+    "Gaussian": "bayesmeta.models.likelihoods",
+    "MAML": "bayesmeta.adapt.maml",
+    "MetaSVI": "bayesmeta.train.meta_svi",
+    "Method": "bayesmeta.adapt.base",
+    "NeuralTaskModel": "bayesmeta.models.neural",
+    "NormalPosterior": "bayesmeta.posteriors.kinds",
+    "Observations": "bayesmeta.data",
+    "SamplesPosterior": "bayesmeta.posteriors.kinds",
+    "Scores": "bayesmeta.diagnostics.scores",
+    "Standardizer": "bayesmeta.data",
+    "TaskBatch": "bayesmeta.data",
+    "TaskDistribution": "bayesmeta.data",
+    "TaskPosterior": "bayesmeta.posteriors.base",
+    "TaskProgram": "bayesmeta.models.program",
+    "collate": "bayesmeta.data",
+    "concatenate": "bayesmeta.data",
+    "fit": "bayesmeta.train.fit",
+    "load_method": "bayesmeta.train.checkpoint",
+    "load_posterior": "bayesmeta.posteriors.base",
+    "plot_forecast": "bayesmeta.diagnostics.plots",
+    "save_netcdf": "bayesmeta.diagnostics.datatree",
+    "scores": "bayesmeta.diagnostics.scores",
+    "shot_plate": "bayesmeta.models.plates",
+    "task_plate": "bayesmeta.models.plates",
+    "to_datatree": "bayesmeta.diagnostics.datatree",
+    "union": "bayesmeta.data",
+}
+
+__all__ = sorted([*_MODULES, *_NAMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    elif name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    else:
+        raise AttributeError(f"module 'bayesmeta' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from bayesmeta import diagnostics, errors, tasks
+    from bayesmeta.adapt.abml import ABML
+    from bayesmeta.adapt.base import Method
+    from bayesmeta.adapt.last_layer import BayesianLastLayer
+    from bayesmeta.adapt.maml import MAML
+    from bayesmeta.data import (
+        Observations,
+        Standardizer,
+        TaskBatch,
+        TaskDistribution,
+        collate,
+        concatenate,
+        union,
+    )
+    from bayesmeta.diagnostics.datatree import save_netcdf, to_datatree
+    from bayesmeta.diagnostics.plots import plot_forecast
+    from bayesmeta.diagnostics.scores import Scores, scores
+    from bayesmeta.models import likelihoods, nets, priors
+    from bayesmeta.models.likelihoods import Gaussian
+    from bayesmeta.models.neural import NeuralTaskModel
+    from bayesmeta.models.plates import shot_plate, task_plate
+    from bayesmeta.models.program import TaskProgram
+    from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
+    from bayesmeta.posteriors.kinds import DeltaPosterior, ExactLinearPosterior, NormalPosterior, SamplesPosterior
+    from bayesmeta.train.checkpoint import load_method
+    from bayesmeta.train.fit import FitResult, fit
+    from bayesmeta.train.meta_svi import MetaSVI

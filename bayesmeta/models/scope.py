@@ -65,6 +65,13 @@ class ParamScope(nn.Module):
         self._constraints[name] = constraint
         self.values.append(nn.Parameter(value.detach().clone()))
 
+    def copy_from(self, values: dict[str, Tensor]) -> None:
+        """Copy unconstrained values of parameters of the same names into this store."""
+        with torch.no_grad():
+            for name, value in zip(self._names, self.values, strict=True):
+                if name in values:
+                    value.copy_(values[name])
+
     def constrained(self) -> dict[str, Tensor]:
         """The parameters of ``pyro.param`` statements in their own (constrained) space."""
         return {

@@ -1,8 +1,8 @@
 """Where task batches come from: synthetic families with their oracles, tables, built-in data."""
 
-# from bayesmeta.tasks.fertility import fertility, fertility_split
+from bayesmeta.tasks.fertility import FertilitySplit, fertility, fertility_split
 from bayesmeta.tasks.linear import LinearGaussian
 from bayesmeta.tasks.sinusoid import Sinusoid
-# from bayesmeta.tasks.table import TableTasks
+from bayesmeta.tasks.table import TableTasks
 
-__all__ = ["LinearGaussian", "Sinusoid", "TableTasks", "fertility", "fertility_split"]
+__all__ = ["FertilitySplit", "LinearGaussian", "Sinusoid", "TableTasks", "fertility", "fertility_split"]

@@ -1,0 +1,236 @@
+"""Predictions of y at given inputs, in closed form where the posterior has one, else from draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesmeta.data import Observations, Posterior
+from bayesmeta.errors import NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
+from bayesmeta.ops.random import Seed, as_generator
+
+#: Draws × tasks × points that are evaluated in one call; more goes in slices of the points, to bound the memory.
+MAX_ELEMENTS = 1_000_000
+
+
+@dataclass(frozen=True)
+class NormalForecast:
+    """Normal marginals.
+
+    Attributes:
+        loc, scale: float64, ``[tasks, shots]`` or ``[tasks, shots, outputs]``.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Predictive mean, in the shape of y."""
+        return self.loc
+
+    @property
+    def spread(self) -> Tensor:
+        """A number that is finite exactly where the forecast's width is."""
+        return self.scale
+
+    def quantile(self, probability: float) -> Tensor:
+        """Quantile of each marginal, in the shape of y."""
+        return self.loc + self.scale * (math.sqrt(2.0) * _erfinv(2.0 * probability - 1.0))
+
+    def crps(self, y: Tensor) -> Tensor:
+        """Continuous ranked probability score, see :func:`crps_normal`."""
+        return crps_normal(self.loc, self.scale, y)
+
+
+@dataclass(frozen=True)
+class SampleForecast:
+    """Marginals from draws.
+
+    Attributes:
+        draws: float64 and sorted along the first dimension, ``[n, tasks, shots, …]``.
+    """
+
+    draws: Tensor
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of the draws, in the shape of y."""
+        return self.draws.mean(0)
+
+    @property
+    def spread(self) -> Tensor:
+        """A number that is finite exactly where the forecast's width is."""
+        return self.draws[-1] - self.draws[0]
+
+    def quantile(self, probability: float) -> Tensor:
+        """Quantile of the draws by linear interpolation (type 7 of Hyndman & Fan 1996), in the shape of y."""
+        position = probability * (self.draws.shape[0] - 1)
+        low = math.floor(position)
+        high = min(low + 1, self.draws.shape[0] - 1)
+        return torch.lerp(self.draws[low], self.draws[high], position - low)
+
+    def crps(self, y: Tensor) -> Tensor:
+        """Fair estimate of the CRPS, see :func:`crps_sorted`."""
+        return crps_sorted(self.draws, y)
+
+
+def _erfinv(value: float) -> float:
+    return float(torch.erfinv(torch.tensor(value, dtype=torch.float64)))
+
+
+def crps_normal(loc: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    """CRPS of Normal forecasts in closed form, in the units of y; smaller is better.
+
+    Source: T. Gneiting, A. E. Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", JASA 102 (2007),
+    https://doi.org/10.1198/016214506000001437, eq. 21 with the opposite sign.
+
+    Args:
+        loc, scale, y: of one shape.
+    """
+    z = (y - loc) / scale
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2.0 * math.pi)
+    return scale * (z * torch.erf(z / math.sqrt(2.0)) + 2.0 * density - 1.0 / math.sqrt(math.pi))
+
+
+def crps_sorted(draws: Tensor, y: Tensor) -> Tensor:
+    """Fair (unbiased) estimate of the CRPS from sorted draws, E|X − y| − E|X − X′|/2, in O(n) after the sort.
+
+    Source: C. A. T. Ferro, "Fair scores for ensemble forecasts", QJRMS 140 (2014),
+    https://doi.org/10.1002/qj.2270; the double sum over pairs is Σ_i 2 (2i − n − 1) x_(i) for sorted x.
+
+    Args:
+        draws: sorted along the first dimension, ``[n, …]``, n ≥ 2.
+        y: ``[…]``.
+    """
+    n = draws.shape[0]
+    centred = draws - y  # about y: no cancellation when y lies far from 0
+    weight = 2.0 * torch.arange(1, n + 1, dtype=draws.dtype, device=draws.device) - (n + 1)
+    spread = torch.einsum("n,n...->...", weight, centred) / (n * (n - 1))
+    return centred.abs().mean(0) - spread
+
+
+class Predictor:
+    """Predictions of one posterior, all from one set of draws of φ, made when first needed.
+
+    Args:
+        posterior: the posterior.
+        num_samples: draws of φ, and of y.
+        generator: generator or seed; None means seed 0.
+        prior: draw from the prior p(φ | θ, w) instead.
+
+    Raises:
+        OptionError: for fewer than 2 draws.
+    """
+
+    def __init__(self, posterior: Posterior, num_samples: int, generator: Seed, *, prior: bool = False) -> None:
+        if num_samples < 2:
+            raise OptionError(f"num_samples={num_samples}; expected at least 2 draws.")
+        self.posterior = posterior
+        self.num_samples = num_samples
+        self.generator = as_generator(generator, posterior.support.device)
+        self.used_draws = False
+        self._source = posterior.prior_draws if prior else posterior.draws
+
+    @cached_property
+    def draws(self) -> Any:
+        """Draws of φ (and θ)."""
+        self.used_draws = True
+        return self._source(self.num_samples, self.generator)
+
+    def closed_form(self, observations: Observations, *, joint: bool = False) -> Any | None:
+        """The predictive distribution at the inputs of observations, or None where there is no closed form."""
+        try:
+            return self.posterior.predictive(observations.with_y(None), joint=joint)
+        except NoClosedFormError:
+            return None
+
+    def _slices(self, observations: Observations) -> list[Observations]:
+        size = max(MAX_ELEMENTS // max(self.num_samples * observations.num_tasks, 1), 1)
+        return [points(observations, slice(i, i + size)) for i in range(0, observations.shots, size)]
+
+    def forecast(self, observations: Observations) -> NormalForecast | SampleForecast:
+        """Marginal forecasts at the inputs of observations, float64."""
+        closed = self.closed_form(observations)
+        parts = None if closed is None else _normal_parts(closed)
+        if parts is not None:
+            shape = closed.batch_shape + closed.event_shape  # type: ignore[union-attr]
+            return NormalForecast(*(part.expand(shape).double() for part in parts))
+        return SampleForecast(self.predict(observations).double().sort(0).values)
+
+    def predict(self, observations: Observations) -> Tensor:
+        """Draws of y at the inputs of observations, ``[n, tasks, shots, …]``."""
+        parts = [
+            self.posterior.predict(part.with_y(None), self.num_samples, draws=self.draws, generator=self.generator)
+            for part in self._slices(observations)
+        ]
+        return torch.cat(parts, 2)
+
+    def log_likelihood(self, observations: Observations) -> Tensor:
+        """log p(y | x, φ) under each draw, float64, ``[n, tasks, shots]``."""
+        parts = [self.posterior.log_likelihood(o, draws=self.draws).double() for o in self._slices(observations)]
+        return torch.cat(parts, 2)
+
+
+def points(observations: Observations, index: slice) -> Observations:
+    """Some of the observations of every task, by a slice of the shots."""
+    y, mask = observations.y, observations.mask
+    return Observations(
+        observations.x[:, index],
+        None if y is None else y[:, index],
+        None if mask is None else mask[:, index],
+        observations.w,
+    )
+
+
+def _normal_parts(distribution: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of a Normal, or of independent ones; None for another distribution."""
+    while isinstance(distribution, torch.distributions.Independent):
+        distribution = distribution.base_dist
+    if isinstance(distribution, torch.distributions.Normal):
+        return distribution.loc, distribution.scale
+    return None
+
+
+def check_same_tasks(posterior: Posterior, observations: Observations) -> None:
+    """Check that observations are of as many tasks as the posterior.
+
+    Raises:
+        ShapeError: if they are not.
+    """
+    if observations.num_tasks != posterior.num_tasks:
+        raise ShapeError(
+            f"The batch has {observations.num_tasks} tasks, but the posterior was adapted to {posterior.num_tasks}. "
+            "Give the batch whose support it was adapted to."
+        )
+
+
+def check_finite(value: Tensor, valid: Tensor, what: str, names: list[str]) -> None:
+    """Check that predictions are finite where they count.
+
+    Args:
+        value: ``[tasks, shots, …]``.
+        valid: ``[tasks, shots]``, True where a point counts.
+        what: what the value is, for the message.
+        names: a name for each task.
+
+    Raises:
+        NonFiniteDataError: naming the first task at fault.
+    """
+    bad = ~torch.isfinite(value)
+    bad = bad.flatten(2).any(-1) if bad.dim() > 2 else bad
+    bad = bad & valid
+    if not bool(bad.any()):
+        return
+    task, shot = bad.nonzero()[0].tolist()
+    raise NonFiniteDataError(
+        f"The {what} is not finite for task {names[task]}, query point {shot} (counted from 0; "
+        f"{int(bad.any(-1).sum())} task(s) in all). The adaptation has probably diverged: try a smaller inner "
+        "learning rate or fewer inner steps, or standardise the data; an infinite log score also means that a "
+        "target lies outside the support of the likelihood."
+    )

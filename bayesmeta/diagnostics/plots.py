@@ -1,0 +1,249 @@
+"""Forecasts of several tasks as one picture. Drawn on a figure of its own: no pyplot, no global backend or style."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayesmeta.data import Observations, Posterior, TaskBatch
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks
+from bayesmeta.diagnostics.scores import task_names
+from bayesmeta.errors import EmptyTaskError, OptionError
+from bayesmeta.ops.random import Seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GRID_POINTS = 200
+_PROBABILITIES = (0.05, 0.25, 0.75, 0.95)
+_BLUE, _ORANGE, _INK, _GREY = "#2a6fb0", "#d9541e", "#222222", "#8a8a8a"
+
+
+@torch.no_grad()
+def plot_forecast(
+    posterior: Posterior,
+    batch: TaskBatch,
+    *,
+    tasks: Sequence[int] | None = None,
+    max_panels: int = 12,
+    columns: int | None = None,
+    num_samples: int = 1000,
+    feature: int = 0,
+    output: int = 0,
+    generator: Seed = None,
+    raw_units: bool = True,
+    x_label: str = "x",
+    y_label: str = "y",
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw a panel for each task: support, query, predictive mean and central 50% and 90% intervals.
+
+    With one feature the forecast is drawn on a fine grid over the task's inputs; with several, at the task's own
+    inputs, joined in the order of ``feature``.
+
+    Args:
+        posterior: adapted to ``batch.support``.
+        batch: its support and query are drawn; the query may lack y.
+        tasks: places of the tasks to draw, counted from 0; by default the first real ones.
+        max_panels: at most so many of them.
+        columns: panels in a row; by default up to four.
+        num_samples: draws, where the forecast has no closed form.
+        feature: which feature of x is on the horizontal axis.
+        output: which output is drawn, where y has several.
+        generator: generator or seed; None means seed 0.
+        raw_units: x and y in raw units when the batch has a standardiser.
+        x_label, y_label: names of the axes.
+        path: where to write the picture; the suffix says in which format (png, pdf, svg).
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        OptionError: for a task, feature, output or format that is not there.
+        EmptyTaskError: when no task to be drawn has an observation.
+        ShapeError: for another number of tasks than that of the posterior.
+        NonFiniteDataError: for predictions that are not finite, naming the task.
+    """
+    check_same_tasks(posterior, batch.support)
+    chosen = _chosen(batch, tasks, max_panels)
+    _check_range("feature", feature, batch.support.num_features)
+    observations = _inputs(batch, feature)
+    bands = _bands(Predictor(posterior, num_samples, generator), observations, batch, output)
+    panels = [_panel(batch, observations, bands, task, feature, output, raw_units) for task in chosen]
+    figure = _figure(panels, columns, x_label, y_label)
+    if path is not None:
+        _save(figure, Path(path))
+    return figure
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """What is drawn of one task; each entry is a pair or tuple of float64 vectors."""
+
+    title: str
+    grid: Tensor
+    mean: Tensor
+    quantiles: list[Tensor]
+    support: tuple[Tensor, Tensor] | None
+    query: tuple[Tensor, Tensor] | None
+
+
+def _check_range(name: str, value: int, count: int) -> None:
+    if not 0 <= value < count:
+        raise OptionError(f"{name}={value}; expected 0 to {count - 1}.")
+
+
+def _chosen(batch: TaskBatch, tasks: Sequence[int] | None, max_panels: int) -> list[int]:
+    """The tasks to draw: those named, or the first real ones that have an observation."""
+    if max_panels < 1:
+        raise OptionError(f"max_panels={max_panels}; expected at least 1.")
+    filled = (batch.support.counts() + batch.query.counts()) > 0
+    if tasks is None:
+        real = batch.real_tasks()
+        chosen = (filled if real is None else filled & real).nonzero().flatten().tolist()
+    else:
+        chosen = [int(task) for task in tasks]
+        for task in chosen:
+            _check_range("tasks", task, batch.num_tasks)
+    chosen = [task for task in chosen if bool(filled[task])][:max_panels]
+    if not chosen:
+        raise EmptyTaskError("None of the tasks to draw has an observation, neither support nor query.")
+    return chosen
+
+
+def _inputs(batch: TaskBatch, feature: int) -> Observations:
+    """Where each task is predicted, sorted along one feature: x ``[tasks, points, features]``; masked where padded."""
+    x = torch.cat([batch.support.x, batch.query.x], 1)
+    mask = torch.cat([batch.support.full_mask(), batch.query.full_mask()], 1)
+    if x.shape[-1] == 1:
+        values = x.squeeze(-1)
+        low = torch.where(mask, values, math.inf).amin(-1, keepdim=True)
+        high = torch.where(mask, values, -math.inf).amax(-1, keepdim=True)
+        some = mask.any(-1, keepdim=True)
+        low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+        steps = torch.linspace(0.0, 1.0, GRID_POINTS, dtype=x.dtype, device=x.device)
+        return Observations((low + (high - low) * steps).unsqueeze(-1), w=batch.w)
+    order = x[..., feature].argsort(-1, stable=True)
+    x = x.gather(1, order.unsqueeze(-1).expand(x.shape))
+    return Observations(x, None, mask.gather(1, order), batch.w)
+
+
+def _bands(predictor: Predictor, inputs: Observations, batch: TaskBatch, output: int) -> Tensor:
+    """Mean, then the quantiles, ``[1 + quantiles, tasks, points]``, of one output, float64."""
+    forecast = predictor.forecast(inputs)
+    bands = torch.stack([forecast.mean, *(forecast.quantile(p) for p in _PROBABILITIES)])
+    outputs = 1 if bands.dim() == 3 else bands.shape[-1]
+    _check_range("output", output, outputs)
+    bands = bands if bands.dim() == 3 else bands[..., output]
+    valid = inputs.full_mask()
+    real = batch.real_tasks()
+    valid = valid if real is None else valid & real.unsqueeze(-1)
+    check_finite(bands.movedim(0, -1), valid, "forecast", task_names(batch))
+    return bands
+
+
+def _panel(
+    batch: TaskBatch, inputs: Observations, bands: Tensor, task: int, feature: int, output: int, raw_units: bool
+) -> _Panel:
+    standardizer = batch.standardizer if raw_units else None
+
+    def axis(x: Tensor) -> Tensor:
+        return (x if standardizer is None else standardizer.raw_x(x))[..., feature].double().cpu()
+
+    def target(y: Tensor) -> Tensor:
+        if standardizer is not None:
+            y = y * _pick(standardizer.y_scale, output) + _pick(standardizer.y_mean, output)
+        return y.double().cpu()
+
+    def dots(observations: Observations) -> tuple[Tensor, Tensor] | None:
+        keep = observations.full_mask()[task]
+        if observations.y is None or not bool(keep.any()):
+            return None
+        y = observations.y[task][keep]
+        return axis(observations.x[task][keep]), target(y if y.dim() == 1 else y[:, output])
+
+    keep = inputs.full_mask()[task]
+    mean, *quantiles = (target(band[task][keep]) for band in bands)
+    title = task_names(batch)[task]
+    title = title if batch.names is not None else f"task {title}"
+    return _Panel(title, axis(inputs.x[task][keep]), mean, quantiles, dots(batch.support), dots(batch.query))
+
+
+def _pick(value: Tensor, output: int) -> Tensor:
+    return value if value.dim() == 0 else value[output]
+
+
+# -- drawing ------------------------------------------------------------------------------------------------------
+
+
+def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    count = len(panels)
+    columns = min(4 if columns is None else columns, count)
+    if columns < 1:
+        raise OptionError(f"columns={columns}; expected at least 1.")
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(2.7 * columns, 4.6) + 0.5, 2.25 * rows + 0.75), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=False)
+    handles: dict[str, Any] = {}
+    for place, axis in enumerate(axes.flat):
+        if place >= count:
+            axis.set_visible(False)
+            continue
+        handles |= _draw(axis, panels[place])
+        axis.tick_params(labelbottom=True)
+    figure.supxlabel(x_label, fontsize=10, color=_INK)
+    figure.supylabel(y_label, fontsize=10, color=_INK)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9
+    )
+    return figure
+
+
+def _draw(axis: Any, panel: _Panel) -> dict[str, Any]:
+    """Draw one task; returns what goes into the legend by its label."""
+    handles: dict[str, Any] = {}
+    x, (low, mid_low, mid_high, high) = panel.grid.numpy(), (q.numpy() for q in panel.quantiles)
+    if panel.support is not None:
+        handles["support"] = axis.scatter(
+            *(v.numpy() for v in panel.support), s=26, color=_ORANGE, edgecolors="white", linewidths=0.6, zorder=4
+        )
+    if panel.query is not None:
+        handles["query"] = axis.scatter(
+            *(v.numpy() for v in panel.query), s=12, facecolors="none", edgecolors=_INK, linewidths=0.7, zorder=3
+        )
+    (handles["mean"],) = axis.plot(x, panel.mean.numpy(), color=_BLUE, linewidth=1.5, zorder=2)
+    handles["50% interval"] = axis.fill_between(x, mid_low, mid_high, color=_BLUE, alpha=0.38, linewidth=0, zorder=1)
+    handles["90% interval"] = axis.fill_between(x, low, high, color=_BLUE, alpha=0.16, linewidth=0, zorder=0)
+    axis.set_title(panel.title, fontsize=9.5, color=_INK, pad=4)
+    axis.tick_params(labelsize=8, colors=_INK, color=_GREY, length=3)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_GREY)
+    axis.margins(x=0.03)
+    return handles
+
+
+def _save(figure: Figure, path: Path) -> None:
+    suffix = path.suffix.lower().lstrip(".")
+    known = figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise OptionError(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(sorted(known))}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format=suffix)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

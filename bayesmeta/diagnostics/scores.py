@@ -1,0 +1,257 @@
+"""Proper scores of a posterior's predictions of the query."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesmeta.data import Posterior, TaskBatch
+from bayesmeta.diagnostics.forecasts import (
+    NormalForecast,
+    Predictor,
+    SampleForecast,
+    check_finite,
+    check_same_tasks,
+)
+from bayesmeta.errors import DataError, EmptyTaskError
+from bayesmeta.ops.random import Seed
+
+#: Name and meaning of each score, in the order of the table. Units: nats a point, those of y, or a fraction.
+SCORES = {
+    "nll": "negative log score of a query point",
+    "nll_joint": "negative log score of a task's query, per point",
+    "crps": "continuous ranked probability score",
+    "rmse": "error of the predictive mean",
+    "coverage_50": "query inside the central 50% interval",
+    "coverage_90": "query inside the central 90% interval",
+    "width_90": "width of the central 90% interval",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[str, float]):
+    """Scores by name; a mapping to the values.
+
+    Attributes:
+        values_by_name: mean over the tasks of each task's mean over its query points; for ``rmse`` the square root of
+            that mean of squares. Names and meanings are in :data:`SCORES`.
+        standard_errors: of these, over tasks: standard deviation / √tasks; for ``rmse`` by the delta method. NaN for
+            a single task.
+        per_task: each task's own score, ``[tasks]``, float64; NaN for tasks that do not count. ``rmse`` holds each
+            task's own root mean square.
+        num_tasks: how many tasks count.
+        num_samples: draws behind the scores that have no closed form; 0 when none was needed.
+        raw_units: whether the units are those of the raw data.
+    """
+
+    values_by_name: dict[str, float]
+    standard_errors: dict[str, float]
+    per_task: dict[str, Tensor]
+    num_tasks: int
+    num_samples: int
+    raw_units: bool
+
+    def __getitem__(self, name: str) -> float:
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers: each score, its standard error as ``<name>_se``, and ``num_tasks``."""
+        out: dict[str, float] = {}
+        for name, value in self.values_by_name.items():
+            out[name], out[f"{name}_se"] = value, self.standard_errors[name]
+        return out | {"num_tasks": self.num_tasks}
+
+    def __str__(self) -> str:
+        how = "closed form" if self.num_samples == 0 else f"up to {self.num_samples} draws"
+        units = "raw" if self.raw_units else "standard"
+        lines = [f"{'score':<12}{'mean':>10}{'± s.e.':>10}   of {self.num_tasks} tasks, {units} units, {how}"]
+        for name, value in self.values_by_name.items():
+            lines.append(f"{name:<12}{value:>10.4f}{self.standard_errors[name]:>10.4f}   {SCORES[name]}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def scores(
+    posterior: Posterior,
+    batch: TaskBatch,
+    *,
+    num_samples: int = 1000,
+    generator: Seed = None,
+    raw_units: bool = True,
+) -> Scores:
+    """Score a posterior's predictions of the query of a batch.
+
+    Everything is in closed form where ``posterior.predictive`` gives a Normal; the log score wherever it gives any
+    distribution; the rest comes from one set of draws: log scores as the log of the mean likelihood over draws (for
+    the joint, of the product over a task's points; its bias shrinks with the draws and grows with the points), the
+    CRPS by its fair estimator, intervals as quantiles of the draws.
+
+    Args:
+        posterior: adapted to ``batch.support``.
+        batch: its query is predicted; y ``[tasks, shots]`` or ``[tasks, shots, outputs]`` (the log score is then of
+            the whole vector, the other scores are means over the outputs). Padding tasks and points, and tasks
+            without a query point, do not count.
+        num_samples: draws, where there is no closed form.
+        generator: generator or seed; None means seed 0.
+        raw_units: undo ``batch.standardizer``: log scores gain log y_scale, the others are multiplied by it.
+
+    Returns:
+        The scores with standard errors over tasks.
+
+    Raises:
+        ShapeError: for another number of tasks than that of the posterior.
+        DataError: for a query without y. EmptyTaskError: when no task has a query point.
+        NonFiniteDataError: for predictions (or data) that are not finite, naming the task.
+        OptionError: for fewer than 2 draws.
+    """
+    query = batch.query
+    check_same_tasks(posterior, query)
+    if query.y is None:
+        raise DataError("Scores need the targets of the query; this batch has query.y=None.")
+    query.check()
+    valid = query.full_mask()
+    real = batch.real_tasks()
+    valid = valid if real is None else valid & real.unsqueeze(-1)
+    if not bool(valid.any()):
+        raise EmptyTaskError("No task of the batch has a query point, so there is nothing to score.")
+    scale = None
+    if raw_units and batch.standardizer is not None:
+        scale = batch.standardizer.y_scale.double().to(query.device)
+    predictor = Predictor(posterior, num_samples, generator)
+    per_task = _per_task(predictor, batch, valid, scale)
+    drawn = num_samples if predictor.used_draws else 0
+    return _summarise(per_task, valid.any(-1), drawn, scale is not None or batch.standardizer is None)
+
+
+def _per_task(predictor: Predictor, batch: TaskBatch, valid: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+    """Mean of each score over the points of each task, ``[tasks]``; 0 for a task without points."""
+    query = batch.query
+    assert query.y is not None
+    names = task_names(batch)
+    forecast = predictor.forecast(query)
+    y = query.y.double()
+    check_finite(forecast.mean, valid, "predictive mean", names)
+    check_finite(forecast.spread, valid, "width of the predictive", names)
+    count = valid.sum(-1).clamp(min=1)
+    log_point, log_joint = _log_scores(predictor, batch, valid)
+    check_finite(log_point, valid, "log score", names)
+    check_finite(log_joint.unsqueeze(-1), valid.any(-1, keepdim=True), "joint log score", names)
+    if scale is not None:
+        outputs = 1 if y.dim() == 2 else y.shape[-1]
+        shift = scale.log().expand(outputs).sum()
+        log_point, log_joint = log_point - shift, log_joint - shift * count
+
+    def mean(value: Tensor) -> Tensor:
+        value = value if value.dim() == 2 else value.mean(-1)
+        return torch.where(valid, value, 0.0).sum(-1) / count
+
+    unit = torch.ones((), dtype=torch.float64, device=y.device) if scale is None else scale
+    out = {"nll": mean(-log_point), "nll_joint": -log_joint / count, "crps": mean(forecast.crps(y) * unit)}
+    out["rmse"] = mean(((forecast.mean - y) * unit).square())  # of the square: its root is taken at the end
+    return out | {name: mean(value) for name, value in _intervals(forecast, y, unit).items()}
+
+
+def _intervals(forecast: NormalForecast | SampleForecast, y: Tensor, unit: Tensor) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for percent in (50, 90):
+        tail = (1.0 - percent / 100.0) / 2.0
+        low, high = forecast.quantile(tail), forecast.quantile(1.0 - tail)
+        out[f"coverage_{percent}"] = ((low <= y) & (y <= high)).double()
+    return out | {"width_90": (high - low) * unit}
+
+
+def task_names(batch: TaskBatch) -> list[str]:
+    """A name for each task: the batch's own, else its id, else its place."""
+    if batch.names is not None:
+        return list(batch.names)
+    if batch.task_id is not None:
+        return [str(i) for i in batch.task_id.tolist()]
+    return [str(i) for i in range(batch.num_tasks)]
+
+
+# -- log scores ---------------------------------------------------------------------------------------------------
+
+
+def _log_scores(predictor: Predictor, batch: TaskBatch, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(y_q | S) of each point ``[tasks, shots]``, and log p(y_Q | S) of all of a task's ``[tasks]``."""
+    query = batch.query
+    assert query.y is not None
+    point = joint = None
+    closed = predictor.closed_form(query)
+    if closed is not None:
+        point = _density(closed, query.y).expand(valid.shape)
+        together = predictor.closed_form(query, joint=True)
+        joint = None if together is None else _log_joint(together, query.y, valid)
+    if point is None or joint is None:
+        each = torch.where(valid, predictor.log_likelihood(query), 0.0)
+        log_n = math.log(each.shape[0])
+        point = each.logsumexp(0) - log_n if point is None else point
+        joint = each.sum(-1).logsumexp(0) - log_n if joint is None else joint
+    return torch.where(valid, point, 0.0), joint
+
+
+def _density(distribution: Any, y: Tensor) -> Tensor:
+    try:
+        return distribution.log_prob(y).double()
+    except ValueError as error:  # Pyro's validation
+        raise DataError(f"The query has targets outside the support of the predictive: {error}") from error
+
+
+def _log_joint(distribution: Any, y: Tensor, valid: Tensor) -> Tensor | None:
+    """log-density of each task's real targets under a joint distribution; None when it cannot be marginalised."""
+    if isinstance(distribution, torch.distributions.Independent):
+        base = distribution.base_dist
+        while isinstance(base, torch.distributions.Independent):
+            base = base.base_dist
+        value = _density(base, y)
+        value = value.flatten(2).sum(-1) if value.dim() > 2 else value
+        return torch.where(valid, value, 0.0).sum(-1)
+    keep = valid if y.dim() == 2 else valid.unsqueeze(-1).expand(y.shape)
+    keep = keep.flatten(1)
+    if isinstance(distribution, torch.distributions.MultivariateNormal):
+        return _log_normal(distribution, y.flatten(1).double(), keep)
+    if bool(keep.all()):
+        return _density(distribution, y.reshape(y.shape[0], *distribution.event_shape))
+    return None
+
+
+def _log_normal(distribution: Any, y: Tensor, keep: Tensor) -> Tensor:
+    """log-density of the kept coordinates of a multivariate normal, ``[tasks]``.
+
+    The others become independent standard normals at 0, whose density is known and taken off again.
+    """
+    covariance = distribution.covariance_matrix.double()
+    both = keep.unsqueeze(-1) & keep.unsqueeze(-2)
+    covariance = torch.where(both, covariance, 0.0) + torch.diag_embed((~keep).double())
+    residual = torch.where(keep, y - distribution.loc.double(), 0.0)
+    normal = torch.distributions.MultivariateNormal(torch.zeros_like(residual), covariance, validate_args=False)
+    return normal.log_prob(residual) + 0.5 * math.log(2.0 * math.pi) * (~keep).sum(-1)
+
+
+# -- means over tasks ---------------------------------------------------------------------------------------------
+
+
+def _summarise(per_task: dict[str, Tensor], counts: Tensor, num_samples: int, raw_units: bool) -> Scores:
+    tasks = int(counts.sum())
+    values, errors, each = {}, {}, {}
+    for name, value in per_task.items():
+        kept = value[counts]
+        mean = float(kept.mean())
+        error = float(kept.std() / math.sqrt(tasks)) if tasks > 1 else math.nan
+        if name == "rmse":
+            value, mean = value.sqrt(), math.sqrt(mean)
+            error = error / (2.0 * mean) if mean > 0 else error
+        values[name], errors[name] = mean, error
+        each[name] = torch.where(counts, value, math.nan)
+    return Scores(values, errors, each, tasks, num_samples, raw_units)

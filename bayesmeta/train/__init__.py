@@ -1,0 +1,1 @@
+"""Training: the fit loop, MetaSVI, checkpoints, logs. Knows protocols, no method."""

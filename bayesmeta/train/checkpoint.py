@@ -1,0 +1,110 @@
+"""Checkpoints: atomic, checked, and loaded without running anything from the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayesmeta.errors import CheckpointError, RunFolderError
+
+FORMAT = 1
+LAST, BEST = "checkpoint.pt", "best.pt"
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that a reader sees the old one or the new one, never half of one.
+
+    Raises:
+        RunFolderError: when the folder cannot be written.
+    """
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content | {"format": FORMAT}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"The checkpoint {path} could not be written: {error}") from error
+
+
+def load(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint with ``weights_only=True``: tensors and plain values, no code.
+
+    Raises:
+        CheckpointError: when it is missing, truncated, or of another format.
+    """
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint at {path}.")
+    try:
+        content = torch.load(path, weights_only=True, map_location=map_location)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read; it is truncated or not a checkpoint "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"The checkpoint {path} has format {found}; this version reads format {FORMAT}.")
+    return content
+
+
+def fingerprint(method: nn.Module) -> dict[str, Any]:
+    """What a checkpoint's method must share with the one it is loaded into: kind, options and parameter shapes."""
+    config = method.config() if hasattr(method, "config") else {}
+    return {
+        "method": type(method).__name__,
+        "config": config,
+        "parameters": {name: list(value.shape) for name, value in method.state_dict().items()},
+    }
+
+
+def check_fingerprint(saved: dict[str, Any], method: nn.Module, path: Path) -> None:
+    """Compare a checkpoint's fingerprint with a method.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    mine = fingerprint(method)
+    for key in ("method", "config", "parameters"):
+        if saved.get(key) == mine[key]:
+            continue
+        theirs, ours = saved.get(key), mine[key]
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            names = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+            name = names[0]
+            raise CheckpointError(
+                f"The checkpoint {path} belongs to another model: {key} {name!r} is {theirs.get(name)} in the "
+                f"checkpoint and {ours.get(name)} here. Build the model with the options of that run."
+            )
+        raise CheckpointError(f"The checkpoint {path} belongs to {key} {theirs}; here it is {ours}.")
+
+
+def load_method(path: str | Path, method: Any, batch: Any) -> Any:
+    """Load θ from a checkpoint into a method built with the same options.
+
+    Args:
+        path: a checkpoint file, or the folder of a run (its best checkpoint, else its last).
+        method: the method; its parameters are replaced.
+        batch: any batch of the right widths, from which parameters get their shapes.
+
+    Returns:
+        The method.
+
+    Raises:
+        CheckpointError: for a file that is missing or damaged, or of another model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / BEST if (path / BEST).exists() else path / LAST
+    content = load(path)
+    method.prepare(batch)
+    check_fingerprint(content["fingerprint"], method, path)
+    method.load_state_dict(content["method"])
+    return method

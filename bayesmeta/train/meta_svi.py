@@ -1,0 +1,218 @@
+"""SVI with the user's own model and guide, in the signature of ``pyro.infer.SVI``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bayesmeta.data import Observations, TaskBatch
+from bayesmeta.errors import NonFiniteLossError, OptionError, SiteError
+from bayesmeta.models.handlers import bijection
+from bayesmeta.models.program import TaskProgram, as_program
+from bayesmeta.ops.random import Seed, as_generator, forked_rng
+from bayesmeta.posteriors.kinds import SamplesPosterior
+
+
+class MetaSVI:
+    """Stochastic variational inference with torch optimizers and no trace in Pyro's global parameter store.
+
+    The signature is that of ``pyro.infer.SVI`` (``model, guide, optim, loss``), with one difference: ``optim`` is a
+    factory, ``lambda params: torch.optim.Adam(params, 1e-2)``, since parameters of a guide exist only after its
+    first run. Any Pyro ELBO works. A step gives the same numbers as ``pyro.infer.SVI`` with the same optimizer and
+    seed.
+
+    The loss is the ELBO's own, a sum over the tasks given; Pyro's plates and ``poutine.scale`` say how a mini-batch
+    counts.
+
+    Args:
+        model: a Pyro program ``(x, y=None, mask=None)``, a :class:`~bayesmeta.TaskProgram`, or ``method.model``.
+        guide: a Pyro guide with the same arguments; an ``AutoGuide`` made for the model works too.
+        optim: makes a torch optimizer from parameters.
+        loss: a ``pyro.infer.ELBO``.
+
+    Raises:
+        OptionError: for an optimizer that is no factory.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        loss: pyro.infer.ELBO,
+    ) -> None:
+        if isinstance(optim, torch.optim.Optimizer | pyro.optim.PyroOptim) or not callable(optim):
+            raise OptionError(
+                "optim must be a factory, such as lambda params: torch.optim.Adam(params, 1e-2): the guide's "
+                "parameters exist only after its first run. Pyro's optimizers are not needed here."
+            )
+        self.model, self.guide, self._factory, self.elbo = model, guide, optim, loss
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._store: dict[str, Any] = {"params": {}, "constraints": {}}
+        self._known: dict[int, Tensor] = {}
+        self.steps = 0
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One gradient step; returns the loss. A :class:`TaskBatch` or Observations stands for ``(x, y, mask)``.
+
+        Raises:
+            NonFiniteLossError: before any parameter is changed.
+        """
+        args, kwargs = self._arguments(args, kwargs)
+        with pyro.get_param_store().scope(self._store), poutine.trace(param_only=True) as capture:
+            loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        parameters = self._parameters(capture.trace)
+        self.steps += 1
+        value = _number(loss)
+        if not torch.isfinite(torch.tensor(value)):
+            for parameter in parameters:
+                parameter.grad = None
+            raise NonFiniteLossError(
+                f"The loss is {value} at step {self.steps}; no parameter was changed. Try a lower learning rate, "
+                "another start, or look at the scale of the data.",
+                self.steps,
+            )
+        self._optimize(parameters)
+        return value
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss without a gradient step."""
+        args, kwargs = self._arguments(args, kwargs)
+        with torch.no_grad(), pyro.get_param_store().scope(self._store):
+            return _number(self.elbo.loss(self.model, self.guide, *args, **kwargs))
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) != 1 or kwargs or not isinstance(args[0], TaskBatch | Observations):
+            return args, kwargs
+        if getattr(self.model, "__func__", None) is not None and hasattr(self.model.__self__, "adapt"):
+            return args, kwargs  # method.model and method.guide read support and query themselves
+        return _unpack(args[0].union() if isinstance(args[0], TaskBatch) else args[0])
+
+    def _parameters(self, trace: Any) -> list[Tensor]:
+        """Parameters of this step, each once, in the order of the trace."""
+        found: dict[int, Tensor] = {}
+        for site in trace.nodes.values():
+            parameter = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
+            found.setdefault(id(parameter), parameter)
+        for source in (self.model, self.guide):  # nn.Module parameters that no pyro.param statement announced
+            owner = source if isinstance(source, torch.nn.Module) else getattr(source, "__self__", None)
+            if isinstance(owner, torch.nn.Module):
+                for parameter in owner.parameters():
+                    if parameter.grad is not None:
+                        found.setdefault(id(parameter), parameter)
+        return list(found.values())
+
+    def _optimize(self, parameters: list[Tensor]) -> None:
+        new = [p for p in parameters if id(p) not in self._known]
+        self._known.update({id(p): p for p in new})
+        if self.optimizer is None:
+            self.optimizer = self._factory(new)
+        elif new:
+            self.optimizer.add_param_group({"params": new})
+        self.optimizer.step()
+        # as pyro.infer.SVI: parameters that a step does not touch keep no gradient
+        for parameter in parameters:
+            parameter.grad = None
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def param(self, name: str) -> Tensor:
+        """The constrained value of a ``pyro.param`` statement.
+
+        Raises:
+            SiteError: for a name that no statement has used, listing those that were.
+        """
+        if name not in self._store["params"]:
+            known = ", ".join(self._store["params"]) or "none yet: take a step first"
+            raise SiteError(f"There is no parameter {name!r}; there are: {known}.")
+        constraint = self._store["constraints"][name]
+        return torch.distributions.transform_to(constraint)(self._store["params"][name]).detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters (unconstrained, by name) and optimizer state, loadable with ``weights_only=True``."""
+        return {
+            "params": {name: value.detach().clone() for name, value in self._store["params"].items()},
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load parameters and optimizer state into an object whose parameters exist (take or evaluate a step first).
+
+        Raises:
+            SiteError: when the parameters differ in name.
+        """
+        if set(state["params"]) != set(self._store["params"]):
+            raise SiteError(
+                f"The state has the parameters {sorted(state['params'])}; here are {sorted(self._store['params'])}. "
+                "Call evaluate_loss once, so that they exist, and use the same model and guide."
+            )
+        with torch.no_grad():
+            for name, value in state["params"].items():
+                self._store["params"][name].copy_(value)
+        if state["optimizer"] is not None and self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+    def posterior(
+        self, observations: Observations | TaskBatch, num_samples: int = 1000, *, generator: Seed = None
+    ) -> SamplesPosterior:
+        """Draws of the guide's sites given observations (of a batch: its support), as a posterior over φ.
+
+        Args:
+            observations: what the guide sees.
+            num_samples: draws.
+            generator: generator or seed; None means seed 0.
+
+        Raises:
+            SiteError: when the guide does not sample all latent sites of the model.
+        """
+        observations = observations.support if isinstance(observations, TaskBatch) else observations
+        observations.check()
+        args, kwargs = _unpack(observations)
+        program = self._program()
+        program.prepare(observations)
+        program.scope.copy_from(self._store["params"])
+        generator = as_generator(generator, observations.device)
+        u, theta = [], []
+        with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store):
+            for _ in range(num_samples):
+                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+                trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
+                u.append(self._flat(program, guide_trace, trace, program.layout.local, observations.num_tasks))
+                if program.has_theta_sites:
+                    theta.append(self._flat(program, guide_trace, trace, program.layout.theta, None))
+        return SamplesPosterior(program, observations, torch.stack(u), torch.stack(theta) if theta else None)
+
+    def _program(self) -> TaskProgram:
+        owner = getattr(self.model, "__self__", None)
+        return owner.program if owner is not None and hasattr(owner, "program") else as_program(self.model)
+
+    def _flat(self, program: TaskProgram, guide_trace: Any, trace: Any, sites: Any, tasks: int | None) -> Tensor:
+        parts = []
+        for site in sites:
+            if site.name not in guide_trace.nodes:
+                raise SiteError(
+                    f"The guide does not sample the site {site.name!r}. Add pyro.sample({site.name!r}, …) to it, in "
+                    "the plate where the model has it."
+                )
+            node = trace.nodes[site.name]
+            raw = bijection(site.name, node["fn"]).inv(node["value"])
+            parts.append(raw.reshape(-1) if tasks is None else raw.reshape(tasks, -1))
+        return torch.cat(parts, -1)
+
+
+def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    extra = {} if observations.w is None else {"w": observations.w}
+    return (observations.x, observations.y, observations.mask), extra
+
+
+def _number(loss: Any) -> float:
+    return float(loss.item() if isinstance(loss, Tensor) else loss)

@@ -1,0 +1,278 @@
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scoringrules
+import torch
+from statsmodels.regression.linear_model import OLS
+
+from bayesmeta.data import Observations
+from bayesmeta.demo import baselines
+from bayesmeta.demo.baselines import BASELINES
+from bayesmeta.demo.forecast import Forecast, gaussian_crps, score_forecast
+from bayesmeta.errors import DataError, EmptyTaskError, ShapeError, UnsupportedError
+from bayesmeta.tasks.fertility import fertility_split
+from bayesmeta.tasks.table import TableTasks
+
+YEARS = 20
+
+
+def table_of(paths, start=2000, order="first"):
+    tasks, years = paths.shape
+    frame = pd.DataFrame(
+        {
+            "who": np.repeat([f"c{i}" for i in range(tasks)], years),
+            "year": np.tile(start + np.arange(years), tasks),
+            "y": np.asarray(paths).ravel(),
+        }
+    )
+    return TableTasks.from_dataframe(frame, task="who", x=["year"], y="y", order=order, dtype=torch.float64)
+
+
+def walks(tasks, seed, drift=0.0, scale=0.3, years=YEARS):
+    steps = np.random.default_rng(seed).normal(drift, scale, size=(tasks, years))
+    return steps.cumsum(1)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return table_of(walks(60, 0, drift=-0.1))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return table_of(walks(8, 1, drift=-0.1)).all(support=7)
+
+
+def test_crps_against_scoringrules():
+    rng = np.random.default_rng(0)
+    mean, scale, y = rng.normal(size=200), rng.gamma(2.0, size=200), 3 * rng.normal(size=200)
+    ours = gaussian_crps(*(torch.from_numpy(a) for a in (mean, scale, y)))
+    np.testing.assert_allclose(ours.numpy(), scoringrules.crps_normal(y, mean, scale), rtol=1e-10)
+
+
+def test_scores_by_hand():
+    y = torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    scores = score_forecast(
+        Forecast(torch.zeros_like(y), torch.ones_like(y)), Observations(torch.zeros(2, 3, 1), y, mask)
+    )
+    constant = 0.5 * math.log(2 * math.pi)
+    assert scores.rmse.value == pytest.approx(math.sqrt(5 / 5))
+    assert scores.nll.value == pytest.approx((5 / 4 + 0) / 2 + constant)
+    assert scores.nll.standard_error == pytest.approx(5 / 8)
+    assert scores.coverage50.value == pytest.approx(0.5)
+    assert scores.coverage90.value == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("claimed", [1.0, 0.6])
+def test_a_true_forecast_is_calibrated_and_a_bold_one_is_not(claimed):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(400, 10, generator=generator, dtype=torch.float64)
+    scale = torch.rand(400, 10, generator=generator, dtype=torch.float64) + 0.5
+    y = mean + scale * torch.randn(400, 10, generator=generator, dtype=torch.float64)
+    scores = score_forecast(Forecast(mean, claimed * scale), Observations(torch.zeros(400, 10, 1), y))
+    entropy = float((scale.log() + 0.5 * math.log(2 * math.pi * math.e)).mean())
+
+    def far(estimate, truth):
+        return abs(estimate.value - truth) > 4 * estimate.standard_error
+
+    wrong = claimed != 1.0
+    assert far(scores.coverage50, 0.5) is wrong
+    assert far(scores.coverage90, 0.9) is wrong
+    assert far(scores.nll, entropy) is wrong
+
+
+def test_standard_error_of_rmse_is_that_of_repeated_draws():
+    rng = np.random.default_rng(0)
+    values, errors = [], []
+    for _ in range(300):
+        y = torch.from_numpy(rng.gamma(1.0, size=(40, 1)) * rng.normal(size=(40, 5)))
+        zero = torch.zeros_like(y)
+        rmse = score_forecast(Forecast(zero, zero + 1), Observations(torch.zeros(40, 5, 1), y)).rmse
+        values.append(rmse.value)
+        errors.append(rmse.standard_error)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
+
+
+def test_scores_refuse_what_does_not_fit(batch):
+    wrong = Forecast(torch.zeros(8, 2), torch.ones(8, 2))
+    with pytest.raises(ShapeError, match=r"expected \[8, 13\]"):
+        score_forecast(wrong, batch.query)
+    with pytest.raises(DataError, match="no targets"):
+        score_forecast(wrong, batch.query.with_y(None))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_forecasts_never_read_the_query(name, train, batch):
+    one = BASELINES[name](train, batch)
+    two = BASELINES[name](train, dataclasses.replace(batch, query=batch.query.with_y(batch.query.y + 100.0)))
+    assert torch.equal(one.mean, two.mean)
+    assert torch.equal(one.scale, two.scale)
+    assert one.mean.shape == one.scale.shape == (8, 13)
+    assert one.mean.dtype == torch.float64
+    assert bool((one.scale > 0).all())
+    diagonal = one.covariance.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(diagonal.sqrt(), one.scale)
+    assert float(torch.linalg.eigvalsh(one.covariance).min()) > -1e-9
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_padding_changes_nothing(name, train, batch):
+    plain = BASELINES[name](train, batch)
+
+    def padded(side):
+        x, y = (torch.cat([t, t[:, :1]], 1) for t in (side.x, side.y))
+        mask = torch.ones(y.shape, dtype=torch.bool)
+        mask[:, -1] = False
+        return Observations(x, torch.where(mask, y, 77.0), mask)
+
+    both = dataclasses.replace(batch, support=padded(batch.support), query=padded(batch.query))
+    forecast = BASELINES[name](train, both)
+    torch.testing.assert_close(forecast.mean[:, :-1], plain.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(forecast.scale[:, :-1], plain.scale, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("drift", [0.0, -0.5])
+def test_random_walk_recovers_the_truth(drift):
+    train = table_of(walks(300, 0, drift=drift, years=15))
+    batch = table_of(walks(400, 1, drift=drift, years=15)).all(support=5)
+    forecast = baselines.last_value_drift(train, batch)
+    ahead = torch.arange(1.0, 11.0, dtype=torch.float64)
+    torch.testing.assert_close(forecast.scale[0], 0.3 * ahead.sqrt(), rtol=0.05, atol=0)
+    torch.testing.assert_close(forecast.mean, batch.support.y[:, -1:] + drift * ahead, rtol=0, atol=0.15)
+    coverage = score_forecast(forecast, batch.query).coverage90
+    assert abs(coverage.value - 0.9) < 4 * coverage.standard_error
+    without = baselines.last_value(train, batch)
+    assert torch.equal(without.mean, batch.support.y[:, -1:].expand_as(without.mean))
+    if drift:
+        worse = score_forecast(without, batch.query)
+        assert worse.nll.value > score_forecast(forecast, batch.query).nll.value + 0.5
+
+
+def test_line_against_statsmodels(train, batch):
+    forecast = baselines.line_per_country(train, batch)
+    for i in range(3):
+        time, ahead = batch.support.x[i, :, 0].numpy() - 2000, batch.query.x[i, :, 0].numpy() - 2000
+        design = np.stack([np.ones_like(time), time], 1)
+        prediction = (
+            OLS(batch.support.y[i].numpy(), design).fit().get_prediction(np.stack([np.ones_like(ahead), ahead], 1))
+        )
+        np.testing.assert_allclose(forecast.mean[i].numpy(), prediction.predicted, rtol=1e-8)
+        student = prediction.se_obs * math.sqrt(5 / 3)
+        np.testing.assert_allclose(forecast.scale[i].numpy(), student, rtol=1e-8)
+
+
+def gp_draws(tasks, seed, length=4.0, noise=0.1):
+    time = np.arange(YEARS)
+    kernel = np.exp(-0.5 * ((time[:, None] - time) / length) ** 2) + noise**2 * np.eye(YEARS)
+    return 2.0 * np.random.default_rng(seed).normal(size=(tasks, YEARS)) @ np.linalg.cholesky(kernel).T
+
+
+def test_gp_is_the_dense_formula_at_its_optimum(train):
+    batch = table_of(gp_draws(6, 2)).all(support=12)
+    forecast = baselines.gp_per_country(train, batch)
+    y = batch.support.y
+    level, unit = y.mean(-1, keepdim=True), y.std(-1, keepdim=True, correction=0)
+    time, target = (batch.support.x[..., 0] - 2000) / 11, (y - level) / unit
+    ahead, mask = (batch.query.x[..., 0] - 2000) / 11, torch.ones_like(y, dtype=torch.bool)
+    hyper = baselines._fit_gp(time, target, mask)
+    raw = torch.stack([_raw(h, b) for h, b in zip(hyper, [(0.01, 100), (0.05, 20), (0.001, 10)])], -1)
+    best = baselines._gp_evidence(raw, time, target, mask)
+    for factor in (0.7, 1.4):
+        for k in range(3):
+            moved = [h * (factor if j == k else 1.0) for j, h in enumerate(hyper)]
+            other = torch.stack([_raw(h, b) for h, b in zip(moved, [(0.01, 100), (0.05, 20), (0.001, 10)])], -1)
+            assert bool((baselines._gp_evidence(other, time, target, mask) < best + 1e-3).all())
+    amplitude, length, noise = (h[0].item() for h in hyper)
+
+    def kernel(a, b):
+        return amplitude**2 * np.exp(-0.5 * ((a[:, None] - b) / length) ** 2)
+
+    t, s = time[0].numpy(), ahead[0].numpy()
+    gain = kernel(s, t) @ np.linalg.inv(kernel(t, t) + noise**2 * np.eye(12))
+    mean = level[0].item() + unit[0].item() * gain @ target[0].numpy()
+    variance = np.diag(kernel(s, s) - gain @ kernel(t, s)) + noise**2
+    np.testing.assert_allclose(forecast.mean[0].numpy(), mean, rtol=1e-6)
+    np.testing.assert_allclose(forecast.scale[0].numpy(), unit[0].item() * np.sqrt(variance), rtol=1e-6)
+
+
+def _raw(value, bounds):
+    low, high = (math.log(b) for b in bounds)
+    return ((value.squeeze(-1).log() - low) / (high - low)).clamp(1e-9, 1 - 1e-9).logit()
+
+
+def test_gp_beats_a_line_on_its_own_data_and_tasks_do_not_mix(train):
+    batch = table_of(gp_draws(40, 3)).all(support=16)
+    whole = baselines.gp_per_country(train, batch)
+    alone = baselines.gp_per_country(train, batch.tasks(slice(5, 6)))
+    torch.testing.assert_close(whole.mean[5:6], alone.mean, rtol=1e-6, atol=1e-6)
+    line = baselines.line_per_country(train, batch)
+    assert score_forecast(whole, batch.query).crps.value < 0.8 * score_forecast(line, batch.query).crps.value
+
+
+def test_empirical_gaussian_is_the_dense_formula(train, batch):
+    forecast = baselines.empirical_gaussian(train, batch)
+    paths = train.observations.y.numpy()
+    observed = torch.zeros(8, YEARS, dtype=torch.bool)
+    observed[:, :7] = True
+    alpha, jitter = baselines._choose_shrinkage(train.observations.y, observed, ~observed)
+    covariance = np.cov(paths.T)
+    covariance = (1 - alpha) * covariance + alpha * np.diag(np.diag(covariance)) + jitter * np.eye(YEARS)
+    gain = covariance[7:, :7] @ np.linalg.inv(covariance[:7, :7])
+    mean = paths.mean(0)
+    expected = mean[7:] + (batch.support.y.numpy() - mean[:7]) @ gain.T
+    joint = covariance[7:, 7:] - gain @ covariance[:7, 7:]
+    np.testing.assert_allclose(forecast.mean.numpy(), expected, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(forecast.covariance[3].numpy(), joint, rtol=1e-9, atol=1e-10)
+
+
+def test_empirical_gaussian_nears_the_truth_and_needs_the_correlations():
+    paths = walks(500, 5)
+    batch = table_of(walks(300, 6)).all(support=7)
+    ahead = torch.arange(1.0, 14.0, dtype=torch.float64)
+    truth = Forecast(batch.support.y[:, -1:].expand(-1, 13), (0.3 * ahead.sqrt()).expand(300, -1))
+    best = score_forecast(truth, batch.query)
+    ours = score_forecast(baselines.empirical_gaussian(table_of(paths), batch), batch.query)
+    assert ours.nll.value - best.nll.value < 0.05
+    rng = np.random.default_rng(7)
+    scrambled = np.stack([rng.permutation(column) for column in paths.T], 1)
+    control = score_forecast(baselines.empirical_gaussian(table_of(scrambled), batch), batch.query)
+    assert control.nll.value - best.nll.value > 0.2
+
+
+def test_empirical_gaussian_with_a_random_support(train):
+    table = table_of(walks(8, 1, drift=-0.1), order="random")
+    batch = table.sample(8, support=5, query=6, generator=0)
+    forecast = baselines.empirical_gaussian(train, batch)
+    assert score_forecast(forecast, batch.query).rmse.value < 0.6
+
+
+def test_baselines_refuse_what_they_cannot_do(train, batch):
+    scaled = train.with_standardizer(train.fit_standardizer()).all(support=5)
+    with pytest.raises(DataError, match="standard units"):
+        baselines.last_value(train, scaled)
+    with pytest.raises(EmptyTaskError, match="empty support"):
+        baselines.last_value(train, train.all(support=0))
+    with pytest.raises(UnsupportedError, match="at least 3"):
+        baselines.line_per_country(train, train.all(support=2))
+    with pytest.raises(DataError, match="observed at 1990"):
+        baselines.empirical_gaussian(train, table_of(walks(8, 1), start=1990).all(support=5))
+    with pytest.raises(EmptyTaskError, match="at least 10"):
+        baselines.empirical_gaussian(train.subset(list(range(9))), batch)
+    twice = dataclasses.replace(batch, support=batch.support._map(lambda t: torch.cat([t, t[:, -1:]], 1)))
+    with pytest.raises(DataError, match="two observations of one time"):
+        baselines.empirical_gaussian(train, twice)
+
+
+def test_fertility_baselines_come_out_in_the_known_order():
+    split = fertility_split(0)
+    batch = split.test.with_standardizer(None).all(support=10)
+    scores = {name: score_forecast(f(split.train, batch), batch.query) for name, f in BASELINES.items()}
+    rmse = {name: s.rmse.value for name, s in scores.items()}
+    assert 0.6 < rmse["empirical_gaussian"] < rmse["last_value_drift"] < 1.3 < rmse["last_value"] < 2.2
+    assert 0.8 < scores["empirical_gaussian"].coverage90.value < 0.97
+    assert scores["line_per_country"].coverage90.value < 0.3
+    assert scores["gp_per_country"].coverage90.value < 0.35
