@@ -123,12 +123,14 @@ class Method(nn.Module):
         """
         self.prepare(batch)
         generator = as_generator(generator, batch.support.device)
-        theta = None if self.theta_guide is None else self.theta_guide.draw(1, generator)
-        loss = batch.mean(self._task_loss(batch, theta, generator))
-        if self.theta_guide is not None and theta is not None and batch.population is not None:
-            penalty = self.theta_guide.penalty(self.program, theta, batch.support).mean()
-            loss = loss + penalty / batch.population
-        return loss
+        wants_graph = torch.is_grad_enabled()
+        with torch.enable_grad():  # inner steps need gradients, also where the caller wants none
+            theta = None if self.theta_guide is None else self.theta_guide.draw(1, generator)
+            loss = batch.mean(self._task_loss(batch, theta, generator))
+            if self.theta_guide is not None and theta is not None and batch.population is not None:
+                penalty = self.theta_guide.penalty(self.program, theta, batch.support).mean()
+                loss = loss + penalty / batch.population
+        return loss if wants_graph else loss.detach()
 
     # -- model and guide ----------------------------------------------------------------------------------------
 

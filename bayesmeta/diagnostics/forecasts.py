@@ -135,13 +135,14 @@ class Predictor:
         self.num_samples = num_samples
         self.generator = as_generator(generator, posterior.support.device)
         self.used_draws = False
-        self._source = posterior.prior_draws if prior else posterior.draws
+        self.prior = prior
 
     @cached_property
     def draws(self) -> Any:
         """Draws of φ (and θ)."""
         self.used_draws = True
-        return self._source(self.num_samples, self.generator)
+        source = self.posterior.prior_draws if self.prior else self.posterior.draws
+        return source(self.num_samples, self.generator)
 
     def closed_form(self, observations: Observations, *, joint: bool = False) -> Any | None:
         """The predictive distribution at the inputs of observations, or None where there is no closed form."""

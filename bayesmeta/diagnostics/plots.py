@@ -41,6 +41,7 @@ def plot_forecast(
     raw_units: bool = True,
     x_label: str = "x",
     y_label: str = "y",
+    share_axes: bool = True,
     path: str | Path | None = None,
 ) -> Figure:
     """Draw a panel for each task: support, query, predictive mean and central 50% and 90% intervals.
@@ -60,6 +61,7 @@ def plot_forecast(
         generator: generator or seed; None means seed 0.
         raw_units: x and y in raw units when the batch has a standardiser.
         x_label, y_label: names of the axes.
+        share_axes: one range of x and y for all panels, so that tasks compare; otherwise each has its own.
         path: where to write the picture; the suffix says in which format (png, pdf, svg).
 
     Returns:
@@ -77,7 +79,7 @@ def plot_forecast(
     observations = _inputs(batch, feature)
     bands = _bands(Predictor(posterior, num_samples, generator), observations, batch, output)
     panels = [_panel(batch, observations, bands, task, feature, output, raw_units) for task in chosen]
-    figure = _figure(panels, columns, x_label, y_label)
+    figure = _figure(panels, columns, x_label, y_label, share_axes)
     if path is not None:
         _save(figure, Path(path))
     return figure
@@ -133,7 +135,7 @@ def _inputs(batch: TaskBatch, feature: int) -> Observations:
         low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
         steps = torch.linspace(0.0, 1.0, GRID_POINTS, dtype=x.dtype, device=x.device)
         return Observations((low + (high - low) * steps).unsqueeze(-1), w=batch.w)
-    order = x[..., feature].argsort(-1, stable=True)
+    order = x[..., feature].argsort(dim=-1, stable=True)
     x = x.gather(1, order.unsqueeze(-1).expand(x.shape))
     return Observations(x, None, mask.gather(1, order), batch.w)
 
@@ -186,7 +188,7 @@ def _pick(value: Tensor, output: int) -> Tensor:
 # -- drawing ------------------------------------------------------------------------------------------------------
 
 
-def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: str) -> Figure:
+def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: str, share_axes: bool) -> Figure:
     from matplotlib.figure import Figure
 
     count = len(panels)
@@ -195,7 +197,7 @@ def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: st
         raise OptionError(f"columns={columns}; expected at least 1.")
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(2.7 * columns, 4.6) + 0.5, 2.25 * rows + 0.75), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes)
     handles: dict[str, Any] = {}
     for place, axis in enumerate(axes.flat):
         if place >= count:
@@ -223,7 +225,7 @@ def _draw(axis: Any, panel: _Panel) -> dict[str, Any]:
         handles["query"] = axis.scatter(
             *(v.numpy() for v in panel.query), s=12, facecolors="none", edgecolors=_INK, linewidths=0.7, zorder=3
         )
-    (handles["mean"],) = axis.plot(x, panel.mean.numpy(), color=_BLUE, linewidth=1.5, zorder=2)
+    (handles["predictive mean"],) = axis.plot(x, panel.mean.numpy(), color=_BLUE, linewidth=1.5, zorder=2)
     handles["50% interval"] = axis.fill_between(x, mid_low, mid_high, color=_BLUE, alpha=0.38, linewidth=0, zorder=1)
     handles["90% interval"] = axis.fill_between(x, low, high, color=_BLUE, alpha=0.16, linewidth=0, zorder=0)
     axis.set_title(panel.title, fontsize=9.5, color=_INK, pad=4)

@@ -1,0 +1,75 @@
+"""The command line. The only place that imports everything, and that only when a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+
+@dataclasses.dataclass
+class Demo:
+    """Meta-train on the fertility rates of 132 countries, forecast 60 others from ten years, compare with baselines."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the checkpoint, configuration, metrics, posterior and picture."""
+
+    steps: int = 600
+    """Meta-training steps."""
+
+    seed: int = 0
+    """Of the split into countries, the first weights and the training draws."""
+
+    overwrite: bool = False
+    """Replace a run that the folder holds."""
+
+    resume: bool = False
+    """Go on with the run that the folder holds."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclasses.dataclass
+class Version:
+    """Print the version."""
+
+
+def _run(command: Demo | Version) -> None:
+    if isinstance(command, Version):
+        from bayesmeta import __version__
+
+        print(__version__)
+        return
+    from bayesmeta.demo.run import run_demo
+
+    run_demo(**dataclasses.asdict(command))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``bayesmeta``. Typed errors are printed without a traceback and exit with status 2."""
+    import tyro
+
+    commands = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Version, tyro.conf.subcommand("version")]
+    command = tyro.cli(
+        commands, args=arguments, prog="bayesmeta", description="Bayesian meta-learning on Pyro and PyTorch."
+    )
+    from bayesmeta.errors import BayesMetaError
+
+    try:
+        _run(command)
+    except BayesMetaError as error:
+        print(f"bayesmeta: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("bayesmeta: interrupted; the last checkpoint is kept (go on with --resume)", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
