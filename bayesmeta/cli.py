@@ -16,7 +16,7 @@ class Demo:
     out: Path = Path("runs/demo")
     """Folder for the checkpoint, configuration, metrics, posterior and picture."""
 
-    steps: int = 600
+    steps: int = 1500
     """Meta-training steps."""
 
     seed: int = 0
@@ -30,6 +30,9 @@ class Demo:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the choice to torch. One is fastest for a model this small."""
 
     progress: bool = True
     """Show a progress bar."""
@@ -46,9 +49,15 @@ def _run(command: Demo | Version) -> None:
 
         print(__version__)
         return
+    import torch
+
     from bayesmeta.demo.run import run_demo
 
-    run_demo(**dataclasses.asdict(command))
+    options = dataclasses.asdict(command)
+    threads = options.pop("threads")
+    if threads > 0:
+        torch.set_num_threads(threads)
+    run_demo(**options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,15 +4,14 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import scoringrules
 import torch
 from statsmodels.regression.linear_model import OLS
 
-from bayesmeta.data import Observations
 from bayesmeta.demo import baselines
 from bayesmeta.demo.baselines import BASELINES
-from bayesmeta.demo.forecast import Forecast, gaussian_crps, score_forecast
-from bayesmeta.errors import DataError, EmptyTaskError, ShapeError, UnsupportedError
+from bayesmeta.demo.forecast import Forecast
+from bayesmeta.diagnostics.scores import scores
+from bayesmeta.errors import DataError, EmptyTaskError, NoClosedFormError, ShapeError, UnsupportedError
 from bayesmeta.tasks.fertility import fertility_split
 from bayesmeta.tasks.table import TableTasks
 
@@ -46,63 +45,18 @@ def batch():
     return table_of(walks(8, 1, drift=-0.1)).all(support=7)
 
 
-def test_crps_against_scoringrules():
-    rng = np.random.default_rng(0)
-    mean, scale, y = rng.normal(size=200), rng.gamma(2.0, size=200), 3 * rng.normal(size=200)
-    ours = gaussian_crps(*(torch.from_numpy(a) for a in (mean, scale, y)))
-    np.testing.assert_allclose(ours.numpy(), scoringrules.crps_normal(y, mean, scale), rtol=1e-10)
-
-
-def test_scores_by_hand():
-    y = torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    scores = score_forecast(
-        Forecast(torch.zeros_like(y), torch.ones_like(y)), Observations(torch.zeros(2, 3, 1), y, mask)
-    )
-    constant = 0.5 * math.log(2 * math.pi)
-    assert scores.rmse.value == pytest.approx(math.sqrt(5 / 5))
-    assert scores.nll.value == pytest.approx((5 / 4 + 0) / 2 + constant)
-    assert scores.nll.standard_error == pytest.approx(5 / 8)
-    assert scores.coverage50.value == pytest.approx(0.5)
-    assert scores.coverage90.value == pytest.approx(0.75)
-
-
-@pytest.mark.parametrize("claimed", [1.0, 0.6])
-def test_a_true_forecast_is_calibrated_and_a_bold_one_is_not(claimed):
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(400, 10, generator=generator, dtype=torch.float64)
-    scale = torch.rand(400, 10, generator=generator, dtype=torch.float64) + 0.5
-    y = mean + scale * torch.randn(400, 10, generator=generator, dtype=torch.float64)
-    scores = score_forecast(Forecast(mean, claimed * scale), Observations(torch.zeros(400, 10, 1), y))
-    entropy = float((scale.log() + 0.5 * math.log(2 * math.pi * math.e)).mean())
-
-    def far(estimate, truth):
-        return abs(estimate.value - truth) > 4 * estimate.standard_error
-
-    wrong = claimed != 1.0
-    assert far(scores.coverage50, 0.5) is wrong
-    assert far(scores.coverage90, 0.9) is wrong
-    assert far(scores.nll, entropy) is wrong
-
-
-def test_standard_error_of_rmse_is_that_of_repeated_draws():
-    rng = np.random.default_rng(0)
-    values, errors = [], []
-    for _ in range(300):
-        y = torch.from_numpy(rng.gamma(1.0, size=(40, 1)) * rng.normal(size=(40, 5)))
-        zero = torch.zeros_like(y)
-        rmse = score_forecast(Forecast(zero, zero + 1), Observations(torch.zeros(40, 5, 1), y)).rmse
-        values.append(rmse.value)
-        errors.append(rmse.standard_error)
-    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
-
-
-def test_scores_refuse_what_does_not_fit(batch):
-    wrong = Forecast(torch.zeros(8, 2), torch.ones(8, 2))
-    with pytest.raises(ShapeError, match=r"expected \[8, 13\]"):
-        score_forecast(wrong, batch.query)
-    with pytest.raises(DataError, match="no targets"):
-        score_forecast(wrong, batch.query.with_y(None))
+def test_a_forecast_is_scored_as_a_posterior_is(batch):
+    y = batch.query.y.double()
+    forecast = Forecast(y + 1.0, torch.full_like(y, 2.0), torch.eye(y.shape[1]).double().expand(8, -1, -1) * 4.0)
+    result = scores(forecast, batch)
+    assert result["rmse"] == pytest.approx(1.0)
+    constant = math.log(2.0) + 0.5 * math.log(2 * math.pi) + 0.5 * 0.25
+    assert result["nll"] == pytest.approx(constant)
+    assert result["nll_joint"] == pytest.approx(constant)
+    with pytest.raises(ShapeError, match="points a task"):
+        forecast.predictive(torch.zeros(8, 2, 1))
+    with pytest.raises(NoClosedFormError, match="joint"):
+        Forecast(y, y.abs() + 1).predictive(batch.query.x, joint=True)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -143,13 +97,13 @@ def test_random_walk_recovers_the_truth(drift):
     ahead = torch.arange(1.0, 11.0, dtype=torch.float64)
     torch.testing.assert_close(forecast.scale[0], 0.3 * ahead.sqrt(), rtol=0.05, atol=0)
     torch.testing.assert_close(forecast.mean, batch.support.y[:, -1:] + drift * ahead, rtol=0, atol=0.15)
-    coverage = score_forecast(forecast, batch.query).coverage90
-    assert abs(coverage.value - 0.9) < 4 * coverage.standard_error
+    result = scores(forecast, batch)
+    assert abs(result["coverage_90"] - 0.9) < 4 * result.standard_errors["coverage_90"]
     without = baselines.last_value(train, batch)
     assert torch.equal(without.mean, batch.support.y[:, -1:].expand_as(without.mean))
     if drift:
-        worse = score_forecast(without, batch.query)
-        assert worse.nll.value > score_forecast(forecast, batch.query).nll.value + 0.5
+        worse = scores(without, batch)
+        assert worse["nll"] > scores(forecast, batch)["nll"] + 0.5
 
 
 def test_line_against_statsmodels(train, batch):
@@ -210,7 +164,7 @@ def test_gp_beats_a_line_on_its_own_data_and_tasks_do_not_mix(train):
     alone = baselines.gp_per_country(train, batch.tasks(slice(5, 6)))
     torch.testing.assert_close(whole.mean[5:6], alone.mean, rtol=1e-6, atol=1e-6)
     line = baselines.line_per_country(train, batch)
-    assert score_forecast(whole, batch.query).crps.value < 0.8 * score_forecast(line, batch.query).crps.value
+    assert scores(whole, batch)["crps"] < 0.8 * scores(line, batch)["crps"]
 
 
 def test_empirical_gaussian_is_the_dense_formula(train, batch):
@@ -234,20 +188,20 @@ def test_empirical_gaussian_nears_the_truth_and_needs_the_correlations():
     batch = table_of(walks(300, 6)).all(support=7)
     ahead = torch.arange(1.0, 14.0, dtype=torch.float64)
     truth = Forecast(batch.support.y[:, -1:].expand(-1, 13), (0.3 * ahead.sqrt()).expand(300, -1))
-    best = score_forecast(truth, batch.query)
-    ours = score_forecast(baselines.empirical_gaussian(table_of(paths), batch), batch.query)
-    assert ours.nll.value - best.nll.value < 0.05
+    best = scores(truth, batch)
+    ours = scores(baselines.empirical_gaussian(table_of(paths), batch), batch)
+    assert ours["nll"] - best["nll"] < 0.05
     rng = np.random.default_rng(7)
     scrambled = np.stack([rng.permutation(column) for column in paths.T], 1)
-    control = score_forecast(baselines.empirical_gaussian(table_of(scrambled), batch), batch.query)
-    assert control.nll.value - best.nll.value > 0.2
+    control = scores(baselines.empirical_gaussian(table_of(scrambled), batch), batch)
+    assert control["nll"] - best["nll"] > 0.2
 
 
 def test_empirical_gaussian_with_a_random_support(train):
     table = table_of(walks(8, 1, drift=-0.1), order="random")
     batch = table.sample(8, support=5, query=6, generator=0)
     forecast = baselines.empirical_gaussian(train, batch)
-    assert score_forecast(forecast, batch.query).rmse.value < 0.6
+    assert scores(forecast, batch)["rmse"] < 0.6
 
 
 def test_baselines_refuse_what_they_cannot_do(train, batch):
@@ -270,9 +224,9 @@ def test_baselines_refuse_what_they_cannot_do(train, batch):
 def test_fertility_baselines_come_out_in_the_known_order():
     split = fertility_split(0)
     batch = split.test.with_standardizer(None).all(support=10)
-    scores = {name: score_forecast(f(split.train, batch), batch.query) for name, f in BASELINES.items()}
-    rmse = {name: s.rmse.value for name, s in scores.items()}
+    results = {name: scores(f(split.train, batch), batch) for name, f in BASELINES.items()}
+    rmse = {name: s["rmse"] for name, s in results.items()}
     assert 0.6 < rmse["empirical_gaussian"] < rmse["last_value_drift"] < 1.3 < rmse["last_value"] < 2.2
-    assert 0.8 < scores["empirical_gaussian"].coverage90.value < 0.97
-    assert scores["line_per_country"].coverage90.value < 0.3
-    assert scores["gp_per_country"].coverage90.value < 0.35
+    assert 0.8 < results["empirical_gaussian"]["coverage_90"] < 0.97
+    assert results["line_per_country"]["coverage_90"] < 0.3
+    assert results["gp_per_country"]["coverage_90"] < 0.35

@@ -84,6 +84,15 @@ def test_one_legend_titles_and_labels(batch):
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("age", "height")
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_legend_fits_the_figure(batch, columns):
+    figure = plot_forecast(Line(batch.support), batch, columns=columns)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
 def test_panels_are_limited_and_padding_is_left_out(batch):
     assert len(visible(plot_forecast(Line(batch.support), batch, max_panels=3))) == 3
     padded = replace(batch, task_id=torch.tensor([7, -1, 8, -1, 9]))

@@ -207,8 +207,9 @@ def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: st
         axis.tick_params(labelbottom=True)
     figure.supxlabel(x_label, fontsize=10, color=_INK)
     figure.supylabel(y_label, fontsize=10, color=_INK)
+    entries = len(handles) if figure.get_figwidth() > 6.5 else 3  # two rows where one would be cut off
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9
+        handles.values(), handles.keys(), loc="outside upper center", ncols=entries, frameon=False, fontsize=9
     )
     return figure
 

@@ -243,6 +243,8 @@ class TaskProgram(nn.Module):
         """
         self._need_theta(theta)
         name = self._single_observed()
+        if observations.shots == 0:  # a Pyro plate cannot be empty
+            return self.predict(u, _one_masked_shot(observations), generator, theta)[..., :0]
         handler = Substitute(self.layout, u, theta, sample_observed=True)
         with torch.no_grad(), forked_rng(as_generator(generator, observations.device)):
             return self._pass(handler, observations.with_y(None)).observed[name][1]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesmeta.errors import DataError
+
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -37,7 +39,8 @@ def fit_linear_gaussian(
     """Exact posterior and evidence of a linear-Gaussian model (Bishop 2006, eqs. 3.50, 3.51, 3.86).
 
     The prior is whitened first, φ = m + R z with z ~ N(0, I): the precision of z is I + BᵀB with B = A R / σ, whose
-    eigenvalues are at least 1, so its Cholesky factor exists for any data.
+    eigenvalues are at least 1. Computed in float64 whatever the dtype given, since BᵀB squares the signal-to-noise
+    ratio, and given back in that dtype.
 
     Args:
         design: A, ``[..., N, D]``.
@@ -49,8 +52,13 @@ def fit_linear_gaussian(
 
     Returns:
         The posterior; with no rows that count it is the prior and the log evidence is 0.
+
+    Raises:
+        DataError: when the posterior is singular to working precision.
     """
-    noise_scale = noise_scale.expand(y.shape)
+    dtype = y.dtype
+    design, y, mean, root = design.double(), y.double(), mean.double(), root.double()
+    noise_scale = noise_scale.double().expand(y.shape)
     whitened = design @ root / noise_scale.unsqueeze(-1)
     residual = (y - (design @ mean.unsqueeze(-1)).squeeze(-1)) / noise_scale
     log_noise = noise_scale.log() + 0.5 * _LOG_2PI
@@ -60,7 +68,7 @@ def fit_linear_gaussian(
         log_noise = log_noise.masked_fill(~mask, 0.0)
     size = whitened.shape[-1]
     precision = torch.eye(size, dtype=y.dtype, device=y.device) + whitened.mT @ whitened
-    cholesky = torch.linalg.cholesky(precision)
+    cholesky = _cholesky(precision)
     z = torch.cholesky_solve(whitened.mT @ residual.unsqueeze(-1), cholesky).squeeze(-1)
     misfit = residual - (whitened @ z.unsqueeze(-1)).squeeze(-1)
     log_evidence = (
@@ -71,7 +79,32 @@ def fit_linear_gaussian(
     # (L⁻¹ Rᵀ)ᵀ = R L⁻ᵀ, and R L⁻ᵀ L⁻¹ Rᵀ is the posterior covariance.
     posterior_root = torch.linalg.solve_triangular(cholesky, root.mT.expand(precision.shape), upper=False).mT
     posterior_mean = mean + (root @ z.unsqueeze(-1)).squeeze(-1)
-    return LinearGaussianFit(posterior_mean, posterior_root, log_evidence)
+    return LinearGaussianFit(posterior_mean.to(dtype), posterior_root.to(dtype), log_evidence.to(dtype))
+
+
+def _cholesky(precision: Tensor) -> Tensor:
+    try:
+        return torch.linalg.cholesky(precision)
+    except torch.linalg.LinAlgError as error:
+        raise DataError(
+            "The posterior of a linear-Gaussian model is singular to working precision: inputs or features are not "
+            "finite, or the noise scale is smaller by more than seven orders of magnitude than the signal. Standardise "
+            "the data, or start from a larger noise scale."
+        ) from error
+
+
+def lower_root(root: Tensor) -> Tensor:
+    """The Cholesky factor of ``root rootᵀ`` by QR, without squaring it.
+
+    Args:
+        root: ``[..., D, E]`` with E ≥ D and rank D.
+
+    Returns:
+        Lower triangular with a positive diagonal, ``[..., D, D]``.
+    """
+    upper = torch.linalg.qr(root.mT, mode="r").R
+    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(root)
+    return (upper * sign.unsqueeze(-1)).mT
 
 
 def condition(

@@ -12,6 +12,7 @@ from bayesmeta.data import Observations
 from bayesmeta.errors import NoClosedFormError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.program import TaskProgram
+from bayesmeta.ops.gaussian import lower_root
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.posteriors.base import Draws, TaskPosterior
 
@@ -177,7 +178,7 @@ class ExactLinearPosterior(TaskPosterior):
         return Draws(self.loc + (self.root @ noise.unsqueeze(-1)).squeeze(-1))
 
     def _weights(self) -> dist.MultivariateNormal:
-        return dist.MultivariateNormal(self.loc, covariance_matrix=self.covariance)
+        return dist.MultivariateNormal(self.loc, scale_tril=lower_root(self.root))
 
     def log_prob(self, u: Tensor) -> Tensor:
         """log p(φ | S), ``[…, tasks]``."""
@@ -185,7 +186,7 @@ class ExactLinearPosterior(TaskPosterior):
 
     def u_distribution(self) -> Any:
         """Multivariate normal, batch shape ``[tasks, 1]``."""
-        return dist.MultivariateNormal(self.loc.unsqueeze(-2), covariance_matrix=self.covariance.unsqueeze(-3))
+        return dist.MultivariateNormal(self.loc.unsqueeze(-2), scale_tril=lower_root(self.root).unsqueeze(-3))
 
     def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
         """Exact predictive of y, noise included.
@@ -207,8 +208,8 @@ class ExactLinearPosterior(TaskPosterior):
             half = design @ self.root
             noise = program.noise_scale
             if joint:
-                eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-                return dist.MultivariateNormal(mean, half @ half.mT + noise.square() * eye)
+                eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device).expand(*half.shape[:-1], -1)
+                return dist.MultivariateNormal(mean, scale_tril=lower_root(torch.cat([half, noise * eye], -1)))
             scale = (half.square().sum(-1) + noise.square()).sqrt()
             outputs = mean.shape[-1] // max(observations.shots, 1)
             if outputs <= 1:

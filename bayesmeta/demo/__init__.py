@@ -1,0 +1,1 @@
+"""The built-in demonstration on real data, and the baselines it is held against."""
