@@ -16,6 +16,7 @@ from bayesmeta.errors import CheckpointError, NoClosedFormError, ShapeError
 from bayesmeta.models.neural import SITE, NeuralTaskModel
 from bayesmeta.models.plates import task_plate
 from bayesmeta.models.program import TaskProgram
+from bayesmeta.ops.files import read_tensors, write_tensors
 from bayesmeta.ops.random import Seed, as_generator
 
 _AUXILIARY = "_u"
@@ -216,7 +217,7 @@ class TaskPosterior:
     def save(self, path: str | Path) -> None:
         """Write the posterior's tensors (not the program's θ); :func:`load_posterior` reads them."""
         support = {k: v for k, v in vars(self.support).items() if v is not None}
-        torch.save({"kind": type(self).__name__, "state": self.state(), "support": support}, path)
+        write_tensors(Path(path), {"kind": type(self).__name__, "state": self.state(), "support": support})
 
 
 def load_posterior(path: str | Path, program: TaskProgram) -> TaskPosterior:
@@ -231,11 +232,11 @@ def load_posterior(path: str | Path, program: TaskProgram) -> TaskPosterior:
     """
     from bayesmeta.posteriors import kinds  # every kind derives from this module
 
+    content = read_tensors(Path(path))
     try:
-        content = torch.load(path, weights_only=True)
         kind, state, support = content["kind"], content["state"], Observations(**content["support"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a posterior: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold a posterior: {type(error).__name__}: {error}") from error
     if kind not in kinds.KINDS:
         raise CheckpointError(f"{path} holds a posterior of kind {kind!r}; expected one of {', '.join(kinds.KINDS)}.")
     program.prepare(support)

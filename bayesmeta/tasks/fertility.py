@@ -77,7 +77,13 @@ def fertility(
 
 
 def fertility_split(
-    seed: int, *, train: int = 110, validation: int = 22, test: int = 60, order: Order = "first"
+    seed: int,
+    *,
+    train: int = 110,
+    validation: int = 22,
+    test: int = 60,
+    order: Order = "first",
+    aggregates: bool = False,
 ) -> FertilitySplit:
     """Random training, validation and held-out countries; the standardizer is learned on ``train`` alone.
 
@@ -87,10 +93,16 @@ def fertility_split(
     training countries. Two with 22 years each (Greenland, West Bank and Gaza) are left out. One seed has the same
     held-out countries whatever ``train`` and ``validation`` are.
 
+    Args:
+        seed: of the shuffle.
+        train, validation, test: number of countries in each.
+        order: which years become the support of a draw, see :class:`~bayesmeta.tasks.table.TableTasks`.
+        aggregates: split the 192 complete rows of the source instead, the four averages over countries included.
+
     Raises:
         OptionError: for sizes below 1, or more than there are countries.
     """
-    table = fertility(minimum_years=_SPLIT_YEARS, order=order)
+    table = fertility(minimum_years=_COMPLETE if aggregates else _SPLIT_YEARS, aggregates=aggregates, order=order)
     shuffled = torch.randperm(table.num_tasks, generator=torch.Generator().manual_seed(seed)).tolist()
     complete = [i for i in shuffled if table.lengths[i] == _COMPLETE]
     held_out = set(complete[: test + validation])

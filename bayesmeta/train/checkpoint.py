@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bayesmeta.errors import CheckpointError, RunFolderError
+from bayesmeta.errors import CheckpointError
+from bayesmeta.ops.files import read_tensors, write_tensors
 
 FORMAT = 1
 LAST, BEST = "checkpoint.pt", "best.pt"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that a reader sees the old one or the new one, never half of one.
+    """Write a checkpoint, atomically.
 
     Raises:
         RunFolderError: when the folder cannot be written.
     """
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content | {"format": FORMAT}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"The checkpoint {path} could not be written: {error}") from error
+    write_tensors(path, content | {"format": FORMAT})
 
 
 def load(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``: tensors and plain values, no code.
+    """Read a checkpoint: tensors and plain values, no code.
 
     Raises:
         CheckpointError: when it is missing, truncated, or of another format.
     """
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}.")
-    try:
-        content = torch.load(path, weights_only=True, map_location=map_location)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read; it is truncated or not a checkpoint "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
-        ) from error
+    content = read_tensors(path, map_location=map_location)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"The checkpoint {path} has format {found}; this version reads format {FORMAT}.")
