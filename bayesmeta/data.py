@@ -99,7 +99,7 @@ class Observations:
         return self.mask.sum(-1).to(self.x.dtype)
 
     def _map(self, function: Any) -> Observations:
-        parts = {k: None if v is None else function(v) for k, v in vars(self).items()}
+        parts: dict[str, Any] = {k: None if v is None else function(v) for k, v in vars(self).items()}
         return Observations(**parts)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Observations:

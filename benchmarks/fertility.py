@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> list[Row]:
         for name, result in score_baselines(split).items():
             collected.setdefault(name, []).append(result)
         seconds.append(spent)
-        print(f"split {seed}: demo {demo['rmse']:.3f} / {demo['nll']:.3f}, {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"split {seed}: demo {demo['rmse']:.3f} / {demo['nll']:.3f}, {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
     rows = [
         _row(f"{method}_{metric}", [s[key] for s in results], args.quick, seconds if method == "demo" else None)
         for method, results in collected.items()
@@ -114,7 +117,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", type=int, default=10, help="random splits, seeds SEED, SEED+1, … (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--aggregates", action="store_true", help="keep averages over countries among the countries")
-
 
 
 if __name__ == "__main__":

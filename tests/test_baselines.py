@@ -7,6 +7,7 @@ import pytest
 import torch
 from statsmodels.regression.linear_model import OLS
 
+from bayesmeta.data import Observations
 from bayesmeta.demo import baselines
 from bayesmeta.demo.baselines import BASELINES
 from bayesmeta.demo.forecast import Forecast

@@ -48,9 +48,7 @@ def test_loss_ignores_padding_tasks_and_padding_shots():
     torch.manual_seed(0)
     method = bm.MAML(bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.5)), inner_lr=0.1)
     batch = bm.TaskBatch(batch_of(3, 4), batch_of(3, 2, seed=1))
-    padded = bm.TaskBatch(
-        data.pad_shots(batch.support, 9), data.pad_shots(batch.query, 7), torch.tensor([0, 1, -1])
-    )
+    padded = bm.TaskBatch(data.pad_shots(batch.support, 9), data.pad_shots(batch.query, 7), torch.tensor([0, 1, -1]))
     torch.testing.assert_close(method.loss(padded), method.loss(batch.tasks(slice(0, 2))), rtol=1e-5, atol=1e-5)
     assert not torch.isclose(method.loss(padded), method.loss(batch), rtol=1e-3)
 
@@ -81,14 +79,19 @@ def test_sinusoid_draws_the_published_family():
     noisy = Sinusoid(noise=0.5).sample(20_000, support=3, query=2, generator=1)
     residual = noisy.union().y - y
     assert abs(float(residual.var()) - 0.25) < 4 * 0.25 * math.sqrt(2 / 100_000)
-    assert torch.equal(Sinusoid().sample(4, support=1, query=1, generator=7).support.x, Sinusoid().sample(4, support=1, query=1, generator=7).support.x)
+    assert torch.equal(
+        Sinusoid().sample(4, support=1, query=1, generator=7).support.x,
+        Sinusoid().sample(4, support=1, query=1, generator=7).support.x,
+    )
 
 
 def test_oracle_is_calibrated_and_consistent():
     tasks = LinearGaussian(torch.tensor([1.0, -2.0]).double(), torch.tensor([[1.0, 0.6], [0.6, 2.0]]).double(), 0.5)
     batch = tasks.sample(4000, support=3, query=3, generator=2)
     predictive = tasks.predictive(batch.support, batch.query.x)
-    white = torch.linalg.solve_triangular(predictive.scale_tril, (batch.query.y - predictive.mean).unsqueeze(-1), upper=False)
+    white = torch.linalg.solve_triangular(
+        predictive.scale_tril, (batch.query.y - predictive.mean).unsqueeze(-1), upper=False
+    )
     assert abs(float(white.mean())) < 4 / math.sqrt(12_000)
     assert abs(float(white.var()) - 1) < 4 * math.sqrt(2 / 12_000)
     # chain rule: log p(S, Q) = log p(S) + log p(Q | S)

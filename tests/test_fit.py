@@ -151,7 +151,9 @@ def test_best_on_validation_is_what_remains():
 
 
 def test_patience_stops_early():
-    result = train(make(), 400, validation=VALIDATION, validate_every=5, patience=2, optimizer=lambda p: torch.optim.SGD(p, 0.0))
+    result = train(
+        make(), 400, validation=VALIDATION, validate_every=5, patience=2, optimizer=lambda p: torch.optim.SGD(p, 0.0)
+    )
     assert result.steps == 15  # the first is the best, then two without a better one
     assert result.best_step == 5
 
@@ -184,7 +186,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path):
         train(make(), 5, out=tmp_path / "new", resume=True)
     with pytest.raises(errors.RunFolderError, match="is a file"):
         train(make(), 5, out=tmp_path / "checkpoint.pt")
-    with pytest.raises(errors.OptionError, match="needs out="):
+    with pytest.raises(errors.OptionError, match=r"needs out="):
         train(make(), 5, resume=True)
     with pytest.raises(errors.OptionError, match="steps"):
         train(make(), 0)
@@ -198,7 +200,7 @@ def test_a_checkpoint_of_another_model_or_a_truncated_one_is_refused(tmp_path):
     with pytest.raises(errors.CheckpointError, match=r"'program\.prior\.loc' is \[25\]"):
         train(other, 10, out=tmp_path, resume=True)
     rate = bm.MAML(bm.NeuralTaskModel(bm.nets.mlp(1, [8], 1), bm.Gaussian(0.7)), inner_lr=0.06)
-    with pytest.raises(errors.CheckpointError, match="'inner_lr' is 0.05 in the checkpoint and 0.06 here"):
+    with pytest.raises(errors.CheckpointError, match=r"'inner_lr' is 0\.05 in the checkpoint and 0\.06 here"):
         train(rate, 10, out=tmp_path, resume=True)
     path = tmp_path / "checkpoint.pt"
     whole = path.read_bytes()

@@ -73,7 +73,9 @@ def test_masked_observations_do_not_count():
 
 def test_several_outputs_are_independent_regressions():
     torch.manual_seed(0)
-    model = bm.NeuralTaskModel(bm.nets.mlp(2, [4], 2, activation="tanh"), bm.Gaussian(0.3), task_modules="head").double()
+    model = bm.NeuralTaskModel(
+        bm.nets.mlp(2, [4], 2, activation="tanh"), bm.Gaussian(0.3), task_modules="head"
+    ).double()
     method = bm.BayesianLastLayer(model)
     x, y = torch.randn(3, 5, 2, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
     posterior = method.adapt(bm.Observations(x, y))
@@ -86,7 +88,9 @@ def test_several_outputs_are_independent_regressions():
         right = loc / 0.1**2 + (features.mT @ y[..., output, None] / 0.3**2).squeeze(-1)
         weights = torch.linalg.solve(precision, right)
         expected = (features @ weights.unsqueeze(-1)).squeeze(-1)
-        torch.testing.assert_close(mean[..., output], expected, rtol=1e-5, atol=1e-6)  # 0.1 and 0.3 are float32 in the model
+        torch.testing.assert_close(
+            mean[..., output], expected, rtol=1e-5, atol=1e-6
+        )  # 0.1 and 0.3 are float32 in the model
     assert posterior.predict(x, 7).shape == (7, 3, 5, 2)
 
 

@@ -32,7 +32,9 @@ def test_log_joint_is_the_hand_written_density_with_its_jacobian():
         expected = normal(slope, 0.4, 1.0) + normal(log_sigma, -1.0, 0.25)  # log-normal × e^u: the Jacobian cancels 1/σ
         for s in range(4):
             if observations.full_mask()[t, s]:
-                expected += normal(observations.y[t, s].item(), slope * observations.x[t, s, 0].item(), math.exp(log_sigma))
+                expected += normal(
+                    observations.y[t, s].item(), slope * observations.x[t, s, 0].item(), math.exp(log_sigma)
+                )
         assert value[t].item() == pytest.approx(expected, rel=1e-12)
         # control: the density without its Jacobian is another number
         assert abs(value[t].item() - (expected - log_sigma)) > 1e-3

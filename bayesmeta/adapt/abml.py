@@ -94,7 +94,14 @@ class ABML(Method):
         theta: Tensor | None,
         noise: Tensor,
     ) -> Tensor:
-        """ELBO of each task under q = N(loc, exp(log_scale)²), ``[G, tasks]``, from noise ``[particles, G, tasks, D]``."""
+        """ELBO of each task under q = N(loc, exp(log_scale)²), ``[G, tasks]``.
+
+        Args:
+            loc, log_scale: ``[G, tasks, D]``.
+            observations: of the same tasks.
+            theta: global sites, ``[G, E]`` or None.
+            noise: standard normal, ``[particles, G, tasks, D]``.
+        """
         u = loc + log_scale.exp() * noise
         prior = self.program.gaussian_prior(observations)
         if prior is not None:

@@ -80,7 +80,8 @@ class Method(nn.Module):
             )
         if observations.x.is_floating_point() and parameter.dtype != observations.x.dtype:
             raise DeviceMismatchError(
-                f"The method has dtype {parameter.dtype} but the data {observations.x.dtype}; cast one with .to(dtype=…)."
+                f"The method has dtype {parameter.dtype} but the data {observations.x.dtype}; cast one with "
+                ".to(dtype=…)."
             )
 
     # -- adapt --------------------------------------------------------------------------------------------------

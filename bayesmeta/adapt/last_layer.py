@@ -73,7 +73,8 @@ class BayesianLastLayer(Method):
         """Posterior of the weights and evidence of these observations, differentiable in θ."""
         program = self.model_program
         moments = program.prior.mean_and_scale()
-        assert moments is not None and observations.y is not None
+        assert moments is not None
+        assert observations.y is not None
         mask = observations.mask
         width = observations.y.shape[-1] if observations.y.dim() == 3 else 1
         if mask is not None and width > 1:

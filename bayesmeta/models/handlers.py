@@ -236,6 +236,7 @@ class DrawPrior(Substitute):
         self.theta_parts: list[Tensor] = []
 
     def local_value(self, fn: Any, site: Site) -> tuple[Tensor, Tensor]:
+        """A draw; its Jacobian is not needed and given as 0."""
         batch = torch.broadcast_shapes(fn.batch_shape, (*self.lead, *([1] * 2)))
         value = fn.expand(batch).sample()
         transform = bijection(site.name, fn)
@@ -244,10 +245,11 @@ class DrawPrior(Substitute):
         return value, torch.zeros(batch, dtype=value.dtype, device=value.device)
 
     def global_value(self, fn: Any, site: Site) -> tuple[Tensor, Tensor]:
+        """The value given, else a draw."""
         if self.theta is not None:
             return super().global_value(fn, site)
-        pad = torch.Size([1] * (2 - len(site.shape) + fn.event_dim))
-        batch = torch.broadcast_shapes(fn.batch_shape, (*self.lead, *pad, *site.shape[: len(site.shape) - fn.event_dim]))
+        own = site.shape[: len(site.shape) - fn.event_dim]
+        batch = torch.broadcast_shapes(fn.batch_shape, (*self.lead, *[1] * (2 - len(own)), *own))
         value = fn.expand(batch).sample()
         self.theta_parts.append(bijection(site.name, fn).inv(value).reshape(*self.lead, -1))
         return value, torch.zeros(batch, dtype=value.dtype, device=value.device)
@@ -256,8 +258,8 @@ class DrawPrior(Substitute):
 class PriorMoments(Substitute):
     """Mean and standard deviation of each local site in unconstrained space, along the path of the means.
 
-    Exact for Normal, LogNormal and MultivariateNormal sites; else from 256 draws under a fixed seed (common random numbers, so that the
-    result is a smooth function of θ where the distribution is reparameterised).
+    Exact for Normal, LogNormal and MultivariateNormal sites; else from 256 draws under a fixed seed (common random
+    numbers, so that the result is a smooth function of θ where the distribution is reparameterised).
     """
 
     DRAWS = 256
@@ -268,6 +270,7 @@ class PriorMoments(Substitute):
         self.scales: list[Tensor] = []
 
     def local_value(self, fn: Any, site: Site) -> tuple[Tensor, Tensor]:
+        """The mean in unconstrained space, mapped back; moments are kept on the side."""
         transform = bijection(site.name, fn)
         base = fn
         while isinstance(base, torch.distributions.Independent):

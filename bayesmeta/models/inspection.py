@@ -63,10 +63,12 @@ def read_layout(run: Callable[[Observations], Any], probe: Observations) -> Layo
             f"The program failed on a batch of {PROBE_TASKS} tasks × {PROBE_SHOTS} shots with x of shape "
             f"{list(probe.x.shape)} and y of shape {list(probe.y.shape) if probe.y is not None else None}: "
             f"{type(error).__name__}: {error} "
-            "Check the feature width, that it has the signature (x, y=None, mask=None), and the shapes: a task parameter "
-            "is [tasks, 1], x is [tasks, shots, features] (a single feature wants x.squeeze(-1))."
+            "Check the feature width, that it has the signature (x, y=None, mask=None), and the shapes: a task "
+            "parameter is [tasks, 1], x is [tasks, shots, features] (a single feature wants x.squeeze(-1))."
         ) from error
-    local, theta, observed = [], [], []
+    local: list[Any] = []
+    theta: list[Any] = []
+    observed: list[str] = []
     for msg in record.messages:
         if is_deterministic(msg):
             continue

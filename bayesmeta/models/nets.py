@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -29,6 +30,6 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, *, activation: str = "
         raise OptionError(f"Unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
     layers: list[nn.Module] = []
     widths = [inputs, *hidden]
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))

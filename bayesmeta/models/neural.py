@@ -87,9 +87,16 @@ class NeuralTaskModel(TaskProgram):
                 return pyro.sample("y", self.likelihood.distribution(output), obs=y)
 
     def output(self, u: Tensor, x: Tensor) -> Tensor:
-        """Network outputs ``[…, tasks, shots, outputs]`` for weights u ``[…, tasks, D]`` and x ``[tasks, shots, features]``."""
+        """Network outputs ``[…, tasks, shots, outputs]``.
+
+        Args:
+            u: task-specific weights, ``[…, tasks, D]``; one task's weights serve all tasks.
+            x: ``[tasks, shots, features]``.
+        """
         lead = u.shape[:-2]
-        rows = u.reshape(-1, u.shape[-1]) if u.shape[-2] == x.shape[0] else u.expand(*lead, x.shape[0], -1).flatten(0, -2)
+        rows = (
+            u.reshape(-1, u.shape[-1]) if u.shape[-2] == x.shape[0] else u.expand(*lead, x.shape[0], -1).flatten(0, -2)
+        )
         out = self._network_call(rows, x)
         if out.shape[0] != rows.shape[0]:  # every layer is shared
             out = out.expand(rows.shape[0] // out.shape[0], *out.shape).flatten(0, 1)
@@ -228,7 +235,8 @@ class NeuralTaskModel(TaskProgram):
         moments = self.gaussian_prior(observations)
         if moments is None:
             raise ModelError(
-                f"The prior {type(self.prior).__name__} has no moments; methods that need a density want prior='normal'."
+                f"The prior {type(self.prior).__name__} has no moments; a method that needs a density wants "
+                "prior='normal'."
             )
         return moments
 

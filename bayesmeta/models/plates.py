@@ -14,7 +14,9 @@ SHOTS = "shots"
 
 
 def task_plate(x: Tensor) -> pyro.plate:
-    """Plate over tasks, at dim −2. A latent site directly inside it is a task parameter, with batch shape ``[tasks, 1]``.
+    """Plate over tasks, at dim −2.
+
+    A latent site directly inside it is a task parameter, with batch shape ``[tasks, 1]``.
 
     Args:
         x: inputs, ``[tasks, shots, features]``.

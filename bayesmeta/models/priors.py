@@ -12,6 +12,8 @@ from torch.distributions import constraints
 
 from bayesmeta.errors import ModelError, OptionError
 
+_NO_SHAPE = torch.Size()
+
 
 class FlatAt(TorchDistribution):
     """An improper flat density on R^D whose draws are all ``loc``: the prior of a point estimate.
@@ -30,7 +32,7 @@ class FlatAt(TorchDistribution):
         self.loc = loc
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
         """Copies of ``loc``."""
         return self.loc.expand(self._extended_shape(sample_shape))
 
@@ -123,5 +125,7 @@ def as_prior(prior: Prior | str) -> Prior:
     if isinstance(prior, Prior):
         return prior
     if prior not in PRIORS:
-        raise OptionError(f"Unknown prior {prior!r}; expected one of {', '.join(PRIORS)}, or a bayesmeta.priors object.")
+        raise OptionError(
+            f"Unknown prior {prior!r}; expected one of {', '.join(PRIORS)}, or a bayesmeta.priors object."
+        )
     return PRIORS[prior]()

@@ -180,9 +180,7 @@ class TaskProgram(nn.Module):
         """Task parameters by name in their own space, each ``[…, tasks, *event]``."""
         values = self.evaluate(u, observations.with_y(None), theta).values
         lead = u.shape[:-1]
-        return {
-            s.name: values[s.name].squeeze(-1 - len(s.shape)).expand(*lead, *s.shape) for s in self.layout.local
-        }
+        return {s.name: values[s.name].squeeze(-1 - len(s.shape)).expand(*lead, *s.shape) for s in self.layout.local}
 
     def named_theta(self, theta: Tensor, observations: Observations) -> dict[str, Tensor]:
         """Global sites by name in their own space, each ``[…, *shape]``."""
@@ -277,4 +275,3 @@ def _one_masked_shot(observations: Observations) -> Observations:
 def as_program(model: Any) -> TaskProgram:
     """The model itself if it is a task program, else the Pyro program wrapped as one."""
     return model if isinstance(model, TaskProgram) else TaskProgram(model)
-

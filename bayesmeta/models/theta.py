@@ -60,6 +60,9 @@ class GlobalGuide(nn.Module):
         return torch.distributions.Normal(self.loc, self.log_scale.exp()).log_prob(theta).sum(-1)
 
     def penalty(self, program: TaskProgram, theta: Tensor, observations: Observations) -> Tensor:
-        """What training minimises for θ, once for all tasks: −log p(θ) for a point, else log q(θ) − log p(θ), ``[…]``."""
+        """What training minimises for θ, once for all tasks, ``[…]``.
+
+        −log p(θ) for a point, log q(θ) − log p(θ) for a Gaussian.
+        """
         log_prior = program.log_theta(theta, observations, jacobian=self.kind == "normal")
         return self.log_density(theta) - log_prior

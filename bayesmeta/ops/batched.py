@@ -59,6 +59,7 @@ class BatchedModule:
         self.network, self.flat = network, flat
 
     def __call__(self, phi: Tensor, x: Tensor) -> Tensor:
+        """Outputs of every row."""
         return vmap(self._single)(phi, _repeat_rows(x, phi.shape[0]))
 
     def _single(self, phi: Tensor, x: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class BatchedMLP(BatchedModule):
     """The fast path for :func:`is_plain_mlp` networks: one batched matrix product a layer."""
 
     def __call__(self, phi: Tensor, x: Tensor) -> Tensor:
+        """Outputs of every row."""
         views = self.flat.views(phi)
         h = x
         for name, module in self.network.named_children():
@@ -76,12 +78,15 @@ class BatchedMLP(BatchedModule):
             if weight is None and bias is None:  # elementwise, or shared by all tasks
                 h = module(h)
                 continue
+            assert isinstance(module, nn.Linear)
             h = _repeat_rows(h, phi.shape[0])
             weight = module.weight.expand(phi.shape[0], -1, -1) if weight is None else weight
             if bias is None and module.bias is None:
                 h = torch.bmm(h, weight.mT)
             else:
-                h = torch.baddbmm(module.bias if bias is None else bias.unsqueeze(-2), h, weight.mT)
+                shared = module.bias if bias is None else bias.unsqueeze(-2)
+                assert isinstance(shared, Tensor)
+                h = torch.baddbmm(shared, h, weight.mT)
         return h
 
 

@@ -90,7 +90,7 @@ class TaskPosterior:
             NoClosedFormError: where there is none; :meth:`predict` draws from it.
         """
         raise NoClosedFormError(
-            f"{type(self).__name__} has no closed-form predictive for this model; use predict(x, num_samples) for draws."
+            f"{type(self).__name__} has no closed-form predictive for this model; use predict(x, num_samples)."
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class _Components(TaskPosterior):
         return None if self.theta is None else self._components(self.theta)
 
     def _components(self, tensor: Tensor) -> Tensor:
-        """As a guide: the one component, or all of them on the left when ``method.guide`` paired them with θ's sites."""
+        """As a guide: the one component, or all on the left when ``method.guide`` has paired them with θ's sites."""
         if tensor.shape[0] == 1:
             return tensor[0]
         if not self.paired:
@@ -79,7 +79,7 @@ class DeltaPosterior(_Components):
             UnsupportedError: always.
         """
         raise UnsupportedError(
-            "A point estimate has no density over φ. Use a method with a distribution, such as ABML or BayesianLastLayer."
+            "A point estimate has no density over φ. Use a method with one, such as ABML or BayesianLastLayer."
         )
 
     def u_distribution(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -44,7 +46,7 @@ class LinearGaussian:
     def sample(self, num_tasks: int, *, support: int, query: int, generator: Seed = None) -> TaskBatch:
         """Draw tasks as one batch: x ``[num_tasks, shots, D]``, y ``[num_tasks, shots]``, in the dtype of ``mean``."""
         generator = as_generator(generator)
-        like = {"generator": generator, "dtype": self.mean.dtype, "device": generator.device}
+        like: dict[str, Any] = {"generator": generator, "dtype": self.mean.dtype, "device": generator.device}
         size, shots = self.mean.numel(), support + query
         root, mean = self._root.to(generator.device), self.mean.to(generator.device)
         phi = mean + torch.randn(num_tasks, size, **like) @ root.mT

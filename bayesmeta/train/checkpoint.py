@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bayesmeta.errors import CheckpointError
 from bayesmeta.ops.files import read_tensors, write_tensors
@@ -37,7 +36,7 @@ def load(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, A
     return content
 
 
-def fingerprint(method: nn.Module) -> dict[str, Any]:
+def fingerprint(method: Any) -> dict[str, Any]:
     """What a checkpoint's method must share with the one it is loaded into: kind, options and parameter shapes."""
     config = method.config() if hasattr(method, "config") else {}
     return {
@@ -47,7 +46,7 @@ def fingerprint(method: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: dict[str, Any], method: nn.Module, path: Path) -> None:
+def check_fingerprint(saved: dict[str, Any], method: Any, path: Path) -> None:
     """Compare a checkpoint's fingerprint with a method.
 
     Raises:

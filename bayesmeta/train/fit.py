@@ -50,10 +50,20 @@ def adam(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else CPU."""
+    """``"auto"`` is CUDA where there is one, else CPU.
+
+    Raises:
+        OptionError: for an unknown device, or CUDA where there is none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"Unknown device {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"Device {device!r} was asked for, but torch sees no CUDA device here; use 'cpu' or 'auto'.")
+    return picked
 
 
 def fit(
@@ -154,9 +164,7 @@ def fit(
         bar.close()
     loop.check_finite()
     loop.use_best()
-    return FitResult(
-        method, loop.history, loop.step, loop.best_step, loop.best, time.perf_counter() - begin, folder
-    )
+    return FitResult(method, loop.history, loop.step, loop.best_step, loop.best, time.perf_counter() - begin, folder)
 
 
 class _Loop:

@@ -91,7 +91,7 @@ class MetaSVI:
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(args) != 1 or kwargs or not isinstance(args[0], TaskBatch | Observations):
             return args, kwargs
-        if getattr(self.model, "__func__", None) is not None and hasattr(self.model.__self__, "adapt"):
+        if hasattr(getattr(self.model, "__self__", None), "adapt"):
             return args, kwargs  # method.model and method.guide read support and query themselves
         return _unpack(args[0].union() if isinstance(args[0], TaskBatch) else args[0])
 
