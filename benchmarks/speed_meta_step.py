@@ -13,9 +13,10 @@ other choice of backward was tried for both and is within 7%.
 ``ours`` and ``reference`` are medians, in milliseconds a step; ``ratio`` is the peer's over ours, and its standard
 error a bootstrap over rounds. In the rows ``…_100_tasks_vs_25_tasks`` both are ours, and ratio is 100 tasks over 25.
 
-Threads: one, for all sides, unless --threads says otherwise. The tensors of one task are too small to share out, so
-the peers were a little faster with one thread than with two (by 0 to 5%), while ours was slower (by 10 to 15%):
-one thread is the setting that is fairer to them.
+Threads: one, for all sides, unless --threads says otherwise. The tensors of one task are too small to share out: on two
+idle cores the peers were as fast with one thread as with two, or faster (by 0 to 5%), while ours was slower (by 10 to
+15%), so one thread is the fairer setting to them. It is also the steadier one: where other work takes the cores, two
+threads wait for each other, and steps become several times slower.
 """
 
 from __future__ import annotations

@@ -39,6 +39,10 @@ class Method(nn.Module):
         """Options as plain values, written into checkpoints and compared on resume."""
         return {}
 
+    def extra_repr(self) -> str:
+        """The options, shown when the method is printed."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
     def _create(self, observations: Observations) -> None:
         """Create the method's own parameters, once the program knows its sites."""
 

@@ -91,15 +91,12 @@ class MAML(Method):
 
     # -- adapt --------------------------------------------------------------------------------------------------
 
-    def inner_objective(self, u: Tensor, support: Observations, theta: Tensor | None) -> Tensor:
-        """What a step climbs, per observation: ``[G, tasks]``."""
-        if self.objective == "joint":
-            value = self.program.log_joint(u, support, theta)
-        else:
-            value = self.program.log_likelihood(u, support, theta).sum(-1)
-        if support.mask is None:
-            return value / max(support.shots, 1)
-        return value / support.counts().clamp(min=1.0)
+    def inner_gradient(self, u: Tensor, support: Observations, theta: Tensor | None, create_graph: bool) -> Tensor:
+        """Gradient of what a step climbs, not yet divided by the number of observations, ``[G, tasks, D]``."""
+        if self.objective == "likelihood":
+            return self.program.log_likelihood_gradient(u, support, theta, create_graph=create_graph)
+        total = self.program.log_joint(u, support, theta).sum()
+        return torch.autograd.grad(total, u, create_graph=create_graph)[0]
 
     def _steps(self, support: Observations, theta: Tensor | None, create_graph: bool) -> Tensor:
         groups = 1 if theta is None else theta.shape[0]
@@ -111,16 +108,13 @@ class MAML(Method):
             u = u.detach().requires_grad_()
         if support.shots == 0:
             return u
-        # a task without support stays at the start, also when the joint would pull it to the prior's mode
-        has_data = None if support.mask is None else support.mask.any(-1)[:, None]
+        rate: float | Tensor = self.inner_lr / support.shots
+        if support.mask is not None:
+            # a task without support stays at the start, also when the joint would pull it to the prior's mode
+            rate = (self.inner_lr / support.counts())[:, None].masked_fill(~support.mask.any(-1)[:, None], 0.0)
         second_order = create_graph and not self.first_order
         for _ in range(self.inner_steps):
-            value = self.inner_objective(u, support, theta)
-            # tasks are independent: one backward of the sum gives every task's own gradient
-            (gradient,) = torch.autograd.grad(value.sum(), u, create_graph=second_order)
-            if has_data is not None:
-                gradient = torch.where(has_data, gradient, 0.0)
-            u = u + self.inner_lr * gradient
+            u = u + rate * self.inner_gradient(u, support, theta, second_order)
         return u
 
     def _adapt(

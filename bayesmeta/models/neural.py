@@ -18,6 +18,7 @@ from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.models.priors import Prior, as_prior
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.batched import BatchedMLP, BatchedModule, FlatParameters, is_plain_mlp, unsafe_modules
+from bayesmeta.ops.mlp_gradient import GaussianMLPGradient
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
 
 SITE = "phi"
@@ -75,6 +76,7 @@ class NeuralTaskModel(TaskProgram):
         self.prior.set_up(initial)
         self.uses_mlp_path = is_plain_mlp(network)
         self._head_is_task = head_is_task
+        self._fused = GaussianMLPGradient(network, flat) if GaussianMLPGradient.serves(network, flat) else None
         self._network_call = (BatchedMLP if self.uses_mlp_path else BatchedModule)(network, flat)
 
     # -- the Pyro program ---------------------------------------------------------------------------------------
@@ -206,6 +208,30 @@ class NeuralTaskModel(TaskProgram):
         if observations.mask is not None:
             value = torch.where(observations.mask, value, 0.0)
         return value
+
+    def log_likelihood_gradient(
+        self, u: Tensor, observations: Observations, theta: Tensor | None = None, *, create_graph: bool = False
+    ) -> Tensor:
+        """∇_u of each task's own log-likelihood, ``[…, tasks, D]``.
+
+        One autograd node where the model allows it (ReLU or tanh MLP, all weights task-specific, Gaussian noise of
+        fixed scale), else plain autograd. With ``create_graph`` the result can be differentiated once in θ and u.
+        """
+        likelihood, y = self.likelihood, observations.y
+        fixed = isinstance(likelihood, Gaussian) and not likelihood.learn_scale
+        if self._fused is None or not fixed or y is None or observations.x.requires_grad or y.requires_grad:
+            return super().log_likelihood_gradient(u, observations, theta, create_graph=create_graph)
+        weight = self.noise_scale**-2
+        y = y if y.dim() == 3 else y.unsqueeze(-1)
+        if observations.mask is not None:
+            weight = weight * observations.mask.unsqueeze(-1)
+        rows, x = u.reshape(-1, u.shape[-1]), observations.x
+        if rows.shape[0] != x.shape[0]:
+            copies = rows.shape[0] // x.shape[0]
+            x, y = x.repeat(copies, 1, 1), y.repeat(copies, 1, 1)
+            weight = weight if weight.dim() == 0 else weight.repeat(copies, 1, 1)
+        with torch.set_grad_enabled(create_graph):
+            return self._fused(rows, x, y, weight).reshape(u.shape)
 
     def log_prior(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
         """log p(φ | θ), ``[…, tasks]``."""

@@ -165,6 +165,18 @@ class TaskProgram(nn.Module):
         value = torch.as_tensor(self.evaluate(u, observations, theta).log_likelihood)
         return value.expand(*torch.broadcast_shapes(lead, value.shape[:-1]), observations.shots)
 
+    def log_likelihood_gradient(
+        self, u: Tensor, observations: Observations, theta: Tensor | None = None, *, create_graph: bool = False
+    ) -> Tensor:
+        """∇_u of each task's own log-likelihood, ``[…, tasks, D]``, differentiable once more if ``create_graph``.
+
+        ``u`` must require gradients.
+        """
+        # tasks are independent: one backward of the sum gives every task's own gradient
+        total = self.log_likelihood(u, observations, theta).sum()
+        (gradient,) = torch.autograd.grad(total, u, create_graph=create_graph)
+        return gradient
+
     def log_theta(self, theta: Tensor, observations: Observations, *, jacobian: bool) -> Tensor:
         """log p(θ) of the global sites, ``[…]``; with the Jacobian of the unconstraining map if asked."""
         u = theta.new_zeros(*theta.shape[:-1], observations.num_tasks, self.layout.dim)
