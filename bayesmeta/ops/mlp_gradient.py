@@ -2,8 +2,8 @@
 
 An inner step needs ∇_φ log p(y | x, φ); meta-training differentiates through it, which needs products of its Hessian
 with a vector. Both are written out here by hand (the product by the R-operator: B. A. Pearlmutter, "Fast Exact
-Multiplication by the Hessian", Neural Computation 6, 1994, https://doi.org/10.1162/neco.1994.6.1.147, section 3), so that a
-step is one node of the graph rather than about sixty. Tests hold it equal to plain autograd in float64.
+Multiplication by the Hessian", Neural Computation 6, 1994, https://doi.org/10.1162/neco.1994.6.1.147, section 3), so
+that a step is one node of the graph rather than about sixty. Tests hold it equal to plain autograd in float64.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class GaussianMLPGradient:
         flat: all of its parameters.
     """
 
-    def __init__(self, network: nn.Sequential, flat: FlatParameters) -> None:
-        modules = list(network)
+    def __init__(self, network: nn.Module, flat: FlatParameters) -> None:
+        modules = list(network.children())
         self.flat = flat
         self.names = [name for name, module in network.named_children() if isinstance(module, nn.Linear)]
         self.activations = [_ACTIVATIONS[type(m)] for m in modules[1::2]]
