@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import NoClosedFormError, ShapeError
+from bayesmeta.errors import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,12 @@ class Forecast:
     Attributes:
         mean: ``[tasks, query]``.
         scale: standard deviation of each observation (noise included), ``[tasks, query]``.
-        covariance: joint covariance, ``[tasks, query, query]``; None where only the margins are given.
+        covariance: joint covariance, ``[tasks, query, query]``.
     """
 
     mean: Tensor
     scale: Tensor
-    covariance: Tensor | None = None
+    covariance: Tensor
 
     is_point = False
 
@@ -46,13 +46,10 @@ class Forecast:
 
         Raises:
             ShapeError: for another number of points.
-            NoClosedFormError: for a joint that was not given.
         """
         shots = x.shots if isinstance(x, Observations) else x.shape[1]
         if shots != self.mean.shape[1]:
             raise ShapeError(f"The forecast is of {self.mean.shape[1]} points a task; {shots} were asked for.")
         if not joint:
             return Normal(self.mean, self.scale)
-        if self.covariance is None:
-            raise NoClosedFormError("This forecast has no joint covariance.")
         return MultivariateNormal(self.mean, self.covariance)
