@@ -18,8 +18,8 @@ def make_method(name):
     if name == "maml":  # a point: five steps from a learned start
         return bm.MAML(bm.NeuralTaskModel(network, noise, "point"), inner_steps=5, inner_lr=0.02)
     if name == "abml":  # a diagonal Gaussian over all weights: five steps on the ELBO from a learned prior
-        model = bm.NeuralTaskModel(network, noise, bm.priors.Normal(0.1))
-        return bm.ABML(model, inner_steps=5, inner_lr=0.1, num_particles=2)
+        model = bm.NeuralTaskModel(network, noise, bm.priors.Normal(0.05))
+        return bm.ABML(model, inner_steps=5, inner_lr=0.05, objective="predictive")
     model = bm.NeuralTaskModel(network, noise, bm.priors.Normal(1.0), task_modules="head")
     return bm.BayesianLastLayer(model)  # the exact posterior of the last layer on learned features
 
@@ -47,10 +47,10 @@ def main():
         seed=0,
     )
 
-    batch = tasks.sample(200, support=10, query=50, generator=2)
+    batch = tasks.sample(50, support=10, query=50, generator=2)
     posterior = method.adapt(batch.support)
     print(f"{options.method} on {batch.num_tasks} new tasks; the noise is put at {method.program.likelihood.scale:.2f}")
-    print(bm.scores(posterior, batch))
+    print(bm.scores(posterior, batch, num_samples=300))
     if options.out:
         bm.plot_forecast(posterior, batch, max_panels=8, path=options.out)
         print(f"written: {options.out}")

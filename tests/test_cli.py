@@ -33,7 +33,7 @@ def test_demo_leaves_what_it_says(folder):
     assert metrics["countries"] == {"train": 110, "test": 60}
     assert set(metrics["scores"]) >= {"demo", "last_value", "gp_per_country", "empirical_gaussian"}
     config = json.loads((out / "config.json").read_text())
-    assert config["config"]["standardizer"]["y_scale"] > 0
+    assert config["settings"]["standardizer"]["y_scale"] > 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 60
 

@@ -138,7 +138,9 @@ def fit(
         loop.restore(folder)
     log = Log(None if folder is None else folder / "log.jsonl", keep_until=loop.step if resume else None)
     if folder is not None and not resume:
-        write_config(folder, {"config": config or {}, "fit": loop.options(steps), **checkpoint.fingerprint(method)})
+        write_config(
+            folder, {"settings": config or {}, "fit": loop.options(steps), "method": checkpoint.fingerprint(method)}
+        )
     begin = time.perf_counter()
     bar = tqdm(total=steps, initial=loop.step, disable=None if progress else True, unit="step", desc="meta-training")
     try:
