@@ -35,7 +35,7 @@ lint: venv
 
 docs: venv
 	@$(PIP) install -c constraints.txt -e ".[docs]"
-	@$(BIN)/mkdocs build --strict -q && echo "docs: site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "docs: site/index.html"
 
 clean:
 	rm -rf $(VENV) runs site dist build

@@ -44,8 +44,10 @@ _NAMES = {
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
     "fit": "bayesmeta.train.fit",
+    "load_netcdf": "bayesmeta.diagnostics.datatree",
     "load_method": "bayesmeta.train.checkpoint",
     "load_posterior": "bayesmeta.posteriors.base",
+    "loo": "bayesmeta.diagnostics.datatree",
     "plot_forecast": "bayesmeta.diagnostics.plots",
     "save_netcdf": "bayesmeta.diagnostics.datatree",
     "scores": "bayesmeta.diagnostics.scores",
@@ -88,7 +90,7 @@ if TYPE_CHECKING:
         concatenate,
         union,
     )
-    from bayesmeta.diagnostics.datatree import save_netcdf, to_datatree
+    from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
     from bayesmeta.diagnostics.plots import plot_forecast
     from bayesmeta.diagnostics.scores import Scores, scores
     from bayesmeta.models import likelihoods, nets, priors

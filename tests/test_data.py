@@ -180,3 +180,28 @@ def test_adapt_refuses_bad_support_and_keeps_the_method():
     with pytest.raises(errors.ShapeError, match="3 tasks"):
         posterior.predict(torch.zeros(3, 2, 1))
     assert torch.equal(posterior.u, before)
+
+
+def test_slices_of_draws_change_nothing_but_memory(monkeypatch):
+    from bayesmeta.posteriors import base
+
+    torch.manual_seed(0)
+    method = bm.ABML(bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.5)))
+    observations = batch_of(3, 5)
+    posterior = method.adapt(observations)
+    draws = posterior.draws(50)
+    whole = (
+        posterior.log_likelihood(observations, draws=draws),
+        posterior.log_prior(draws),
+        posterior.log_joint(draws),
+    )
+    monkeypatch.setattr(base, "MAX_ELEMENTS", 7 * draws.u[0].numel())
+    assert [d.num_samples for d in draws.slices()] == [7] * 7 + [1]
+    sliced = (
+        posterior.log_likelihood(observations, draws=draws),
+        posterior.log_prior(draws),
+        posterior.log_joint(draws),
+    )
+    for a, b in zip(whole, sliced, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert posterior.predict(observations, draws=draws).shape == (50, 3, 5)

@@ -84,13 +84,11 @@ def test_several_outputs_are_independent_regressions():
         features = torch.cat([model.network[:-1](x), torch.ones(3, 5, 1, dtype=torch.float64)], -1)
         rows = slice(4 * output, 4 * output + 4)
         loc = torch.cat([model.prior.loc[:8][rows], model.prior.loc[8 + output, None]])
-        precision = torch.eye(5, dtype=torch.float64) / 0.1**2 + features.mT @ features / 0.3**2
-        right = loc / 0.1**2 + (features.mT @ y[..., output, None] / 0.3**2).squeeze(-1)
+        precision = torch.eye(5, dtype=torch.float64) / 1.0**2 + features.mT @ features / 0.3**2
+        right = loc / 1.0**2 + (features.mT @ y[..., output, None] / 0.3**2).squeeze(-1)
         weights = torch.linalg.solve(precision, right)
         expected = (features @ weights.unsqueeze(-1)).squeeze(-1)
-        torch.testing.assert_close(
-            mean[..., output], expected, rtol=1e-5, atol=1e-6
-        )  # 0.1 and 0.3 are float32 in the model
+        torch.testing.assert_close(mean[..., output], expected, rtol=1e-5, atol=1e-6)  # 0.3 is float32 in the model
     assert posterior.predict(x, 7).shape == (7, 3, 5, 2)
 
 

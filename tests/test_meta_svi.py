@@ -210,3 +210,31 @@ def test_jit_elbo_is_an_elbo_like_any_other():
             first = svi.step(observations.x, observations.y)
         losses = [svi.step(observations.x, observations.y) for _ in range(30)]
     assert sum(losses[-5:]) / 5 < first
+
+
+def test_an_autoguide_knows_only_its_own_tasks():
+    observations = data()
+    program = TwoSites()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        svi = bm.MetaSVI(program, AutoNormal(program), lambda p: torch.optim.Adam(p, 0.05), Trace_ELBO())
+        svi.step(observations)
+    assert svi.posterior(observations, 3).u.shape == (3, 6, 2)
+    with pytest.raises(errors.ShapeError, match="knows only the tasks"):
+        svi.posterior(observations.tasks(slice(0, 3)), 3)
+
+
+def test_an_attribute_named_like_a_site_is_told():
+    class Clash(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, y=None, mask=None):
+            centre = self.slope
+            with bm.task_plate(x):
+                pyro.sample("slope", dist.Normal(centre, 1.0))
+
+    svi = bm.MetaSVI(model, Clash(), lambda p: torch.optim.Adam(p, 0.05), Trace_ELBO())
+    with torch.random.fork_rng(), pytest.raises(errors.SiteError, match="used twice"):
+        svi.step(data())

@@ -62,9 +62,9 @@ def read_layout(run: Callable[[Observations], Any], probe: Observations) -> Layo
         raise ShapeError(
             f"The program failed on a batch of {PROBE_TASKS} tasks × {PROBE_SHOTS} shots with x of shape "
             f"{list(probe.x.shape)} and y of shape {list(probe.y.shape) if probe.y is not None else None}: "
-            f"{type(error).__name__}: {error} "
-            "Check the feature width, that it has the signature (x, y=None, mask=None), and the shapes: a task "
-            "parameter is [tasks, 1], x is [tasks, shots, features] (a single feature wants x.squeeze(-1))."
+            f"{type(error).__name__}: {str(error).rstrip('. ')}. "
+            "Most often it is a shape: a task parameter is [tasks, 1], x is [tasks, shots, features] and a single "
+            "feature wants x.squeeze(-1). Else check the feature width, and the signature (x, y=None, mask=None)."
         ) from error
     local: list[Any] = []
     theta: list[Any] = []

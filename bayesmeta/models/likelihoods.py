@@ -49,6 +49,10 @@ class Gaussian(Likelihood):
         else:
             self.register_buffer("log_scale", log_scale)
 
+    def extra_repr(self) -> str:
+        """The scale, shown when the likelihood is printed."""
+        return f"scale={self.scale.item():.4g}, learn_scale={self.learn_scale}"
+
     @property
     def scale(self) -> Tensor:
         """Standard deviation of the noise, a scalar tensor."""

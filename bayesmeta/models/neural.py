@@ -15,7 +15,7 @@ from bayesmeta.errors import DataError, ModelError, OptionError, ShapeError, Uns
 from bayesmeta.models.handlers import Pass
 from bayesmeta.models.likelihoods import Gaussian, Likelihood
 from bayesmeta.models.plates import shot_plate, task_plate
-from bayesmeta.models.priors import Prior, as_prior
+from bayesmeta.models.priors import Normal, Prior, as_prior
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.batched import BatchedMLP, BatchedModule, FlatParameters, is_plain_mlp, unsafe_modules
 from bayesmeta.ops.mlp_gradient import GaussianMLPGradient
@@ -35,7 +35,8 @@ class NeuralTaskModel(TaskProgram):
         network: maps ``[shots, features]`` to ``[shots, outputs]``. Its weights are copied: they become the centre
             of the prior (those that are task-specific) or shared meta-parameters (the rest).
         likelihood: a :class:`~bayesmeta.likelihoods.Likelihood`.
-        prior: a :class:`~bayesmeta.priors.Prior`, or ``"point"`` or ``"normal"``.
+        prior: a :class:`~bayesmeta.priors.Prior`, or ``"point"`` or ``"normal"``: standard deviation 1 for the head
+            alone, else 0.1, to begin with.
         task_modules: which modules hold task parameters: ``"all"``, ``"head"`` (the last Linear), or names as in
             ``network.named_modules()``.
 
@@ -72,6 +73,8 @@ class NeuralTaskModel(TaskProgram):
         for name in names:  # they live in the prior now; the network keeps no second copy that no optimizer moves
             _to_buffer(network, name)
         self.likelihood = likelihood
+        if prior == "normal" and head_is_task:
+            prior = Normal(1.0)  # a head on learned features; 0.1 is for weights that move a little from their start
         self.prior = as_prior(prior)
         self.prior.set_up(initial)
         self.uses_mlp_path = is_plain_mlp(network)

@@ -20,6 +20,8 @@ from bayesmeta.ops.files import read_tensors, write_tensors
 from bayesmeta.ops.random import Seed, as_generator
 
 _AUXILIARY = "_u"
+#: Draws are taken through the program in slices of at most this many numbers of u, so that memory stays bounded.
+MAX_ELEMENTS = 20_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,15 @@ class Draws:
     def num_samples(self) -> int:
         """Number of draws n."""
         return self.u.shape[0]
+
+    def slices(self) -> list[Draws]:
+        """The draws in slices of at most :data:`MAX_ELEMENTS` numbers."""
+        size = max(MAX_ELEMENTS // max(self.u[0].numel(), 1), 1)
+        if size >= self.num_samples:
+            return [self]
+        starts = range(0, self.num_samples, size)
+        theta = self.theta
+        return [Draws(self.u[i : i + size], None if theta is None else theta[i : i + size]) for i in starts]
 
 
 class TaskPosterior:
@@ -128,8 +139,8 @@ class TaskPosterior:
     def log_prior(self, draws: Draws) -> Tensor:
         """log p(φ | θ) with Jacobian, ``[n, tasks]``."""
         with torch.no_grad():
-            value = self.program.log_prior(draws.u, self.support, draws.theta)
-        return value.expand(draws.u.shape[:-1])
+            values = [self.program.log_prior(d.u, self.support, d.theta).expand(d.u.shape[:-1]) for d in draws.slices()]
+        return torch.cat(values)
 
     def log_likelihood(
         self,
@@ -143,12 +154,12 @@ class TaskPosterior:
         self._same_tasks(observations)
         draws = self.draws(num_samples, generator) if draws is None else draws
         with torch.no_grad():
-            return self.program.log_likelihood(draws.u, observations, draws.theta)
+            return torch.cat([self.program.log_likelihood(d.u, observations, d.theta) for d in draws.slices()])
 
     def log_joint(self, draws: Draws) -> Tensor:
         """log p(support, φ | θ) in unconstrained space, ``[n, tasks]``."""
         with torch.no_grad():
-            return self.program.log_joint(draws.u, self.support, draws.theta)
+            return torch.cat([self.program.log_joint(d.u, self.support, d.theta) for d in draws.slices()])
 
     def predict(
         self,
@@ -172,9 +183,11 @@ class TaskPosterior:
         observations = self._as_observations(x)
         generator = as_generator(generator, observations.device)
         draws = self.draws(num_samples, generator) if draws is None else draws
-        y = self.program.predict(draws.u, observations, generator, draws.theta)
-        lead = (draws.num_samples, observations.num_tasks)
-        return y.expand(*lead, *y.shape[2:])
+        parts = []
+        for part in draws.slices():
+            y = self.program.predict(part.u, observations, generator, part.theta)
+            parts.append(y.expand(part.num_samples, observations.num_tasks, *y.shape[2:]))
+        return torch.cat(parts)
 
     def _as_observations(self, x: Tensor | Observations) -> Observations:
         observations = x.with_y(None) if isinstance(x, Observations) else Observations(x, w=self.support.w)

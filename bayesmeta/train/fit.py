@@ -248,7 +248,8 @@ class _Loop:
             return
         raise NonFiniteLossError(
             f"The {what} is {float(value)} at step {self.step}. The last good checkpoint, if there is a folder, is "
-            "kept. Try a lower learning rate or inner rate, or clip=; and look at the scale of the data.",
+            "kept. Try a lower learning rate, or clip=. For a method with inner steps, lower inner_lr: its objective "
+            "is in nats, and grows as 1/scale² of a Gaussian likelihood. And look at the scale of the data.",
             self.step,
         )
 

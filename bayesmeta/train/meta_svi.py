@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -11,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import NonFiniteLossError, OptionError, SiteError
+from bayesmeta.errors import NonFiniteLossError, OptionError, ShapeError, SiteError
 from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
@@ -66,7 +67,7 @@ class MetaSVI:
             NonFiniteLossError: before any parameter is changed.
         """
         args, kwargs = self._arguments(args, kwargs)
-        with pyro.get_param_store().scope(self._store), poutine.trace(param_only=True) as capture:
+        with pyro.get_param_store().scope(self._store), poutine.trace(param_only=True) as capture, _named_sites():
             loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
         parameters = self._parameters(capture.trace)
         self.steps += 1
@@ -184,12 +185,24 @@ class MetaSVI:
         u, theta = [], []
         with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store):
             for _ in range(num_samples):
-                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
+                guide_trace, trace = self._traces(args, kwargs)
                 u.append(self._flat(program, guide_trace, trace, program.layout.local, observations.num_tasks))
                 if program.has_theta_sites:
                     theta.append(self._flat(program, guide_trace, trace, program.layout.theta, None))
         return SamplesPosterior(program, observations, torch.stack(u), torch.stack(theta) if theta else None)
+
+    def _traces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        try:
+            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            replayed = poutine.replay(self.model, trace=guide_trace)
+            return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or ["no detail"])[0].rstrip(". ")
+            raise ShapeError(
+                f"Guide and model failed on these observations: {type(error).__name__}: {reason}. A guide that keeps "
+                "parameters for each task (an AutoGuide does, for sites inside the task plate) knows only the tasks "
+                "that it was trained on; write an amortised guide, or use a method such as ABML, for new tasks."
+            ) from error
 
     def _program(self) -> TaskProgram:
         owner = getattr(self.model, "__self__", None)
@@ -207,6 +220,20 @@ class MetaSVI:
             raw = bijection(site.name, node["fn"]).inv(node["value"])
             parts.append(raw.reshape(-1) if tasks is None else raw.reshape(tasks, -1))
         return torch.cat(parts, -1)
+
+
+@contextmanager
+def _named_sites() -> Iterator[None]:
+    """Turn Pyro's complaint about a parameter that is named like a site into a typed error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "already in the trace" not in str(error):
+            raise
+        raise SiteError(
+            f"A name is used twice: {error} Give every site, parameter and attribute of a PyroModule a name of its own "
+            "(an attribute may not bear a site's name)."
+        ) from error
 
 
 def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
