@@ -309,6 +309,13 @@ class TaskBatch:
             return per_task.mean(-1)
         return torch.where(real, per_task, 0.0).sum(-1) / real.sum()
 
+    def without_padding(self) -> TaskBatch:
+        """The batch without its padding tasks."""
+        real = self.real_tasks()
+        if real is None or bool(real.all()):
+            return self
+        return self.tasks(real.nonzero().flatten())
+
     def union(self) -> Observations:
         """Support and query as one set of observations, ``[tasks, support + query, …]``."""
         return union(self.support, self.query)
@@ -327,7 +334,8 @@ class TaskBatch:
         """The tasks named by an index."""
         names = self.names
         if names is not None:
-            names = tuple(names[i] for i in torch.arange(self.num_tasks)[index].tolist())
+            rows = index.cpu() if isinstance(index, Tensor) else index
+            names = tuple(names[i] for i in torch.arange(self.num_tasks)[rows].tolist())
         return replace(
             self,
             support=self.support.tasks(index),
@@ -352,10 +360,15 @@ class TaskBatch:
         """
         self.support.check()
         self.query.check()
+        ours, theirs = self.support.w, self.query.w
+        if (ours is None) != (theirs is None) or (ours is not None and theirs is not None and not ours.equal(theirs)):
+            raise DataError("Support and query have different task-level covariates w; they belong to the same tasks.")
         empty = (self.support.counts() + self.query.counts()) == 0
         real = self.real_tasks()
         if real is not None:
             empty = empty & real
+            if not bool(real.any()):
+                raise EmptyTaskError("All tasks of the batch are padding (task_id -1); at least one must be real.")
         if bool(empty.any()):
             index = empty.nonzero().flatten().tolist()
             names = [self.names[i] if self.names else str(i) for i in index]

@@ -9,7 +9,7 @@ from statsmodels.regression.linear_model import OLS
 
 from bayesmeta.data import Observations
 from bayesmeta.demo import baselines
-from bayesmeta.demo.baselines import BASELINES
+from bayesmeta.demo.baselines import BASELINES, ROUNDING
 from bayesmeta.demo.forecast import Forecast
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import DataError, EmptyTaskError, ShapeError, UnsupportedError
@@ -115,7 +115,7 @@ def test_line_against_statsmodels(train, batch):
         )
         np.testing.assert_allclose(forecast.mean[i].numpy(), prediction.predicted, rtol=1e-8)
         student = prediction.se_obs * math.sqrt(5 / 3)
-        np.testing.assert_allclose(forecast.scale[i].numpy(), student, rtol=1e-8)
+        np.testing.assert_allclose(forecast.scale[i].numpy(), np.hypot(student, ROUNDING), rtol=1e-8)
 
 
 def gp_draws(tasks, seed, length=4.0, noise=0.1):
@@ -149,7 +149,8 @@ def test_gp_is_the_dense_formula_at_its_optimum(train):
     mean = level[0].item() + unit[0].item() * gain @ target[0].numpy()
     variance = np.diag(kernel(s, s) - gain @ kernel(t, s)) + noise**2
     np.testing.assert_allclose(forecast.mean[0].numpy(), mean, rtol=1e-6)
-    np.testing.assert_allclose(forecast.scale[0].numpy(), unit[0].item() * np.sqrt(variance), rtol=1e-6)
+    expected = np.hypot(unit[0].item() * np.sqrt(variance), ROUNDING)
+    np.testing.assert_allclose(forecast.scale[0].numpy(), expected, rtol=1e-6)
 
 
 def _raw(value, bounds):
@@ -177,7 +178,7 @@ def test_empirical_gaussian_is_the_dense_formula(train, batch):
     gain = covariance[7:, :7] @ np.linalg.inv(covariance[:7, :7])
     mean = paths.mean(0)
     expected = mean[7:] + (batch.support.y.numpy() - mean[:7]) @ gain.T
-    joint = covariance[7:, 7:] - gain @ covariance[:7, 7:]
+    joint = covariance[7:, 7:] - gain @ covariance[:7, 7:] + ROUNDING**2 * np.eye(YEARS - 7)
     np.testing.assert_allclose(forecast.mean.numpy(), expected, rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(forecast.covariance[3].numpy(), joint, rtol=1e-9, atol=1e-10)
 
@@ -231,3 +232,12 @@ def test_fertility_baselines_come_out_in_the_known_order():
     assert 0.8 < results["empirical_gaussian"]["coverage_90"] < 0.97
     assert results["line_per_country"]["coverage_90"] < 0.3
     assert results["gp_per_country"]["coverage_90"] < 0.35
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_ragged_and_repeated_queries_have_a_finite_joint_score(name, train, batch):
+    mask = torch.arange(13) < torch.tensor([13, 8, 5, 13, 13, 1, 13, 13])[:, None]
+    ragged = dataclasses.replace(batch, query=dataclasses.replace(batch.query, mask=mask))
+    assert math.isfinite(scores(BASELINES[name](train, ragged), ragged)["nll_joint"])
+    twice = dataclasses.replace(batch, query=batch.query._map(lambda t: torch.cat([t, t[:, -1:]], 1)))
+    assert scores(BASELINES[name](train, twice), twice)["nll_joint"] < 1e6

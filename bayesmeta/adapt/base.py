@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import DeviceMismatchError, OptionError
+from bayesmeta.errors import DataError, DeviceMismatchError, OptionError
 from bayesmeta.models.program import as_program
 from bayesmeta.models.theta import GlobalGuide, GlobalKind
 from bayesmeta.ops.random import Seed, as_generator
@@ -71,6 +72,8 @@ class Method(nn.Module):
         self.program.prepare(observations)
         if self.program.has_theta_sites:
             self.theta_guide = GlobalGuide(self.program, self.global_kind, observations)
+        theta = None if self.theta_guide is None else self.theta_guide.loc
+        self.program.check_targets(observations, theta)
         self._create(observations)
         self._created = True
 
@@ -106,11 +109,13 @@ class Method(nn.Module):
         """
         if isinstance(support, TaskBatch):
             raise OptionError("adapt sees the support alone; give batch.support, not the batch.")
+        if support.y is None:
+            raise DataError("adapt needs the targets of the support; these observations have y=None.")
         support.check()
         self.prepare(support)
         self._check_device(support)
         self.program.check(support)
-        generator = as_generator(generator, support.device)
+        generator = as_generator(generator, support.device, "adapt")
         with torch.enable_grad():
             theta = None
             if self.theta_guide is not None:
@@ -127,7 +132,7 @@ class Method(nn.Module):
         known N there is none.
         """
         self.prepare(batch)
-        generator = as_generator(generator, batch.support.device)
+        generator = as_generator(generator, batch.support.device, "loss")
         wants_graph = torch.is_grad_enabled()
         with torch.enable_grad():  # inner steps need gradients, also where the caller wants none
             theta = None if self.theta_guide is None else self.theta_guide.draw(1, generator)
@@ -151,7 +156,8 @@ class Method(nn.Module):
 
         Differentiable in θ, with fresh noise from torch's global generator, as Pyro's own guides.
         """
-        support = args[0].support if args and isinstance(args[0], TaskBatch) else _everything(args, kwargs)
+        batch = args and isinstance(args[0], TaskBatch)
+        support = args[0].without_padding().support if batch else _everything(args, kwargs)
         self.prepare(support)
         generator = torch.Generator(device=support.device)
         generator.manual_seed(int(torch.randint(2**62, ()).item()))
@@ -176,19 +182,26 @@ class Method(nn.Module):
         handed = (u, theta) if vectorised else (u[0], theta[0])
         result = program.evaluate(handed[0], observations.with_y(None), handed[1])
         for site in program.layout.theta:
-            value, event_dim = result.values[site.name], len(site.shape)
-            log_density = torch.zeros_like(result.log_dets[site.name])
-            if guide.kind == "normal":
-                log_density = -result.log_dets[site.name]
-            log_density = log_density.reshape(value.shape[: value.dim() - event_dim])
-            pyro.sample(site.name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
+            value, log_det = result.values[site.name], result.log_dets[site.name]
+            event_dim = len(site.shape) - site.batch_dims
+            batch = value.shape[: value.dim() - event_dim]
+            log_density = -log_det if guide.kind == "normal" else torch.zeros_like(log_det)
+            # the site's whole density, shared out over the plates that it has of its own
+            share = site.shape[: site.batch_dims].numel()
+            log_density = (
+                (log_density / share).reshape(log_det.shape + (1,) * (len(batch) - log_det.dim())).expand(batch)
+            )
+            with ExitStack() as plates:
+                for name, size, dim in site.plates:
+                    plates.enter_context(pyro.plate(name, size, dim=dim))
+                pyro.sample(site.name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
         return theta
 
 
 def _everything(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observations:
     """Support ∪ query of a batch, or the observations given in one of the other forms."""
     if args and isinstance(args[0], TaskBatch):
-        return args[0].union()
+        return args[0].without_padding().union()
     if args and isinstance(args[0], Observations):
         return args[0]
     return Observations(*args, **kwargs)

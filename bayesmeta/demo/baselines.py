@@ -98,7 +98,7 @@ def line_per_country(train: TableTasks, batch_raw: TaskBatch) -> Forecast:
     ahead = a.query_x - centre
     shared = 1 / count.unsqueeze(-1) + ahead.unsqueeze(-1) * ahead.unsqueeze(-2) / spread.unsqueeze(-1)
     covariance = variance.unsqueeze(-1) * (shared + torch.eye(ahead.shape[-1], dtype=ahead.dtype))
-    return _joint(level + slope * ahead, covariance)
+    return _joint(level + slope * ahead, covariance, a.query_mask)
 
 
 def gp_per_country(train: TableTasks, batch_raw: TaskBatch) -> Forecast:
@@ -130,7 +130,7 @@ def gp_per_country(train: TableTasks, batch_raw: TaskBatch) -> Forecast:
     shots = time.shape[-1]
     eye = torch.eye(ahead.shape[-1], dtype=times.dtype)
     covariance = covariance[:, shots:, shots:] + variance.unsqueeze(-1) * eye
-    return _joint(level + unit * mean[:, shots:], unit.unsqueeze(-1).square() * covariance)
+    return _joint(level + unit * mean[:, shots:], unit.unsqueeze(-1).square() * covariance, a.query_mask)
 
 
 def empirical_gaussian(train: TableTasks, batch_raw: TaskBatch) -> Forecast:
@@ -162,7 +162,7 @@ def empirical_gaussian(train: TableTasks, batch_raw: TaskBatch) -> Forecast:
     mean, covariance = condition(mean, covariance, observed, values)
     tasks = torch.arange(len(at))[:, None]
     joint = covariance[tasks.unsqueeze(-1), query_at.unsqueeze(-1), query_at.unsqueeze(-2)]
-    return _joint(mean[tasks, query_at], joint)
+    return _joint(mean[tasks, query_at], joint, a.query_mask)
 
 
 #: All baselines by name, cheapest first.
@@ -199,9 +199,12 @@ def _training_rows(train: TableTasks) -> tuple[Tensor, Tensor, Tensor]:
     return time.gather(1, order), data.y.double().gather(1, order), real.gather(1, order)
 
 
-def _joint(mean: Tensor, covariance: Tensor) -> Forecast:
-    variance = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(ROUNDING**2)
-    return Forecast(mean, variance.sqrt(), covariance)
+def _joint(mean: Tensor, covariance: Tensor, real: Tensor) -> Forecast:
+    """The data's rounding is added as noise; rows of padding, which repeat real ones, become independent."""
+    both = real.unsqueeze(-1) & real.unsqueeze(-2)
+    eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    covariance = torch.where(both, covariance, eye) + ROUNDING**2 * eye
+    return Forecast(mean, covariance.diagonal(dim1=-2, dim2=-1).sqrt(), covariance)
 
 
 def _random_walk(train: TableTasks, batch: TaskBatch, *, drift: bool) -> Forecast:
@@ -212,7 +215,8 @@ def _random_walk(train: TableTasks, batch: TaskBatch, *, drift: bool) -> Forecas
     slope, variance = _walk_moments(train, longest, drift)
     same_side = ahead.sign().unsqueeze(-1) * ahead.sign().unsqueeze(-2) > 0
     shared = torch.minimum(ahead.abs().unsqueeze(-1), ahead.abs().unsqueeze(-2))
-    return _joint(a.y.gather(1, last) + slope * ahead, variance * torch.where(same_side, shared, 0.0))
+    covariance = variance * torch.where(same_side, shared, 0.0)
+    return _joint(a.y.gather(1, last) + slope * ahead, covariance, a.query_mask)
 
 
 def _walk_moments(train: TableTasks, longest: float, drift: bool) -> tuple[float, float]:

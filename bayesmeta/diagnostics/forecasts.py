@@ -133,7 +133,7 @@ class Predictor:
             raise OptionError(f"num_samples={num_samples}; expected at least 2 draws.")
         self.posterior = posterior
         self.num_samples = num_samples
-        self.generator = as_generator(generator, posterior.support.device)
+        self.generator = as_generator(generator, posterior.support.device, "predictions")
         self.used_draws = False
         self.prior = prior
 

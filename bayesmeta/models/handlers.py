@@ -58,6 +58,8 @@ class Site:
         start, stop: its slice of the flat unconstrained vector.
         shape: its constrained shape without the task plate (event shape; for a global site its full shape).
         unconstrained_shape: likewise, of its unconstrained value.
+        batch_dims: of a global site, how many of its dimensions are plates of its own.
+        plates: name, size and dim of these.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Site:
     stop: int
     shape: torch.Size
     unconstrained_shape: torch.Size
+    batch_dims: int = 0
+    plates: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,8 @@ class Substitute(Messenger):
         fn, out = msg["fn"], self.result
         value, log_det = self.local_value(fn, site)
         msg["value"], msg["done"] = value, True
-        log_prob = scale_and_mask(fn.log_prob(value) + log_det, msg["scale"], msg["mask"])
+        # the Jacobian belongs to the change of variables: a scale of the density does not touch it
+        log_prob = scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"]) + log_det
         out.values[site.name], out.log_dets[site.name] = value, log_det
         out.log_prior = out.log_prior + log_prob.squeeze(-1)
 
@@ -258,8 +263,9 @@ class DrawPrior(Substitute):
 class PriorMoments(Substitute):
     """Mean and standard deviation of each local site in unconstrained space, along the path of the means.
 
-    Exact for Normal, LogNormal and MultivariateNormal sites; else from 256 draws under a fixed seed (common random
-    numbers, so that the result is a smooth function of θ where the distribution is reparameterised).
+    Exact for Normal, LogNormal and MultivariateNormal sites; else the median and the scaled median absolute deviation
+    of 256 draws under a fixed seed (common random numbers, so that the result is smooth in θ where the distribution is
+    reparameterised).
     """
 
     DRAWS = 256
@@ -283,7 +289,15 @@ class PriorMoments(Substitute):
             with forked_rng(as_generator(0, self.device)):
                 draws = fn.rsample((self.DRAWS,)) if fn.has_rsample else fn.sample((self.DRAWS,))
             raw = transform.inv(draws)
-            loc, scale = raw.mean(0), raw.std(0)
+            # median and its normal-consistent deviation: heavy-tailed priors have no mean
+            loc = raw.median(0).values
+            scale = 1.4826 * (raw - loc).abs().median(0).values
+            if not bool(torch.isfinite(loc).all() and torch.isfinite(scale).all() and (scale > 0).all()):
+                raise SiteError(
+                    f"The prior of the site {site.name!r} ({type(fn).__name__}) has draws at the edge of its support, "
+                    "so that it has no finite spread in unconstrained space, from which adaptation starts. Use a prior "
+                    "that keeps away from the edge, or rescale the site."
+                )
         lead = fn.batch_shape
         shape = (*lead, *site.unconstrained_shape)
         loc, scale = loc.expand(shape), scale.expand(shape)

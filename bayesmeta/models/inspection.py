@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import BayesMetaError, DataError, LikelihoodError, ModelError, PlateError, ShapeError
+from bayesmeta.errors import (
+    BayesMetaError,
+    DataError,
+    EmptyTaskError,
+    LikelihoodError,
+    ModelError,
+    PlateError,
+    ShapeError,
+)
 from bayesmeta.models.handlers import Layout, Record, Site, Substitute, bijection, is_deterministic
 from bayesmeta.models.plates import SHOTS, TASKS
 
@@ -28,6 +36,10 @@ def probe_batch(observations: Observations) -> Observations:
     """
     if observations.y is None:
         raise DataError("The first observations that a program sees must have targets y; these have none.")
+    if not observations.x.is_floating_point():
+        raise DataError(f"x has dtype {observations.x.dtype}; give floating-point inputs (x.float()).")
+    if observations.num_tasks == 0:
+        raise EmptyTaskError("The first observations that a program sees must have at least one task; these have none.")
     mask = observations.full_mask()
     real = mask.nonzero()
     device = observations.device
@@ -90,13 +102,16 @@ def read_layout(run: Callable[[Observations], Any], probe: Observations) -> Layo
 def _sites(messages: list[Any], local: bool) -> tuple[Site, ...]:
     sites, start = [], 0
     for msg in messages:
-        fn = msg["fn"]
-        transform = bijection(msg["name"], fn)
-        shape = fn.event_shape if local else msg["value"].shape
-        batch = torch.Size() if local else fn.batch_shape
-        raw = torch.Size(transform.inverse_shape(batch + fn.event_shape))
-        sites.append(Site(msg["name"], start, start + raw.numel(), torch.Size(shape), raw))
-        start += raw.numel()
+        fn, value = msg["fn"], msg["value"]
+        # through a value, since the shape of an interval's map is that of its bounds, which may depend on other sites
+        raw = bijection(msg["name"], fn).inv(value).shape
+        frames = tuple((f.name, f.size, f.dim) for f in msg["cond_indep_stack"] if f.vectorized)
+        if local:
+            site = Site(msg["name"], start, start + raw[2:].numel(), torch.Size(fn.event_shape), torch.Size(raw[2:]))
+        else:
+            site = Site(msg["name"], start, start + raw.numel(), value.shape, raw, len(fn.batch_shape), frames)
+        sites.append(site)
+        start = site.stop
     return tuple(sites)
 
 

@@ -60,6 +60,11 @@ class NeuralTaskModel(TaskProgram):
                 f"The network has modules that mix tasks or draw hidden noise: {', '.join(bad)}. Use LayerNorm or "
                 "GroupNorm, InstanceNorm without running statistics, and dropout 0."
             )
+        if len(list(network.parameters())) != len(list(network.named_parameters(remove_duplicate=False))):
+            raise ModelError(
+                "The network uses one parameter in two places (tied weights, or a module that appears twice). Task "
+                "parameters would untie them; give each layer parameters of its own."
+            )
         network = copy.deepcopy(network)
         names = _task_parameters(network, task_modules)
         weights = dict(network.named_parameters())
@@ -121,7 +126,7 @@ class NeuralTaskModel(TaskProgram):
         Raises:
             UnsupportedError: for another likelihood.
         """
-        if not isinstance(self.likelihood, Gaussian):
+        if type(self.likelihood) is not Gaussian:  # a subclass may be another distribution
             raise UnsupportedError(
                 f"A closed form needs a Gaussian likelihood; this model has {type(self.likelihood).__name__}."
             )
@@ -221,7 +226,7 @@ class NeuralTaskModel(TaskProgram):
         fixed scale), else plain autograd. With ``create_graph`` the result can be differentiated once in θ and u.
         """
         likelihood, y = self.likelihood, observations.y
-        fixed = isinstance(likelihood, Gaussian) and not likelihood.learn_scale
+        fixed = type(likelihood) is Gaussian and not likelihood.learn_scale
         if self._fused is None or not fixed or y is None or observations.x.requires_grad or y.requires_grad:
             return super().log_likelihood_gradient(u, observations, theta, create_graph=create_graph)
         weight = self.noise_scale**-2
@@ -256,7 +261,7 @@ class NeuralTaskModel(TaskProgram):
         self, num_samples: int, observations: Observations, generator: Seed = None, theta: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Draw φ from p(φ | θ): u ``[n, tasks, D]``, and None."""
-        with torch.no_grad(), forked_rng(as_generator(generator, observations.device)):
+        with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
             return self.prior.distribution().sample((num_samples, observations.num_tasks)), None
 
     def prior_moments(self, observations: Observations, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -284,7 +289,7 @@ class NeuralTaskModel(TaskProgram):
         self, u: Tensor, observations: Observations, generator: Seed = None, theta: Tensor | None = None
     ) -> Tensor:
         """Draw y given φ, ``[…, tasks, shots]`` or ``[…, tasks, shots, outputs]``."""
-        with torch.no_grad(), forked_rng(as_generator(generator, observations.device)):
+        with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
             return self.predictive(u, observations).sample()
 
     def predictive(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Any:
@@ -320,7 +325,7 @@ def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> l
 
 def _is_last_linear(network: nn.Module, names: Sequence[str]) -> bool:
     """Whether the named parameters are those of the last layer of a Sequential, a Linear, and no others."""
-    last, module = list(network.named_children())[-1]
+    last, module = list(network._modules.items())[-1]
     return isinstance(module, nn.Linear) and set(names) == {f"{last}.{n}" for n, _ in module.named_parameters()}
 
 

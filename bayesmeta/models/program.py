@@ -47,6 +47,7 @@ class TaskProgram(nn.Module):
             object.__setattr__(self, "program", program)
         function = program.forward if isinstance(program, nn.Module) else program
         self._takes_w = "w" in inspect.signature(function).parameters
+        self._needs_w = False
         self.scope = ParamScope(program)
         self._layout: Layout | None = None
 
@@ -84,6 +85,7 @@ class TaskProgram(nn.Module):
                 with self.scope.open():
                     check_particles(self._run, layout, probe)
             self._layout = layout
+            self._needs_w = self._takes_w and observations.w is not None
         self.check(observations)
         return self
 
@@ -105,6 +107,8 @@ class TaskProgram(nn.Module):
             return self._run(Observations(x, y, mask, w))
 
     def _run(self, observations: Observations) -> Any:
+        if self._needs_w and observations.w is None:
+            raise DataError("This program uses task-level covariates; the observations have w=None. Give w to both.")
         extra = {"w": observations.w} if self._takes_w else {}
         return self.program(observations.x, observations.y, observations.mask, **extra)
 
@@ -116,7 +120,7 @@ class TaskProgram(nn.Module):
         return handler.result
 
     def check_targets(self, observations: Observations, theta: Tensor | None = None) -> None:
-        """Check that the likelihood admits the targets.
+        """Check that the likelihood admits the targets. A support whose bounds are tensors may depend on φ: no check.
 
         Raises:
             DataError: naming the first task and shot whose target is outside the support.
@@ -127,6 +131,8 @@ class TaskProgram(nn.Module):
         with torch.no_grad():
             observed = self._pass(handler, observations).observed
         for fn, value in observed.values():
+            if _bounds_depend_on_sites(fn.support):
+                continue
             inside = fn.support.check(value)
             bad = (~inside & observations.full_mask()).nonzero()
             if len(bad):
@@ -212,7 +218,7 @@ class TaskProgram(nn.Module):
             theta = theta.expand(num_samples, -1)
         handler = DrawPrior(self.layout, theta, num_samples)
         observations = _one_masked_shot(observations) if observations.shots == 0 else observations.with_y(None)
-        with torch.no_grad(), forked_rng(as_generator(generator, observations.device)):
+        with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
             result = self._pass(handler, observations)
         u = torch.cat([p.expand(num_samples, observations.num_tasks, -1) for p in result.parts], -1)
         if handler.theta_parts:
@@ -253,11 +259,12 @@ class TaskProgram(nn.Module):
         """
         self._need_theta(theta)
         name = self._single_observed()
-        if observations.shots == 0:  # a Pyro plate cannot be empty
-            return self.predict(u, _one_masked_shot(observations), generator, theta)[..., :0]
         handler = Substitute(self.layout, u, theta, sample_observed=True)
-        with torch.no_grad(), forked_rng(as_generator(generator, observations.device)):
-            return self._pass(handler, observations.with_y(None)).observed[name][1]
+        empty = observations.shots == 0  # a Pyro plate cannot be empty: one masked shot, dropped again
+        observations = _one_masked_shot(observations) if empty else observations.with_y(None)
+        with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
+            fn, y = self._pass(handler, observations).observed[name]
+        return y.narrow(y.dim() - 1 - len(fn.event_shape), 0, 0) if empty else y
 
     def predictive(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Any:
         """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
@@ -276,6 +283,12 @@ class TaskProgram(nn.Module):
         if self.has_theta_sites and theta is None:
             names = ", ".join(s.name for s in self.layout.theta)
             raise ModelError(f"The program has global sites ({names}); give their values as theta.")
+
+
+def _bounds_depend_on_sites(support: Any) -> bool:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return any(isinstance(v, Tensor) for v in vars(support).values())
 
 
 def _one_masked_shot(observations: Observations) -> Observations:

@@ -47,7 +47,7 @@ class GlobalGuide(nn.Module):
         """Reparameterised draws ``[n, E]``; a point gives copies."""
         if self.kind == "point":
             return self.loc.expand(num_samples, -1)
-        generator = as_generator(generator, self.loc.device)
+        generator = as_generator(generator, self.loc.device, "theta")
         noise = torch.randn(
             num_samples, self.loc.numel(), generator=generator, dtype=self.loc.dtype, device=self.loc.device
         )

@@ -73,8 +73,10 @@ class BatchedMLP(BatchedModule):
         """Outputs of every row."""
         views = self.flat.views(phi)
         h = x
-        for name, module in self.network.named_children():
+        # not named_children(), which leaves out a module that appears a second time
+        for name, module in self.network._modules.items():
             weight, bias = views.get(f"{name}.weight"), views.get(f"{name}.bias")
+            assert module is not None
             if weight is None and bias is None:  # elementwise, or shared by all tasks
                 h = module(h)
                 continue

@@ -52,10 +52,10 @@ class GaussianMLPGradient:
     """
 
     def __init__(self, network: nn.Module, flat: FlatParameters) -> None:
-        modules = list(network.children())
+        modules = list(network._modules.values())  # not children(), which drops repetitions
         self.flat = flat
-        self.names = [name for name, module in network.named_children() if isinstance(module, nn.Linear)]
-        self.activations = [_ACTIVATIONS[type(m)] for m in modules[1::2]]
+        self.names = [name for name, module in network._modules.items() if isinstance(module, nn.Linear)]
+        self.activations = [_ACTIVATIONS[type(m)] for m in modules[1::2] if m is not None]
 
     @staticmethod
     def serves(network: nn.Module, flat: FlatParameters) -> bool:

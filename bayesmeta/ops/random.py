@@ -1,5 +1,6 @@
 """Explicit randomness: generators in, global state untouched."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,17 +10,21 @@ import torch
 Seed = torch.Generator | int | None
 
 
-def as_generator(generator: Seed, device: torch.device | str = "cpu") -> torch.Generator:
+def as_generator(generator: Seed, device: torch.device | str = "cpu", stream: str = "") -> torch.Generator:
     """Turn a generator, a seed or None into a :class:`torch.Generator`.
 
     Args:
         generator: returned as it is when it is a generator; an int seeds a new one; None means seed 0, so that
             a call without a generator is reproducible and leaves torch's global random state alone.
         device: the device of a new generator; ignored for one that was given.
+        stream: what the numbers are for. One seed gives independent numbers to different purposes: without it, tasks,
+            θ and φ drawn under the same seed would share their noise.
     """
     if isinstance(generator, torch.Generator):
         return generator
-    return torch.Generator(device=device).manual_seed(0 if generator is None else int(generator))
+    seed = 0 if generator is None else int(generator)
+    digest = hashlib.blake2b(f"{stream}:{seed}".encode(), digest_size=7).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big"))
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class TaskPosterior:
 
     def prior_draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """Draw from the prior p(φ | θ, w) of the same tasks; global sites are drawn from q(θ), the meta-learned one."""
-        generator = as_generator(generator, self.support.device)
+        generator = as_generator(generator, self.support.device, "prior")
         theta = self._theta_draws(num_samples, generator)
         u, theta = self.program.sample_prior(num_samples, self.support, generator, theta)
         return Draws(u, theta)
@@ -153,6 +153,7 @@ class TaskPosterior:
         """log p(y | x, φ) of each observation under draws of φ, ``[n, tasks, shots]``; 0 where masked."""
         self._same_tasks(observations)
         draws = self.draws(num_samples, generator) if draws is None else draws
+        self.program.check_targets(observations, None if draws.theta is None else draws.theta[0])
         with torch.no_grad():
             return torch.cat([self.program.log_likelihood(d.u, observations, d.theta) for d in draws.slices()])
 
@@ -181,7 +182,7 @@ class TaskPosterior:
             ``[n, tasks, shots]``, or ``[n, tasks, shots, outputs]``.
         """
         observations = self._as_observations(x)
-        generator = as_generator(generator, observations.device)
+        generator = as_generator(generator, observations.device, "predictions")
         draws = self.draws(num_samples, generator) if draws is None else draws
         parts = []
         for part in draws.slices():

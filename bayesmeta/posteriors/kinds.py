@@ -120,7 +120,7 @@ class NormalPosterior(_Components):
 
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """Independent draws, the components in turn."""
-        generator = as_generator(generator, self.loc.device)
+        generator = as_generator(generator, self.loc.device, "draws")
         component = self._component(num_samples, self.loc.shape[0])
         shape = (num_samples, *self.loc.shape[1:])
         noise = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
@@ -172,7 +172,7 @@ class ExactLinearPosterior(TaskPosterior):
 
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """Independent draws of the weights."""
-        generator = as_generator(generator, self.loc.device)
+        generator = as_generator(generator, self.loc.device, "draws")
         shape = (num_samples, *self.loc.shape)
         noise = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
         return Draws(self.loc + (self.root @ noise.unsqueeze(-1)).squeeze(-1))
@@ -240,7 +240,7 @@ class SamplesPosterior(TaskPosterior):
         """The draws themselves when all are asked for, else a random choice of them with replacement."""
         if num_samples == self.u.shape[0]:
             return Draws(self.u, self.theta)
-        generator = as_generator(generator, self.u.device)
+        generator = as_generator(generator, self.u.device, "draws")
         pick = torch.randint(self.u.shape[0], (num_samples,), generator=generator, device=self.u.device)
         return Draws(self.u[pick], None if self.theta is None else self.theta[pick])
 
@@ -253,10 +253,12 @@ class SamplesPosterior(TaskPosterior):
         raise UnsupportedError("Samples have no density; fit a method with one, such as ABML, for log_prob.")
 
     def u_distribution(self) -> Any:
-        """The empirical distribution of each task's draws, batch shape ``[tasks, 1]``."""
-        return dist.Empirical(
-            self.u.transpose(0, 1).unsqueeze(1), torch.zeros(self.u.shape[1], 1, self.u.shape[0], device=self.u.device)
-        )
+        """Refused: an ELBO or importance weight under samples, which have no density, would be wrong.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("Samples have no density, so they are no Pyro guide; read them with sample or draws.")
 
     def state(self) -> dict[str, Tensor]:
         """u, and theta where there is one."""

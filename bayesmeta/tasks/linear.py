@@ -45,7 +45,7 @@ class LinearGaussian:
 
     def sample(self, num_tasks: int, *, support: int, query: int, generator: Seed = None) -> TaskBatch:
         """Draw tasks as one batch: x ``[num_tasks, shots, D]``, y ``[num_tasks, shots]``, in the dtype of ``mean``."""
-        generator = as_generator(generator)
+        generator = as_generator(generator, stream="tasks")
         like: dict[str, Any] = {"generator": generator, "dtype": self.mean.dtype, "device": generator.device}
         size, shots = self.mean.numel(), support + query
         root, mean = self._root.to(generator.device), self.mean.to(generator.device)

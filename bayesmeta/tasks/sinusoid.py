@@ -39,7 +39,7 @@ class Sinusoid:
         Returns:
             x ``[num_tasks, shots, 1]`` and y ``[num_tasks, shots]``, float32.
         """
-        generator = as_generator(generator)
+        generator = as_generator(generator, stream="tasks")
         device = generator.device
         shots = support + query
         uniform = torch.rand(num_tasks, shots + 2, generator=generator, device=device)

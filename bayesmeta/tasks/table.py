@@ -217,7 +217,7 @@ class TableTasks:
                 f"sizes={list(sizes)} add up to {sum(sizes)}; expected sizes of at least 1 that add up to at most "
                 f"the {self.num_tasks} tasks of the table."
             )
-        generator = as_generator(seed)
+        generator = as_generator(seed, stream="split")
         shuffled = torch.randperm(self.num_tasks, generator=generator, device=generator.device).cpu()
         return [self.subset(part) for part in shuffled[: sum(sizes)].split(list(sizes))]
 
@@ -241,7 +241,7 @@ class TableTasks:
         self._check(support, query)
         if num_tasks < 1:
             raise OptionError(f"num_tasks={num_tasks}; expected at least 1.")
-        generator = as_generator(generator)
+        generator = as_generator(generator, stream="tasks")
         device = generator.device
         if num_tasks <= self.num_tasks:
             task_id = torch.randperm(self.num_tasks, generator=generator, device=device)[:num_tasks]

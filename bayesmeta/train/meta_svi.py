@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import NonFiniteLossError, OptionError, ShapeError, SiteError
+from bayesmeta.errors import EmptyTaskError, NonFiniteLossError, OptionError, ShapeError, SiteError
 from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
@@ -72,11 +73,13 @@ class MetaSVI:
         parameters = self._parameters(capture.trace)
         self.steps += 1
         value = _number(loss)
-        if not torch.isfinite(torch.tensor(value)):
+        sound = all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters)
+        if not sound or not math.isfinite(value):
             for parameter in parameters:
                 parameter.grad = None
             raise NonFiniteLossError(
-                f"The loss is {value} at step {self.steps}; no parameter was changed. Try a lower learning rate, "
+                f"The loss is {value} at step {self.steps}, with {'a finite' if sound else 'no finite'} gradient; no "
+                "parameter was changed. Try a lower learning rate, "
                 "another start, or look at the scale of the data.",
                 self.steps,
             )
@@ -94,7 +97,7 @@ class MetaSVI:
             return args, kwargs
         if hasattr(getattr(self.model, "__self__", None), "adapt"):
             return args, kwargs  # method.model and method.guide read support and query themselves
-        return _unpack(args[0].union() if isinstance(args[0], TaskBatch) else args[0])
+        return _unpack(args[0].without_padding().union() if isinstance(args[0], TaskBatch) else args[0])
 
     def _parameters(self, trace: Any) -> list[Tensor]:
         """Parameters of this step, each once, in the order of the trace."""
@@ -175,13 +178,13 @@ class MetaSVI:
         Raises:
             SiteError: when the guide does not sample all latent sites of the model.
         """
-        observations = observations.support if isinstance(observations, TaskBatch) else observations
+        observations = observations.without_padding().support if isinstance(observations, TaskBatch) else observations
         observations.check()
         args, kwargs = _unpack(observations)
         program = self._program()
         program.prepare(observations)
         program.scope.copy_from(self._store["params"])
-        generator = as_generator(generator, observations.device)
+        generator = as_generator(generator, observations.device, "posterior")
         u, theta = [], []
         with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store):
             for _ in range(num_samples):
@@ -237,6 +240,8 @@ def _named_sites() -> Iterator[None]:
 
 
 def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if observations.shots == 0 or observations.num_tasks == 0:
+        raise EmptyTaskError("MetaSVI needs at least one task and one observation: a Pyro plate cannot be empty.")
     extra = {} if observations.w is None else {"w": observations.w}
     return (observations.x, observations.y, observations.mask), extra
 
