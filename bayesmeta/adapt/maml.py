@@ -34,7 +34,8 @@ class MAML(Method):
         inner_steps: gradient steps on the support.
         inner_lr: step size, for an objective that is a mean over the support's observations.
         objective: what an inner step climbs: ``"likelihood"``, or ``"joint"``: likelihood times prior, in
-            unconstrained space with its Jacobian, divided by the number of observations.
+            unconstrained space with its Jacobian, divided by the number of observations. The likelihood alone never
+            evaluates the prior, so that parameters which only the prior uses are not trained.
         first_order: drop the second derivatives (FOMAML).
         global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
 
