@@ -15,6 +15,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || (echo "creating $(VENV) (about two minutes, 1.7 GB, once)"; $(PYTHON) -m venv $(VENV))
 	@$(PIP) install "pip>=25.1"
+	@echo "installing bayesmeta and its tools from pyproject.toml"
 	@$(PIP) install -c constraints.txt -e . --group dev
 	@touch $@
 

@@ -55,6 +55,10 @@ def _run(command: Demo | Version) -> None:
 
     options = dataclasses.asdict(command)
     threads = options.pop("threads")
+    if threads < 0:
+        from bayesmeta.errors import OptionError
+
+        raise OptionError(f"threads must be at least 0; got {threads}.")
     if threads > 0:
         torch.set_num_threads(threads)
     run_demo(**options)
@@ -76,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"bayesmeta: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("bayesmeta: interrupted; the last checkpoint is kept (go on with --resume)", file=sys.stderr)
+        kept = isinstance(command, Demo) and (command.out / "checkpoint.pt").exists()
+        what = "the last checkpoint is kept (go on with --resume)" if kept else "nothing was written yet"
+        print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 
 

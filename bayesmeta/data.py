@@ -35,6 +35,12 @@ class Observations:
     w: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("x", "y", "mask", "w"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and not (value is None and name != "x"):
+                raise DataError(
+                    f"{name} is a {type(value).__name__}; expected a torch tensor (torch.as_tensor({name}))."
+                )
         if self.x.dim() != 3:
             raise ShapeError(
                 f"x has shape {_shape(self.x)}; expected [tasks, shots, features]. "
@@ -224,7 +230,16 @@ class Standardizer:
     y_scale: Tensor
 
     def apply(self, observations: Observations) -> Observations:
-        """Raw units to standard units."""
+        """Raw units to standard units.
+
+        Raises:
+            DataError: for anything but observations; a table has ``with_standardizer``.
+        """
+        if not isinstance(observations, Observations):
+            raise DataError(
+                f"A standardizer applies to Observations; got {type(observations).__name__}. Apply it to support and "
+                "query one by one, or use table.with_standardizer(…)."
+            )
         y = observations.y
         y = None if y is None else (y - self.y_mean) / self.y_scale
         return replace(observations, x=(observations.x - self.x_mean) / self.x_scale, y=y)

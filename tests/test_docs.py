@@ -152,4 +152,4 @@ def test_links_between_pages_exist():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if not link.startswith("http"):
-                assert (page.parent / link).exists() or link == "benchmarks/RESULTS.md", f"{page.name}: {link}"
+                assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -262,3 +262,72 @@ def test_training_on_cuda(kind):
     assert math.isfinite(result.history[-1]["loss"])
     support = TASKS.sample(4, support=10, query=5, generator=1).support.to("cuda")
     assert method.adapt(support).predict(support.x, 5).is_cuda
+
+
+def test_a_run_of_other_options_is_not_resumed(tmp_path):
+    train(make(), 5, out=tmp_path, config={"split": 0})
+    for options, name in (
+        ({"seed": 4}, "seed"),
+        ({"support": 9}, "support"),
+        ({"tasks_per_step": 4}, "tasks_per_step"),
+    ):
+        with pytest.raises(errors.CheckpointError, match=f"had {name} ="):
+            train(make(), 10, out=tmp_path, resume=True, config={"split": 0}, **options)
+    with pytest.raises(errors.CheckpointError, match="had split = 0, and here it is 1"):
+        train(make(), 10, out=tmp_path, resume=True, config={"split": 1})
+    train(make(), 10, out=tmp_path, resume=True, config={"split": 0})
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    class Root(torch.nn.Module):
+        """The square root at 0 has a finite value and an infinite gradient."""
+
+        def __init__(self):
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.zeros(()))
+
+        def prepare(self, batch):
+            pass
+
+        def loss(self, batch, *, generator=None):
+            return self.x.square().sqrt() + self.x
+
+    method = Root()
+    with pytest.raises(errors.NonFiniteLossError, match="step 1"):
+        train(method, 5)
+    assert method.x.item() == 0.0
+
+
+def test_validation_in_other_units_is_refused():
+    from bayesmeta.tasks import fertility_split
+
+    split = fertility_split(0)
+    method = bm.BayesianLastLayer(bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.5), task_modules="head"))
+    raw = split.validation.with_standardizer(None).all(support=10)
+    with pytest.raises(errors.DataError, match="same units"):
+        bm.fit(method, split.train, steps=2, support=10, query=None, validation=raw, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])},
+        {"validation": TASKS},
+        {"device": "mps"},
+        {"device": "toaster"},
+        {"steps": 0},
+        {"validate_every": 0},
+    ],
+)
+def test_what_is_no_option(options):
+    with pytest.raises(errors.OptionError):
+        train(make(), **({"steps": 5} | options))
+
+
+def test_what_is_no_method_or_tasks():
+    with pytest.raises(errors.OptionError, match="expected one with loss"):
+        bm.fit(object(), TASKS, steps=1)
+    with pytest.raises(errors.OptionError, match="task distribution"):
+        bm.fit(make(), VALIDATION, steps=1)
+    with pytest.raises(errors.OptionError, match="loss takes a TaskBatch"):
+        make().loss(VALIDATION.support)

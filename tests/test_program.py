@@ -275,7 +275,7 @@ def wrong_width(x, y=None, mask=None):
     [
         (outside_plate, errors.PlateError, "'slope' has batch shape .* outside the task plate"),
         (no_event, errors.PlateError, "to_event"),
-        (latent_in_shots, errors.PlateError, "'z' is inside the shot plate"),
+        (latent_in_shots, errors.PlateError, "'z' is inside the shot plate and has no data"),
         (no_squeeze, errors.ShapeError, "squeeze"),
         (duplicated, errors.SiteError, "Two sample sites are named 'slope'"),
         (no_shot_plate, errors.LikelihoodError, "not inside the task plate and the shot plate"),

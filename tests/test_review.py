@@ -376,3 +376,47 @@ def test_no_shots_and_two_outputs():
     wrapped = bm.TaskProgram(program).prepare(bm.Observations(torch.zeros(2, 3, 1), torch.zeros(2, 3, 2)))
     empty = bm.Observations(torch.zeros(2, 0, 1))
     assert wrapped.predict(torch.zeros(7, 2, 2), empty).shape == (7, 2, 0, 2)
+
+
+def test_the_usual_slips_are_told():
+    observations = batch_of(2, 3)
+    posterior = bm.MAML(TwoSites()).adapt(observations)
+    with pytest.raises(errors.OptionError, match="TaskBatch"):
+        bm.scores(posterior, observations)
+    with pytest.raises(errors.OptionError, match="TaskBatch"):
+        bm.plot_forecast(posterior, observations)
+    with pytest.raises(errors.OptionError, match="TaskBatch"):
+        bm.to_datatree(posterior, observations)
+    with pytest.raises(errors.DataError, match="torch tensor"):
+        bm.Observations(observations.x.numpy(), observations.y)
+    with pytest.raises(errors.ModelError, match="give an instance"):
+        bm.MAML(TwoSites)
+    with pytest.raises(errors.ModelError, match="NeuralTaskModel"):
+        bm.MAML(nn.Sequential(nn.Linear(1, 1)))
+    with pytest.raises(errors.OptionError, match="parentheses"):
+        bm.MetaSVI(scaled, positive_guide, lambda p: torch.optim.Adam(p, 0.1), Trace_ELBO)
+    with pytest.raises(errors.UnsupportedError, match="prior='normal'"):
+        bm.ABML(bm.NeuralTaskModel(bm.nets.mlp(1, [3], 1), bm.Gaussian(), "point"))
+
+    def misspelt(x, y=None, mask=None):
+        with bm.task_plate(x):
+            pyro.sample("level", dist.Normal(0.0, scael))  # noqa: F821
+
+    with pytest.raises(errors.ModelError, match="NameError: name 'scael'"):
+        bm.MAML(misspelt).adapt(observations)
+
+
+def test_a_new_unit_without_a_query_is_adapted_to_and_forecast():
+    import pandas as pd
+
+    frame = pd.DataFrame({"unit": ["new"] * 4, "time": [0.0, 1.0, 2.0, 3.0], "value": [1.0, 2.0, 2.5, 4.0]})
+    table = bm.tasks.TableTasks.from_dataframe(frame, task="unit", x=["time"], y="value")
+    batch = table.all(support=4, query=0)
+    assert batch.query.shots == 0
+    posterior = bm.ABML(TwoSites()).adapt(batch.support)
+    assert posterior.predict(torch.linspace(0, 9, 10).reshape(1, 10, 1), 5).shape == (5, 1, 10)
+    dated = frame.assign(time=pd.to_datetime(["2020-01-01", "2021-01-01", "2022-01-01", "2023-01-01"]))
+    with pytest.raises(errors.DataError, match="dates to years"):
+        bm.tasks.TableTasks.from_dataframe(dated, task="unit", x=["time"], y="value")
+    with pytest.raises(errors.DataError, match="read_csv"):
+        bm.tasks.TableTasks.from_dataframe("mine.csv", task="unit", x=["time"], y="value")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bayesmeta.adapt.base import Method
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import OptionError
+from bayesmeta.errors import OptionError, UnsupportedError
+from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.posteriors.kinds import NormalPosterior
 
@@ -64,6 +65,11 @@ class ABML(Method):
                 "inner_steps must be ≥ 0, the rates > 0 and the particles ≥ 1; got "
                 f"inner_steps={inner_steps}, inner_lr={inner_lr}, inner_lr_scale={scale_lr}, "
                 f"num_particles={num_particles}, num_outer_particles={outer}."
+            )
+        if isinstance(self.program, NeuralTaskModel) and self.program.prior.mean_and_scale() is None:
+            raise UnsupportedError(
+                f"ABML starts at a prior with a density; this model has {type(self.program.prior).__name__}. "
+                "Use prior='normal'."
             )
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr

@@ -131,6 +131,8 @@ class Method(nn.Module):
         A hyperprior on global sites is added once for all N tasks of the population, that is divided by N; without a
         known N there is none.
         """
+        if not isinstance(batch, TaskBatch):
+            raise OptionError(f"loss takes a TaskBatch of support and query; got {type(batch).__name__}.")
         self.prepare(batch)
         generator = as_generator(generator, batch.support.device, "loss")
         wants_graph = torch.is_grad_enabled()

@@ -115,7 +115,8 @@ class MAML(Method):
             rate = (self.inner_lr / support.counts())[:, None].masked_fill(~support.mask.any(-1)[:, None], 0.0)
         second_order = create_graph and not self.first_order
         for _ in range(self.inner_steps):
-            u = u + rate * self.inner_gradient(u, support, theta, second_order)
+            gradient = self.inner_gradient(u, support, theta, second_order)
+            u = torch.add(u, gradient, alpha=rate) if isinstance(rate, float) else u + rate * gradient
         return u
 
     def _adapt(

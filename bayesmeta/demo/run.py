@@ -16,6 +16,7 @@ from bayesmeta.demo.baselines import BASELINES
 from bayesmeta.diagnostics.datatree import save_netcdf, to_datatree
 from bayesmeta.diagnostics.plots import plot_forecast
 from bayesmeta.diagnostics.scores import Scores, scores
+from bayesmeta.errors import OptionError
 from bayesmeta.models.likelihoods import Gaussian
 from bayesmeta.models.nets import mlp
 from bayesmeta.models.neural import NeuralTaskModel
@@ -104,6 +105,11 @@ def run_demo(
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
     """
     begin = time.perf_counter()
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise OptionError(f"steps must be at least 1 and seed between 0 and 2³² − 1; got {steps} and {seed}.")
+    if Path(out) == Path():
+        raise OptionError("The output folder is the current one; give the run a folder of its own, such as runs/demo.")
+    pick_device(device)
     split = fertility_split(seed, order="mixed")
     print(
         f"World Bank fertility rates: {split.train.num_tasks} training, {split.validation.num_tasks} validation and "
@@ -159,7 +165,11 @@ def _table(table: Mapping[str, Scores]) -> str:
             value, error = result[key], result.standard_errors[key]
             cells.append(f"{value:>9.3f} ± {error:<5.3f}" if abs(value) < 1000 else f"{value:>9.2g} ± {error:<5.1g}")
         lines.append(f"{LABELS.get(name, name):<24}" + "".join(f"{cell:>17}" for cell in cells))
-    lines.append("births per woman; means over countries ± standard error; lower is better, coverage best at its name")
+    lines += [
+        "RMSE and CRPS in births per woman, NLL in nats a point: lower is better. The 50% and 90% intervals should",
+        "cover 0.50 and 0.90 of the points. Means over held-out countries ± standard error. The last five are what one would",
+        "try without meta-learning; the empirical Gaussian conditions the training countries' own mean and covariance.",
+    ]
     return "\n".join(lines)
 
 
@@ -176,7 +186,8 @@ def _files(out: Path, seconds: float) -> str:
         "metrics.json": "the table above, as JSON",
         "posterior.nc": "posterior and predictions, for ArviZ",
         "forecast.png": "forecasts of twelve held-out countries",
-        checkpoint.BEST: "the trained θ (bayesmeta.load_method)",
+        checkpoint.BEST: "the trained θ, for bayesmeta.load_method",
+        checkpoint.LAST: "the end of training, for --resume",
         "config.json": "settings and standardisation",
         "log.jsonl": "losses",
     }

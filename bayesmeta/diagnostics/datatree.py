@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, Posterior, Standardizer, TaskBatch
-from bayesmeta.diagnostics.forecasts import Predictor, check_same_tasks
+from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_same_tasks
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 
@@ -69,6 +69,7 @@ def to_datatree(
         DataError: when all tasks are padding.
         OptionError: for fewer than 2 draws, or draws that do not divide into the chains.
     """
+    check_batch(batch)
     check_same_tasks(posterior, batch.support)
     if chains < 1 or num_samples % chains:
         raise OptionError(f"num_samples={num_samples} does not divide into chains={chains} of one length.")

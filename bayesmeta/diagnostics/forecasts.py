@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesmeta.data import Observations, Posterior
+from bayesmeta.data import Observations, Posterior, TaskBatch
 from bayesmeta.errors import NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
 
@@ -196,6 +196,16 @@ def _normal_parts(distribution: Any) -> tuple[Tensor, Tensor] | None:
     if isinstance(distribution, torch.distributions.Normal):
         return distribution.loc, distribution.scale
     return None
+
+
+def check_batch(batch: Any) -> None:
+    """Check that a batch is one.
+
+    Raises:
+        OptionError: for observations or anything else.
+    """
+    if not isinstance(batch, TaskBatch):
+        raise OptionError(f"A TaskBatch of support and query is needed here; got {type(batch).__name__}.")
 
 
 def check_same_tasks(posterior: Posterior, observations: Observations) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, Posterior, TaskBatch
-from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks
+from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, check_same_tasks
 from bayesmeta.diagnostics.scores import task_names
 from bayesmeta.errors import EmptyTaskError, OptionError
 from bayesmeta.ops.random import Seed
@@ -73,6 +73,7 @@ def plot_forecast(
         ShapeError: for another number of tasks than that of the posterior.
         NonFiniteDataError: for predictions that are not finite, naming the task.
     """
+    check_batch(batch)
     check_same_tasks(posterior, batch.support)
     chosen = _chosen(batch, tasks, max_panels)
     _check_range("feature", feature, batch.support.num_features)

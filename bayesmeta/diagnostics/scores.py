@@ -15,6 +15,7 @@ from bayesmeta.diagnostics.forecasts import (
     NormalForecast,
     Predictor,
     SampleForecast,
+    check_batch,
     check_finite,
     check_same_tasks,
 )
@@ -115,6 +116,7 @@ def scores(
         NonFiniteDataError: for predictions (or data) that are not finite, naming the task.
         OptionError: for fewer than 2 draws.
     """
+    check_batch(batch)
     query = batch.query
     check_same_tasks(posterior, query)
     if query.y is None:

@@ -70,6 +70,8 @@ def read_layout(run: Callable[[Observations], Any], probe: Observations) -> Layo
             run(probe)
     except BayesMetaError:
         raise
+    except (NameError, AttributeError, KeyError, IndexError, ImportError, TypeError) as error:
+        raise ModelError(f"The program raised {type(error).__name__}: {error}") from error
     except Exception as error:
         raise ShapeError(
             f"The program failed on a batch of {PROBE_TASKS} tasks × {PROBE_SHOTS} shots with x of shape "
@@ -130,8 +132,8 @@ def _kind(msg: Any) -> str:
         return "observed"
     if in_shots:
         raise PlateError(
-            f"The latent site {name!r} is inside the shot plate. Task parameters belong in the task plate alone; "
-            "latent variables of single observations must be marginalised."
+            f"The site {name!r} is inside the shot plate and has no data. If it is the likelihood, give it obs=y. Task "
+            "parameters belong in the task plate alone; latent variables of single observations must be marginalised."
         )
     if in_tasks:
         expected = (PROBE_TASKS, 1)

@@ -39,6 +39,8 @@ class TaskProgram(nn.Module):
 
     def __init__(self, program: Callable[..., Any]) -> None:
         super().__init__()
+        if isinstance(program, type):
+            raise ModelError(f"The program is the class {program.__name__}; give an instance, {program.__name__}(…).")
         if not callable(program):
             raise ModelError(f"A program must be callable with (x, y=None, mask=None); got {type(program).__name__}.")
         if isinstance(program, nn.Module):
@@ -46,7 +48,13 @@ class TaskProgram(nn.Module):
         else:
             object.__setattr__(self, "program", program)
         function = program.forward if isinstance(program, nn.Module) else program
-        self._takes_w = "w" in inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
+        if "y" not in parameters and len(parameters) < 2:
+            raise ModelError(
+                f"A program has the signature (x, y=None, mask=None); {type(program).__name__} takes "
+                f"({', '.join(parameters)}). A network goes into bayesmeta.NeuralTaskModel(network, likelihood)."
+            )
+        self._takes_w = "w" in parameters
         self._needs_w = False
         self.scope = ParamScope(program)
         self._layout: Layout | None = None

@@ -110,7 +110,7 @@ class _Gradient(torch.autograd.Function):
         deltas, parts = [], []
         for index in range(last, -1, -1):
             deltas.append(delta)
-            parts.append((delta.mT @ hidden[index], delta.sum(-2)))
+            parts.append((torch.bmm(delta.mT, hidden[index]), delta.sum(-2)))
             if index:
                 delta = net.activations[index - 1].slope(hidden[index], torch.bmm(delta, layers[index][0]))
         ctx.save_for_backward(phi, weight, *hidden, *reversed(deltas))
@@ -138,7 +138,7 @@ class _Gradient(torch.autograd.Function):
         delta_dot = -weight * a_dots[-1]
         parts = []
         for index in range(count - 1, -1, -1):
-            w_dot = delta_dot.mT @ hidden[index]
+            w_dot = torch.bmm(delta_dot.mT, hidden[index])
             if index:
                 w_dot.baddbmm_(deltas[index].mT, hidden_dots[index - 1])
             parts.append((w_dot, delta_dot.sum(-2)))

@@ -37,6 +37,10 @@ def read_frame(
         NonFiniteDataError: for a missing or infinite input, or an infinite target.
         EmptyTaskError: if no row with a target is left.
     """
+    import pandas as pd  # here, so that the tensors of other tasks do not wait for it
+
+    if not isinstance(frame, pd.DataFrame):
+        raise DataError(f"frame is a {type(frame).__name__}; expected a pandas DataFrame, such as pd.read_csv(path).")
     _check_columns(frame, task, x, y)
     frame = frame[frame[y].notna()]
     if len(frame) == 0:
@@ -73,6 +77,11 @@ def _encode(column: pd.Series) -> tuple[np.ndarray, list[str]]:
 
 
 def _column(frame: pd.DataFrame, name: str, codes: np.ndarray, names: list[str], dtype: torch.dtype) -> Tensor:
+    if frame[name].dtype.kind in "mM":
+        raise DataError(
+            f"Column {name!r} has dtype {frame[name].dtype}; expected numbers. Convert it first, dates to years: "
+            f"frame[{name!r}].dt.year + frame[{name!r}].dt.dayofyear / 365.25."
+        )
     try:
         values = torch.tensor(frame[name].to_numpy(dtype=float, na_value=np.nan)).to(dtype)
     except (TypeError, ValueError) as error:

@@ -299,15 +299,16 @@ class TableTasks:
         return index
 
     def _check(self, support: int, query: int | None) -> None:
-        if support < 0 or (query is not None and query < 1):
-            raise OptionError(f"support={support} and query={query}; expected at least 0 and at least 1 (or None).")
+        if support < 0 or (query is not None and query < 0):
+            raise OptionError(f"support={support} and query={query}; expected at least 0 (or None for the query).")
+        least = support + (0 if query == 0 else 1)
         shortest = min(range(self.num_tasks), key=self._lengths.__getitem__)
-        if self._lengths[shortest] < support + 1:
-            short = sum(length < support + 1 for length in self._lengths)
+        if self._lengths[shortest] < least:
+            short = sum(length < least for length in self._lengths)
             raise EmptyTaskError(
                 f"Task {self._names[shortest]!r} has {self._lengths[shortest]} observation(s), but {support} for the "
-                f"support and at least 1 for the query were asked for ({short} of {self.num_tasks} tasks are too "
-                "short). Ask for a smaller support, or leave such tasks out with table.subset()."
+                f"support and at least {least - support} for the query were asked for ({short} of {self.num_tasks} "
+                "tasks are too short). Ask for a smaller support, or leave such tasks out with table.subset()."
             )
 
     def _width(self, support: int, query: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesmeta.data import TaskBatch, TaskDistribution
-from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
+from bayesmeta.errors import CheckpointError, DataError, NonFiniteLossError, OptionError
 from bayesmeta.train import checkpoint
 from bayesmeta.train.folder import Log, claim, write_config
 
@@ -61,6 +62,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise OptionError(f"Unknown device {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise OptionError(f"Device {device!r} is not supported; expected 'auto', 'cpu', 'cuda' or 'cuda:N'.")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"Device {device!r} was asked for, but torch sees no CUDA device here; use 'cpu' or 'auto'.")
     return picked
@@ -124,25 +127,38 @@ def fit(
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
         DataError, ModelError and their kinds: when data and model do not fit.
     """
-    if steps < 1 or tasks_per_step < 1 or checkpoint_every < 1 or log_every < 1 or validate_every < 1:
-        raise OptionError(
-            f"steps, tasks_per_step, checkpoint_every, log_every and validate_every must be ≥ 1; got {steps}, "
-            f"{tasks_per_step}, {checkpoint_every}, {log_every}, {validate_every}."
-        )
+    counts = {
+        "steps": steps,
+        "tasks_per_step": tasks_per_step,
+        "checkpoint_every": checkpoint_every,
+        "log_every": log_every,
+        "validate_every": validate_every,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1; got {value}.")
+    _check_kinds(method, tasks, optimizer, validation)
     if resume and out is None:
         raise OptionError("resume=True needs out=, the folder of the run to go on with.")
     loop = _Loop(method, tasks, pick_device(device), dtype, tasks_per_step, support, query, seed)
     loop.set_up(optimizer, schedule, validation, clip)
     folder = None if out is None else claim(out, overwrite=overwrite, resume=resume)
     if folder is not None and resume:
-        loop.restore(folder)
+        loop.restore(folder, config)
     log = Log(None if folder is None else folder / "log.jsonl", keep_until=loop.step if resume else None)
     if folder is not None and not resume:
         write_config(
             folder, {"settings": config or {}, "fit": loop.options(steps), "method": checkpoint.fingerprint(method)}
         )
     begin = time.perf_counter()
-    bar = tqdm(total=steps, initial=loop.step, disable=None if progress else True, unit="step", desc="meta-training")
+    bar = tqdm(
+        total=steps,
+        initial=loop.step,
+        disable=None if progress else True,
+        unit="step",
+        desc="meta-training",
+        ncols=min(shutil.get_terminal_size().columns, 100),  # 80 where the terminal has no size
+    )
     try:
         while loop.step < steps and not loop.stopped:
             loop.advance()
@@ -167,6 +183,29 @@ def fit(
     loop.check_finite()
     loop.use_best()
     return FitResult(method, loop.history, loop.step, loop.best_step, loop.best, time.perf_counter() - begin, folder)
+
+
+def _units(batch: TaskBatch) -> Any:
+    return None if batch.standardizer is None else batch.standardizer.to("cpu", torch.float32).state()
+
+
+def _check_kinds(method: Any, tasks: Any, optimizer: Any, validation: Any) -> None:
+    if not (hasattr(method, "loss") and hasattr(method, "prepare")):
+        raise OptionError(f"method is a {type(method).__name__}; expected one with loss and prepare, such as MAML.")
+    if not isinstance(tasks, TaskDistribution):
+        raise OptionError(
+            f"tasks is a {type(tasks).__name__}; expected a task distribution with sample and num_tasks, such as "
+            "bayesmeta.tasks.TableTasks.from_dataframe(…)."
+        )
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise OptionError(
+            "optimizer must be a factory, such as lambda params: torch.optim.Adam(params, 1e-3): some parameters exist "
+            "only after the first batch."
+        )
+    if validation is not None and not isinstance(validation, TaskBatch):
+        raise OptionError(
+            f"validation is a {type(validation).__name__}; expected a TaskBatch, such as table.all(support=10)."
+        )
 
 
 class _Loop:
@@ -196,8 +235,11 @@ class _Loop:
 
     def options(self, steps: int) -> dict[str, Any]:
         """What identifies the run, for ``config.json``."""
-        names = ("tasks_per_step", "support", "query", "seed")
-        return {"steps": steps, "device": str(self.device), **{n: getattr(self, n) for n in names}}
+        return {"steps": steps, "device": str(self.device), **self.identity()}
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it goes on with."""
+        return {name: getattr(self, name) for name in ("tasks_per_step", "support", "query", "seed")}
 
     def sample(self, generator: torch.Generator) -> TaskBatch:
         """One batch in the run's dtype."""
@@ -223,6 +265,11 @@ class _Loop:
         self.optimizer = optimizer(self.parameters)
         self.schedule = None if schedule is None else schedule(self.optimizer)
         self.validation = None if validation is None else validation.to(self.device, self.dtype).check()
+        if validation is not None and _units(validation) != _units(first):
+            raise DataError(
+                "The training tasks and the validation tasks are not in the same units: their standardizers differ. "
+                "Give both tables the one learned on the training tasks: table.with_standardizer(…)."
+            )
         self.clip = clip
         self.loss = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
@@ -234,11 +281,13 @@ class _Loop:
         self.loss = self.method.loss(batch, generator=self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.norm = nn.utils.get_total_norm(gradients)
         if self.clip is not None:
-            self.norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, self.norm)
         self.loss = self.loss.detach()
         # 0 · inf and 0 · NaN are NaN: one look at the device for both
-        self._stop_if_not_finite(self.loss if self.clip is None else self.loss + 0 * self.norm, "loss or its gradient")
+        self._stop_if_not_finite(self.loss + 0 * self.norm, "loss or its gradient")
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
@@ -260,8 +309,8 @@ class _Loop:
 
     def entry(self) -> dict[str, float]:
         """What the log says of this step."""
-        entry = {"step": self.step, "loss": float(self.loss), "rate": float(self.optimizer.param_groups[0]["lr"])}
-        return entry if self.clip is None else entry | {"gradient_norm": float(self.norm)}
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return {"step": self.step, "loss": float(self.loss), "rate": rate, "gradient_norm": float(self.norm)}
 
     def validate(self, patience: int | None) -> float:
         """Loss on the validation tasks under the same noise each time; keeps the best θ."""
@@ -298,14 +347,22 @@ class _Loop:
             "history": self.history,
             "best": {"loss": self.best, "step": self.best_step, "state": self.best_state, "waited": self.waited},
             "stopped": self.stopped,
+            "options": self.identity(),
             "config": config or {},
         }
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, config: dict[str, Any] | None) -> None:
         """Load the last checkpoint of a folder."""
         path = folder / checkpoint.LAST
         content = checkpoint.load(path, map_location=self.device)
         checkpoint.check_fingerprint(content["fingerprint"], self.method, path)
+        for theirs, ours in ((content["options"], self.identity()), (content["config"], config or {})):
+            for name in {**theirs, **ours}:
+                if theirs.get(name) != ours.get(name):
+                    raise CheckpointError(
+                        f"The run in {folder} had {name} = {theirs.get(name)!r}, and here it is {ours.get(name)!r}. "
+                        "Resume with the options of that run, or start another in a folder of its own."
+                    )
         try:
             self.method.load_state_dict(content["method"])
             self.optimizer.load_state_dict(content["optimizer"])

@@ -53,6 +53,8 @@ class MetaSVI:
                 "optim must be a factory, such as lambda params: torch.optim.Adam(params, 1e-2): the guide's "
                 "parameters exist only after its first run. Pyro's optimizers are not needed here."
             )
+        if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
+            raise OptionError("loss must be a Pyro ELBO object, such as pyro.infer.Trace_ELBO() (with parentheses).")
         self.model, self.guide, self._factory, self.elbo = model, guide, optim, loss
         self.optimizer: torch.optim.Optimizer | None = None
         self._store: dict[str, Any] = {"params": {}, "constraints": {}}
