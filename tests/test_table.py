@@ -289,7 +289,7 @@ ERRORS = {
     "order": (OptionError, "first, random, mixed", lambda: read(make_frame(), order="last")),
     "short": (EmptyTaskError, "'a' has 6 .* 6 for the support", lambda: make_table().sample(1, support=6, query=1)),
     "short, all": (EmptyTaskError, "2 of 5 tasks", lambda: make_table().all(support=6)),
-    "query": (OptionError, "query=0", lambda: make_table().all(support=1, query=0)),
+    "query": (OptionError, "query=-1", lambda: make_table().all(support=1, query=-1)),
     "support": (OptionError, "support=-1", lambda: make_table().sample(1, support=-1, query=1)),
     "num_tasks": (OptionError, "num_tasks=0", lambda: make_table().sample(0, support=1, query=1)),
     "unknown task": (DataError, "no task 'q'", lambda: make_table().subset(["q"])),

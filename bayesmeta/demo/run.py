@@ -166,9 +166,10 @@ def _table(table: Mapping[str, Scores]) -> str:
             cells.append(f"{value:>9.3f} ± {error:<5.3f}" if abs(value) < 1000 else f"{value:>9.2g} ± {error:<5.1g}")
         lines.append(f"{LABELS.get(name, name):<24}" + "".join(f"{cell:>17}" for cell in cells))
     lines += [
-        "RMSE and CRPS in births per woman, NLL in nats a point: lower is better. The 50% and 90% intervals should",
-        "cover 0.50 and 0.90 of the points. Means over held-out countries ± standard error. The last five are what one would",
-        "try without meta-learning; the empirical Gaussian conditions the training countries' own mean and covariance.",
+        "RMSE and CRPS in births per woman, NLL in nats a point: lower is better. The 50% and 90% intervals",
+        "should cover 0.50 and 0.90 of the points. Means over held-out countries ± standard error. The last",
+        "five are what one would try without meta-learning; the empirical Gaussian conditions the mean and",
+        "covariance of the training countries on the ten years.",
     ]
     return "\n".join(lines)
 

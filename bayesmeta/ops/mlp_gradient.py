@@ -54,7 +54,7 @@ class GaussianMLPGradient:
     def __init__(self, network: nn.Module, flat: FlatParameters) -> None:
         modules = list(network._modules.values())  # not children(), which drops repetitions
         self.flat = flat
-        self.names = [name for name, module in network._modules.items() if isinstance(module, nn.Linear)]
+        self.shapes = [shape for shape in flat.shapes.values() if len(shape) == 2]
         self.activations = [_ACTIVATIONS[type(m)] for m in modules[1::2] if m is not None]
 
     @staticmethod
@@ -87,21 +87,22 @@ class GaussianMLPGradient:
 
     def layers(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Weights ``[rows, out, in]`` and biases ``[rows, 1, out]`` of each layer."""
-        views = self.flat.views(flat)
-        return [(views[f"{n}.weight"], views[f"{n}.bias"].unsqueeze(-2)) for n in self.names]
+        # the network's order is weight, bias, weight, bias, …
+        parts = flat.split(self.flat.sizes, -1)
+        return [
+            (weight.view(-1, *shape), bias.unsqueeze(1))
+            for weight, bias, shape in zip(parts[::2], parts[1::2], self.shapes, strict=True)
+        ]
 
     def pack(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Gradients of weights and biases as one vector a row."""
-        named = {}
-        for name, (weight, bias) in zip(self.names, parts, strict=True):
-            named[f"{name}.weight"], named[f"{name}.bias"] = weight, bias
-        return self.flat.flatten(named)
+        return torch.cat([t for weight, bias in parts for t in (weight.flatten(1), bias)], -1)
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, phi: Tensor, x: Tensor, y: Tensor, weight: Tensor, net: GaussianMLPGradient) -> Tensor:
-        layers, last = net.layers(phi), len(net.names) - 1
+        layers, last = net.layers(phi), len(net.shapes) - 1
         hidden = [x]
         for index, (w, b) in enumerate(layers):
             a = torch.baddbmm(b, hidden[-1], w.mT)
@@ -123,7 +124,7 @@ class _Gradient(torch.autograd.Function):
         """The Hessian times a vector; dotted quantities are derivatives along it."""
         net: GaussianMLPGradient = ctx.net
         phi, weight, *saved = ctx.saved_tensors
-        count = len(net.names)
+        count = len(net.shapes)
         hidden, deltas = saved[:count], saved[count:]
         layers, along = net.layers(phi), net.layers(vector)
         a_dots: list[Tensor] = []
