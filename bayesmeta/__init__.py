@@ -38,7 +38,7 @@ _NAMES = {
     "Scores": "bayesmeta.diagnostics.scores",
     "Standardizer": "bayesmeta.data",
     "TaskBatch": "bayesmeta.data",
-    "TaskDistribution": "bayesmeta.data",
+    "TaskDistribution": "bayesmeta.protocols",
     "TaskPosterior": "bayesmeta.posteriors.base",
     "TaskProgram": "bayesmeta.models.program",
     "collate": "bayesmeta.data",
@@ -85,7 +85,6 @@ if TYPE_CHECKING:
         Observations,
         Standardizer,
         TaskBatch,
-        TaskDistribution,
         collate,
         concatenate,
         union,
@@ -100,6 +99,7 @@ if TYPE_CHECKING:
     from bayesmeta.models.program import TaskProgram
     from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
     from bayesmeta.posteriors.kinds import DeltaPosterior, ExactLinearPosterior, NormalPosterior, SamplesPosterior
+    from bayesmeta.protocols import TaskDistribution
     from bayesmeta.train.checkpoint import load_method
     from bayesmeta.train.fit import FitResult, fit
     from bayesmeta.train.meta_svi import MetaSVI

@@ -1,10 +1,10 @@
-"""What every room speaks of: observations, task batches, and the protocols of task distributions and methods."""
+"""What every room speaks of: observations, task batches, and how they are put together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -452,79 +452,3 @@ def pad_shots(observations: Observations, shots: int) -> Observations:
     mask = torch.cat([observations.full_mask(), observations.full_mask().new_zeros(observations.num_tasks, extra)], 1)
     y = None if observations.y is None else pad(observations.y)
     return Observations(pad(observations.x), y, mask, observations.w)
-
-
-@runtime_checkable
-class TaskDistribution(Protocol):
-    """Where task batches come from."""
-
-    @property
-    def num_tasks(self) -> int | None:
-        """How many tasks there are; None when endless."""
-
-    def sample(
-        self, num_tasks: int, *, support: int, query: int, generator: torch.Generator | int | None = None
-    ) -> TaskBatch:
-        """Draw a batch on the generator's device."""
-
-
-class Posterior(Protocol):
-    """What diagnostics read: a posterior over the task parameters φ of a batch of tasks.
-
-    ``n`` below is the number of draws. Draws made once by :meth:`draws` can be handed to the other calls, so that
-    several quantities come from the same φ.
-    """
-
-    support: Observations
-
-    @property
-    def num_tasks(self) -> int:
-        """Number of tasks."""
-
-    @property
-    def is_point(self) -> bool:
-        """True for a Delta: one φ a task, no uncertainty about it."""
-
-    def draws(self, num_samples: int, generator: torch.Generator | int | None = None) -> Any:
-        """Draw φ (and θ, where it has a posterior)."""
-
-    def prior_draws(self, num_samples: int, generator: torch.Generator | int | None = None) -> Any:
-        """Draw φ from the prior p(φ | θ, w) for these tasks."""
-
-    def named(self, draws: Any) -> dict[str, Tensor]:
-        """Named, constrained task parameters, each ``[n, tasks, …]``."""
-
-    def named_theta(self, draws: Any) -> dict[str, Tensor]:
-        """Named draws of global sites, each ``[n, …]``."""
-
-    def log_prior(self, draws: Any) -> Tensor:
-        """log p(φ | θ), ``[n, tasks]``."""
-
-    def log_likelihood(self, observations: Observations, *, draws: Any) -> Tensor:
-        """log p(y | x, φ) of each observation, ``[n, tasks, shots]``, 0 where masked."""
-
-    def predict(
-        self,
-        x: Tensor | Observations,
-        num_samples: int = ...,
-        *,
-        draws: Any = None,
-        generator: torch.Generator | int | None = None,
-    ) -> Tensor:
-        """Draws of y, ``[n, tasks, shots]`` or ``[n, tasks, shots, outputs]``."""
-
-    def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
-        """Closed-form predictive distribution; raises NoClosedFormError where there is none."""
-
-
-class Method(Protocol):
-    """What training sees of a meta-learning method: an ``nn.Module`` that owns θ."""
-
-    def prepare(self, batch: TaskBatch) -> None:
-        """Create the parameters whose shapes depend on the data. Calling it again does nothing."""
-
-    def adapt(self, support: Observations, *, generator: torch.Generator | int | None = None) -> Any:
-        """Posterior over φ given the support alone."""
-
-    def loss(self, batch: TaskBatch, *, generator: torch.Generator | int | None = None) -> Tensor:
-        """Mean over the real tasks, in nats a task."""

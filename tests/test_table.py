@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from bayesmeta.data import Observations, TaskDistribution
+from bayesmeta.data import Observations
 from bayesmeta.errors import BayesMetaError, DataError, EmptyTaskError, NonFiniteDataError, OptionError, ShapeError
 from bayesmeta.ops.random import as_generator
+from bayesmeta.protocols import TaskDistribution
 from bayesmeta.tasks.fertility import AGGREGATES, fertility, fertility_split
 from bayesmeta.tasks.table import TableTasks
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from bayesmeta.adapt.last_layer import BayesianLastLayer
-from bayesmeta.data import Posterior, TaskBatch
+from bayesmeta.data import TaskBatch
 from bayesmeta.demo.baselines import BASELINES
 from bayesmeta.diagnostics.datatree import save_netcdf, to_datatree
 from bayesmeta.diagnostics.plots import plot_forecast
@@ -21,6 +21,7 @@ from bayesmeta.models.likelihoods import Gaussian
 from bayesmeta.models.nets import mlp
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.priors import Normal
+from bayesmeta.protocols import Posterior
 from bayesmeta.tasks.fertility import FertilitySplit, fertility_split
 from bayesmeta.train import checkpoint
 from bayesmeta.train.fit import FitResult, fit, pick_device

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesmeta.data import Observations, Posterior, Standardizer, TaskBatch
+from bayesmeta.data import Observations, Standardizer, TaskBatch
 from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_same_tasks
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
+from bayesmeta.protocols import Posterior
 
 if TYPE_CHECKING:
     from xarray import DataTree

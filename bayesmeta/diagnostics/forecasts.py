@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesmeta.data import Observations, Posterior, TaskBatch
+from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.protocols import Posterior
 
 #: Draws × tasks × points that are evaluated in one call; more goes in slices of the points, to bound the memory.
 MAX_ELEMENTS = 1_000_000

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesmeta.data import Observations, Posterior, TaskBatch
+from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, check_same_tasks
 from bayesmeta.diagnostics.scores import task_names
 from bayesmeta.errors import EmptyTaskError, OptionError
 from bayesmeta.ops.random import Seed
+from bayesmeta.protocols import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

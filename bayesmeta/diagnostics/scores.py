@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesmeta.data import Posterior, TaskBatch
+from bayesmeta.data import TaskBatch
 from bayesmeta.diagnostics.forecasts import (
     NormalForecast,
     Predictor,
@@ -21,6 +21,7 @@ from bayesmeta.diagnostics.forecasts import (
 )
 from bayesmeta.errors import DataError, EmptyTaskError
 from bayesmeta.ops.random import Seed
+from bayesmeta.protocols import Posterior
 
 #: Name and meaning of each score, in the order of the table. Units: nats a point, those of y, or a fraction.
 SCORES = {

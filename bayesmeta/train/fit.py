@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesmeta.data import TaskBatch, TaskDistribution
+from bayesmeta.data import TaskBatch
 from bayesmeta.errors import CheckpointError, DataError, NonFiniteLossError, OptionError
+from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train import checkpoint
 from bayesmeta.train.folder import Log, claim, write_config
 
