@@ -1,4 +1,4 @@
-"""Cases that a review found: each was wrong once, or would have gone unseen."""
+"""Edges: shared modules, scales, dependent supports, padding, reused seeds, and inputs that have no answer."""
 
 import math
 
@@ -70,8 +70,17 @@ def test_a_subclass_of_gaussian_takes_no_gaussian_shortcut():
 # -- randomness ---------------------------------------------------------------------------------------------------
 
 
+def one_and_one(x, y=None, mask=None):
+    """One global and one local number, so that reused noise would line up."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with bm.task_plate(x):
+        level = pyro.sample("level", dist.Normal(mu, 1.0))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(level + 0 * x.squeeze(-1), 1.0), obs=y)
+
+
 def test_one_seed_gives_independent_numbers_to_theta_and_phi():
-    method = bm.ABML(TwoSites(), inner_steps=0, global_guide="normal")
+    method = bm.ABML(one_and_one, inner_steps=0, global_guide="normal")
     observations = batch_of(1, 3)
     method.prepare(observations)
     with torch.no_grad():
@@ -180,6 +189,21 @@ def test_pyros_elbo_agrees_with_positive_globals_in_a_plate(kind):
         ours = torch.stack([3 * method.loss(batch, generator=generator) for _ in range(n)])
         theirs = torch.tensor([Trace_ELBO().loss(method.model, method.guide, batch) for _ in range(n)])
     assert abs(float(ours.mean() - theirs.mean())) < 4 * math.sqrt(float(ours.var() + theirs.var()) / n)
+
+
+@pytest.mark.parametrize("kind", ["point", "normal"])
+def test_the_guides_global_sites_carry_the_jacobian_of_a_gaussian_guide(kind):
+    method = bm.ABML(PositiveGlobal(), inner_steps=0, global_guide=kind)
+    batch = bm.TaskBatch(batch_of(3, 4), batch_of(3, 2, seed=1))
+    method.prepare(batch)
+    with torch.no_grad(), torch.random.fork_rng():
+        method.theta_guide.loc.fill_(0.7)
+        trace = poutine.trace(method.guide).get_trace(batch)
+        trace.compute_log_prob()
+    for name in ("tau", "shift"):
+        node = trace.nodes[name]
+        expected = -node["value"].log().sum() if kind == "normal" else torch.zeros(())
+        torch.testing.assert_close(node["log_prob_sum"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_prior_draws_come_from_the_meta_learned_theta():
