@@ -201,6 +201,15 @@ def test_a_non_finite_loss_changes_nothing():
     assert torch.equal(svi.param("a"), before)
 
 
+def test_nan_in_a_batch_is_named():
+    observations = data()
+    y = observations.y.clone()
+    y[3, 2] = float("nan")
+    svi = bm.MetaSVI(model, guide, lambda p: torch.optim.Adam(p, 0.05), Trace_ELBO())
+    with pytest.raises(errors.NonFiniteDataError, match="task 3, shot 2"):
+        svi.step(bm.Observations(observations.x, y))
+
+
 def test_jit_elbo_is_an_elbo_like_any_other():
     observations = data()
     with torch.random.fork_rng():

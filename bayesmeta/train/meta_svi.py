@@ -68,6 +68,7 @@ class MetaSVI:
 
         Raises:
             NonFiniteLossError: before any parameter is changed.
+            NonFiniteDataError: for NaN in a batch, naming where.
         """
         args, kwargs = self._arguments(args, kwargs)
         with pyro.get_param_store().scope(self._store), poutine.trace(param_only=True) as capture, _named_sites():
@@ -97,6 +98,7 @@ class MetaSVI:
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(args) != 1 or kwargs or not isinstance(args[0], TaskBatch | Observations):
             return args, kwargs
+        args[0].check()
         if hasattr(getattr(self.model, "__self__", None), "adapt"):
             return args, kwargs  # method.model and method.guide read support and query themselves
         return _unpack(args[0].without_padding().union() if isinstance(args[0], TaskBatch) else args[0])
