@@ -202,17 +202,21 @@ def collate(
         raise ShapeError(f"shots={shots} is less than the longest task, which has {longest} observations.")
     lengths = torch.tensor([len(x) for x in xs])
     mask = torch.arange(shots) < lengths[:, None]
-    x = torch.stack([_pad(x, shots) for x in xs])
-    y = None if ys is None else torch.stack([_pad(y, shots) for y in ys])
+    x = torch.stack([_pad(x, shots, 0) for x in xs])
+    y = None if ys is None else torch.stack([_pad(y, shots, 0) for y in ys])
     full = bool(mask.all())
     return Observations(x, y, None if full else mask.to(x.device), w).check()
 
 
-def _pad(rows: Tensor, shots: int) -> Tensor:
-    if len(rows) == shots:
-        return rows
-    filler = rows[:1] if len(rows) else rows.new_zeros((1, *rows.shape[1:]))
-    return torch.cat([rows, filler.expand(shots - len(rows), *rows.shape[1:])])
+def _pad(tensor: Tensor, shots: int, dim: int) -> Tensor:
+    """Lengthen a dimension to ``shots`` with copies of its first entry (zeros where there is none)."""
+    extra = shots - tensor.shape[dim]
+    if extra == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = 1
+    filler = tensor.narrow(dim, 0, 1) if tensor.shape[dim] else tensor.new_zeros(shape)
+    return torch.cat([tensor, filler.repeat_interleave(extra, dim)], dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,11 +448,6 @@ def pad_shots(observations: Observations, shots: int) -> Observations:
         return observations
     if extra < 0:
         raise ShapeError(f"shots={shots} is less than the {observations.shots} that each task already has.")
-
-    def pad(t: Tensor) -> Tensor:
-        filler = t[:, :1] if t.shape[1] else t.new_zeros((t.shape[0], 1, *t.shape[2:]))
-        return torch.cat([t, filler.expand(-1, extra, *t.shape[2:])], 1)
-
     mask = torch.cat([observations.full_mask(), observations.full_mask().new_zeros(observations.num_tasks, extra)], 1)
-    y = None if observations.y is None else pad(observations.y)
-    return Observations(pad(observations.x), y, mask, observations.w)
+    y = None if observations.y is None else _pad(observations.y, shots, 1)
+    return Observations(_pad(observations.x, shots, 1), y, mask, observations.w)

@@ -21,6 +21,7 @@ from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.theta import GlobalKind
+from bayesmeta.ops.random import normal_like
 from bayesmeta.posteriors.kinds import NormalPosterior
 
 
@@ -116,9 +117,6 @@ class ABML(Method):
         entropy = (log_scale + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
         return self.program.log_joint(u, observations, theta).mean(0) + entropy
 
-    def _noise(self, particles: int, like: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randn(particles, *like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
     def _steps(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
     ) -> tuple[Tensor, Tensor]:
@@ -134,7 +132,7 @@ class ABML(Method):
         counts = support.counts().clamp(min=1.0)
         has_data = None if support.mask is None else support.mask.any(-1)[:, None]
         for _ in range(self.inner_steps):
-            noise = self._noise(self.num_particles, loc, generator)
+            noise = normal_like(loc, (self.num_particles, *loc.shape), generator)
             value = self.elbo(loc, log_scale, support, theta, noise) / counts
             gradients = torch.autograd.grad(value.sum(), (loc, log_scale), create_graph=create_graph)
             if has_data is not None:  # a task without support stays at the prior
@@ -155,7 +153,7 @@ class ABML(Method):
 
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         loc, log_scale = self._steps(batch.support, theta, generator, create_graph=True)
-        noise = self._noise(self.num_outer_particles, loc, generator)
+        noise = normal_like(loc, (self.num_outer_particles, *loc.shape), generator)
         if self.objective == "elbo":
             return -self.elbo(loc, log_scale, batch.union(), theta, noise)[0]
         u = loc + log_scale.exp() * noise

@@ -33,6 +33,7 @@ class Method(nn.Module):
         self.program = as_program(model)
         self.global_kind: GlobalKind = global_guide
         self.theta_guide: GlobalGuide | None = None
+        self._created = False
 
     # -- what a method defines ----------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class Method(nn.Module):
         Raises:
             ModelError and its kinds, DataError and its kinds: when program and data do not fit.
         """
-        if self.program.is_prepared and getattr(self, "_created", False):
+        if self._created:
             return
         observations = batch.union() if isinstance(batch, TaskBatch) else batch
         self._check_device(observations)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
@@ -111,7 +111,6 @@ class Pass:
         log_likelihood: ``[…, tasks, shots]``, summed over observed sites.
         log_theta: log p(θ) of the global sites in their own space, ``[…]``.
         observed: distribution and value of each observed site.
-        u, theta: the unconstrained values, when the pass made them.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -120,12 +119,6 @@ class Pass:
     log_likelihood: Tensor | float = 0.0
     log_theta: Tensor | float = 0.0
     observed: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
-    parts: list[Tensor] = field(default_factory=list)
-
-
-def sum_rightmost(tensor: Tensor, count: int) -> Tensor:
-    """Sum over the last ``count`` dimensions."""
-    return tensor.sum(list(range(-count, 0))) if count > 0 else tensor
 
 
 class Substitute(Messenger):
@@ -232,12 +225,13 @@ def _forward(transform: Transform, raw: Tensor, event_dim: int) -> tuple[Tensor,
 class DrawPrior(Substitute):
     """Draw local sites (and global ones, when ``theta`` is None) from the prior, ``num_samples`` at a time.
 
-    ``result.parts`` collects the unconstrained values, local first in program order.
+    ``local_parts`` and ``theta_parts`` collect the unconstrained values in program order.
     """
 
-    def __init__(self, layout: Layout, theta: Tensor | None, num_samples: int, *, sample_observed: bool = False):
-        super().__init__(layout, None, theta, sample_observed=sample_observed)
+    def __init__(self, layout: Layout, theta: Tensor | None, num_samples: int):
+        super().__init__(layout, None, theta)
         self.lead = torch.Size([num_samples])
+        self.local_parts: list[Tensor] = []
         self.theta_parts: list[Tensor] = []
 
     def local_value(self, fn: Any, site: Site) -> tuple[Tensor, Tensor]:
@@ -246,7 +240,7 @@ class DrawPrior(Substitute):
         value = fn.expand(batch).sample()
         transform = bijection(site.name, fn)
         raw = transform.inv(value)
-        self.result.parts.append(raw.reshape(*value.shape[: value.dim() - fn.event_dim - 1], -1))
+        self.local_parts.append(raw.reshape(*value.shape[: value.dim() - fn.event_dim - 1], -1))
         return value, torch.zeros(batch, dtype=value.dtype, device=value.device)
 
     def global_value(self, fn: Any, site: Site) -> tuple[Tensor, Tensor]:

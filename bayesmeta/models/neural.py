@@ -16,7 +16,7 @@ from bayesmeta.models.handlers import Pass
 from bayesmeta.models.likelihoods import Gaussian, Likelihood
 from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.models.priors import Normal, Prior, as_prior
-from bayesmeta.models.program import TaskProgram
+from bayesmeta.models.program import TaskProgram, refuse_outside
 from bayesmeta.ops.batched import BatchedMLP, BatchedModule, FlatParameters, is_plain_mlp, unsafe_modules
 from bayesmeta.ops.mlp_gradient import GaussianMLPGradient
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
@@ -200,13 +200,7 @@ class NeuralTaskModel(TaskProgram):
             return
         with torch.no_grad():
             support = self.predictive(self.prior.loc[None], observations).support
-        bad = (~support.check(observations.y) & observations.full_mask()).nonzero()
-        if len(bad):
-            task, shot = bad[0].tolist()
-            raise DataError(
-                f"y = {observations.y[task, shot].tolist()} of task {task}, shot {shot} (counted from 0) is outside "
-                f"the support of the likelihood, {support}."
-            )
+        refuse_outside(support, observations.y, observations.full_mask())
 
     def log_likelihood(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
         """log p(y | x, φ) of each observation, ``[…, tasks, shots]``; 0 where masked."""

@@ -122,6 +122,8 @@ class TaskProgram(nn.Module):
 
     def _pass(self, handler: Substitute, observations: Observations) -> Pass:
         handler.device = observations.device
+        if observations.shots == 0:  # a Pyro plate cannot be empty: one masked shot, which callers drop again
+            observations = _one_masked_shot(observations)
         # Validation reads values back from the device and stops graph capture; the first run was validated.
         with pyro.validation_enabled(False), handler, self.scope.open():
             self._run(observations)
@@ -139,28 +141,17 @@ class TaskProgram(nn.Module):
         with torch.no_grad():
             observed = self._pass(handler, observations).observed
         for fn, value in observed.values():
-            if _bounds_depend_on_sites(fn.support):
-                continue
-            inside = fn.support.check(value)
-            bad = (~inside & observations.full_mask()).nonzero()
-            if len(bad):
-                task, shot = bad[0].tolist()
-                raise DataError(
-                    f"y = {value[task, shot].tolist()} of task {task}, shot {shot} (counted from 0) is outside the "
-                    f"support of the likelihood, {fn.support}. Check the data, or choose another likelihood."
-                )
+            refuse_outside(fn.support, value, observations.full_mask())
 
     # -- densities ----------------------------------------------------------------------------------------------
 
     def evaluate(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Pass:
         """All values and densities in one pass."""
         self._need_theta(theta)
-        shots = observations.shots
-        if shots == 0:  # a Pyro plate cannot be empty: one masked shot, dropped again
-            result = self._pass(Substitute(self.layout, u, theta), _one_masked_shot(observations))
+        result = self._pass(Substitute(self.layout, u, theta), observations)
+        if observations.shots == 0:
             result.log_likelihood = u.new_zeros(*u.shape[:-1], 0)
-            return result
-        return self._pass(Substitute(self.layout, u, theta), observations)
+        return result
 
     def log_joint(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
         """log p(y, φ | x, θ) in unconstrained space, ``[…, tasks]``."""
@@ -225,10 +216,9 @@ class TaskProgram(nn.Module):
         if theta is not None and theta.dim() == 1:
             theta = theta.expand(num_samples, -1)
         handler = DrawPrior(self.layout, theta, num_samples)
-        observations = _one_masked_shot(observations) if observations.shots == 0 else observations.with_y(None)
         with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
-            result = self._pass(handler, observations)
-        u = torch.cat([p.expand(num_samples, observations.num_tasks, -1) for p in result.parts], -1)
+            self._pass(handler, observations.with_y(None))
+        u = torch.cat([p.expand(num_samples, observations.num_tasks, -1) for p in handler.local_parts], -1)
         if handler.theta_parts:
             theta = torch.cat(handler.theta_parts, -1)
         return u, theta
@@ -241,7 +231,7 @@ class TaskProgram(nn.Module):
         """
         self._need_theta(theta)
         handler = PriorMoments(self.layout, theta)
-        self._pass(handler, _one_masked_shot(observations) if observations.shots == 0 else observations.with_y(None))
+        self._pass(handler, observations.with_y(None))
         lead = torch.broadcast_shapes(*(p.shape[:-1] for p in handler.locs))
         loc = torch.cat([p.expand(*lead, -1) for p in handler.locs], -1)
         scale = torch.cat([p.expand(*lead, -1) for p in handler.scales], -1)
@@ -268,11 +258,9 @@ class TaskProgram(nn.Module):
         self._need_theta(theta)
         name = self._single_observed()
         handler = Substitute(self.layout, u, theta, sample_observed=True)
-        empty = observations.shots == 0  # a Pyro plate cannot be empty: one masked shot, dropped again
-        observations = _one_masked_shot(observations) if empty else observations.with_y(None)
         with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
-            fn, y = self._pass(handler, observations).observed[name]
-        return y.narrow(y.dim() - 1 - len(fn.event_shape), 0, 0) if empty else y
+            fn, y = self._pass(handler, observations.with_y(None)).observed[name]
+        return y if observations.shots else y.narrow(y.dim() - 1 - len(fn.event_shape), 0, 0)
 
     def predictive(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Any:
         """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
@@ -293,10 +281,24 @@ class TaskProgram(nn.Module):
             raise ModelError(f"The program has global sites ({names}); give their values as theta.")
 
 
-def _bounds_depend_on_sites(support: Any) -> bool:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return any(isinstance(v, Tensor) for v in vars(support).values())
+def refuse_outside(support: Any, y: Tensor, mask: Tensor) -> None:
+    """Check targets ``[tasks, shots, …]`` against a support. One whose bounds are tensors may depend on φ: no check.
+
+    Raises:
+        DataError: naming the first task and shot whose target is outside.
+    """
+    base = support
+    while hasattr(base, "base_constraint"):
+        base = base.base_constraint
+    if any(isinstance(bound, Tensor) for bound in vars(base).values()):
+        return
+    bad = (~support.check(y) & mask).nonzero()
+    if len(bad):
+        task, shot = bad[0].tolist()
+        raise DataError(
+            f"y = {y[task, shot].tolist()} of task {task}, shot {shot} (counted from 0) is outside the support of the "
+            f"likelihood, {support}. Check the data, or choose another likelihood."
+        )
 
 
 def _one_masked_shot(observations: Observations) -> Observations:

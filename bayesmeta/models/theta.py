@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bayesmeta.data import Observations
 from bayesmeta.errors import OptionError
 from bayesmeta.models.program import TaskProgram
-from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.ops.random import Seed, as_generator, normal_like
 
 GlobalKind = Literal["point", "normal"]
 
@@ -48,9 +48,7 @@ class GlobalGuide(nn.Module):
         if self.kind == "point":
             return self.loc.expand(num_samples, -1)
         generator = as_generator(generator, self.loc.device, "theta")
-        noise = torch.randn(
-            num_samples, self.loc.numel(), generator=generator, dtype=self.loc.dtype, device=self.loc.device
-        )
+        noise = normal_like(self.loc, (num_samples, self.loc.numel()), generator)
         return self.loc + noise * self.log_scale.exp()
 
     def log_density(self, theta: Tensor) -> Tensor:

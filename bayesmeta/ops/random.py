@@ -1,10 +1,11 @@
 """Explicit randomness: generators in, global state untouched."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 #: What every ``generator=`` argument takes: a generator, a seed, or None for seed 0.
 Seed = torch.Generator | int | None
@@ -25,6 +26,11 @@ def as_generator(generator: Seed, device: torch.device | str = "cpu", stream: st
     seed = 0 if generator is None else int(generator)
     digest = hashlib.blake2b(f"{stream}:{seed}".encode(), digest_size=7).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big"))
+
+
+def normal_like(like: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of a shape, in the dtype and on the device of ``like``."""
+    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=like.device)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from bayesmeta.errors import NoClosedFormError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.gaussian import lower_root
-from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.ops.random import Seed, as_generator, normal_like
 from bayesmeta.posteriors.base import Draws, TaskPosterior
 
 
@@ -123,7 +123,7 @@ class NormalPosterior(_Components):
         generator = as_generator(generator, self.loc.device, "draws")
         component = self._component(num_samples, self.loc.shape[0])
         shape = (num_samples, *self.loc.shape[1:])
-        noise = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        noise = normal_like(self.loc, shape, generator)
         return Draws(self.loc[component] + noise * self.scale[component], self._theta_at(component))
 
     def log_prob(self, u: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class ExactLinearPosterior(TaskPosterior):
         """Independent draws of the weights."""
         generator = as_generator(generator, self.loc.device, "draws")
         shape = (num_samples, *self.loc.shape)
-        noise = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        noise = normal_like(self.loc, shape, generator)
         return Draws(self.loc + (self.root @ noise.unsqueeze(-1)).squeeze(-1))
 
     def _weights(self) -> dist.MultivariateNormal:
