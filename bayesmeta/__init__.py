@@ -22,37 +22,44 @@ _MODULES = {
 
 _NAMES = {
     "ABML": "bayesmeta.adapt.abml",
+    "ANIL": "bayesmeta.adapt.anil",
     "BayesianLastLayer": "bayesmeta.adapt.last_layer",
+    "BOIL": "bayesmeta.adapt.boil",
+    "collate": "bayesmeta.data",
+    "concatenate": "bayesmeta.data",
     "DeltaPosterior": "bayesmeta.posteriors.kinds",
     "Draws": "bayesmeta.posteriors.base",
     "ExactLinearPosterior": "bayesmeta.posteriors.kinds",
+    "fit": "bayesmeta.train.fit",
     "FitResult": "bayesmeta.train.fit",
     "Gaussian": "bayesmeta.models.likelihoods",
+    "ImplicitMAML": "bayesmeta.adapt.implicit_maml",
+    "load_method": "bayesmeta.train.checkpoint",
+    "load_netcdf": "bayesmeta.diagnostics.datatree",
+    "load_posterior": "bayesmeta.posteriors.base",
+    "loo": "bayesmeta.diagnostics.datatree",
     "MAML": "bayesmeta.adapt.maml",
+    "MetaSGD": "bayesmeta.adapt.meta_sgd",
     "MetaSVI": "bayesmeta.train.meta_svi",
     "Method": "bayesmeta.adapt.base",
+    "MethodCard": "bayesmeta.adapt.base",
+    "MultiTask": "bayesmeta.adapt.multi_task",
     "NeuralTaskModel": "bayesmeta.models.neural",
     "NormalPosterior": "bayesmeta.posteriors.kinds",
     "Observations": "bayesmeta.data",
+    "plot_forecast": "bayesmeta.diagnostics.plots",
+    "Reptile": "bayesmeta.adapt.reptile",
     "SamplesPosterior": "bayesmeta.posteriors.kinds",
+    "save_netcdf": "bayesmeta.diagnostics.datatree",
     "Scores": "bayesmeta.diagnostics.scores",
+    "scores": "bayesmeta.diagnostics.scores",
+    "shot_plate": "bayesmeta.models.plates",
     "Standardizer": "bayesmeta.data",
+    "task_plate": "bayesmeta.models.plates",
     "TaskBatch": "bayesmeta.data",
     "TaskDistribution": "bayesmeta.protocols",
     "TaskPosterior": "bayesmeta.posteriors.base",
     "TaskProgram": "bayesmeta.models.program",
-    "collate": "bayesmeta.data",
-    "concatenate": "bayesmeta.data",
-    "fit": "bayesmeta.train.fit",
-    "load_netcdf": "bayesmeta.diagnostics.datatree",
-    "load_method": "bayesmeta.train.checkpoint",
-    "load_posterior": "bayesmeta.posteriors.base",
-    "loo": "bayesmeta.diagnostics.datatree",
-    "plot_forecast": "bayesmeta.diagnostics.plots",
-    "save_netcdf": "bayesmeta.diagnostics.datatree",
-    "scores": "bayesmeta.diagnostics.scores",
-    "shot_plate": "bayesmeta.models.plates",
-    "task_plate": "bayesmeta.models.plates",
     "to_datatree": "bayesmeta.diagnostics.datatree",
     "union": "bayesmeta.data",
 }
@@ -78,9 +85,15 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from bayesmeta import diagnostics, errors, tasks
     from bayesmeta.adapt.abml import ABML
-    from bayesmeta.adapt.base import Method
+    from bayesmeta.adapt.anil import ANIL
+    from bayesmeta.adapt.base import Method, MethodCard
+    from bayesmeta.adapt.boil import BOIL
+    from bayesmeta.adapt.implicit_maml import ImplicitMAML
     from bayesmeta.adapt.last_layer import BayesianLastLayer
     from bayesmeta.adapt.maml import MAML
+    from bayesmeta.adapt.meta_sgd import MetaSGD
+    from bayesmeta.adapt.multi_task import MultiTask
+    from bayesmeta.adapt.reptile import Reptile
     from bayesmeta.data import (
         Observations,
         Standardizer,

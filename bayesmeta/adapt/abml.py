@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bayesmeta.adapt.base import Method
+from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
@@ -43,6 +43,13 @@ class ABML(Method):
     Raises:
         OptionError: for an unknown objective, or numbers out of range.
     """
+
+    card = MethodCard(
+        assumes="a prior with a density: Gaussian weights, or a program's own",
+        posterior="diagonal Gaussian: K gradient steps on the ELBO from the prior",
+        cost="adapt K gradients of num_particles draws; train 2–3 × that",
+        source="Ravi, Beatson 2019",
+    )
 
     def __init__(
         self,

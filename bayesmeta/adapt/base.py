@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +19,23 @@ from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.posteriors.base import TaskPosterior
 
 
+@dataclass(frozen=True)
+class MethodCard:
+    """What a person wants to know before choosing a method, in a few words each.
+
+    Attributes:
+        assumes: what it asks of the model.
+        posterior: its q(φ | S).
+        cost: of adaptation and of a training step, in gradients of the support's likelihood.
+        source: authors and year.
+    """
+
+    assumes: str
+    posterior: str
+    cost: str
+    source: str
+
+
 class Method(nn.Module):
     """Base of the methods: ``adapt`` for a posterior, ``loss`` for training, ``model`` and ``guide`` for Pyro.
 
@@ -25,6 +43,9 @@ class Method(nn.Module):
         model: a :class:`~bayesmeta.TaskProgram`, or a Pyro program, which is wrapped as one.
         global_guide: posterior over the program's global sites, ``"point"`` or ``"normal"``.
     """
+
+    #: shown by ``bayesmeta methods``
+    card: ClassVar[MethodCard]
 
     def __init__(self, model: Any, *, global_guide: GlobalKind = "point") -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bayesmeta.adapt.base import Method
+from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
@@ -36,6 +36,13 @@ class BayesianLastLayer(Method):
         UnsupportedError: for a model that has no closed form; the message says what is missing.
         OptionError: for an unknown objective.
     """
+
+    card = MethodCard(
+        assumes="a network whose last Linear is φ, Gaussian prior and noise",
+        posterior="exact: a full Gaussian over the last layer, with predictive and evidence in closed form",
+        cost="adapt one factorisation of D × D; train one gradient through it",
+        source="Harrison, Sharma, Pavone 2018",
+    )
 
     def __init__(
         self, model: NeuralTaskModel, *, objective: Literal["predictive", "marginal", "evidence"] = "predictive"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,16 +94,23 @@ class NeuralTaskModel(TaskProgram):
         with task_plate(x):
             phi = pyro.sample(SITE, self.prior.distribution())
             with shot_plate(x, mask):
-                output = self.output(phi.squeeze(-2), x)
-                return pyro.sample("y", self.likelihood.distribution(output), obs=y)
+                return pyro.sample("y", self._distribution(phi.squeeze(-2), x, mask), obs=y)
+
+    def _distribution(self, u: Tensor, x: Tensor, mask: Tensor | None) -> Any:
+        """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
+        inputs, exposure = self.likelihood.split(x, mask)
+        return self.likelihood.distribution(self._forward(u, inputs), **exposure)
 
     def output(self, u: Tensor, x: Tensor) -> Tensor:
         """Network outputs ``[…, tasks, shots, outputs]``.
 
         Args:
             u: task-specific weights, ``[…, tasks, D]``; one task's weights serve all tasks.
-            x: ``[tasks, shots, features]``.
+            x: ``[tasks, shots, features]``, the likelihood's exposure included, if it has one.
         """
+        return self._forward(u, self.likelihood.split(x)[0])
+
+    def _forward(self, u: Tensor, x: Tensor) -> Tensor:
         lead = u.shape[:-2]
         rows = (
             u.reshape(-1, u.shape[-1]) if u.shape[-2] == x.shape[0] else u.expand(*lead, x.shape[0], -1).flatten(0, -2)
@@ -111,6 +119,21 @@ class NeuralTaskModel(TaskProgram):
         if out.shape[0] != rows.shape[0]:  # every layer is shared
             out = out.expand(rows.shape[0] // out.shape[0], *out.shape).flatten(0, 1)
         return out.reshape(*lead, x.shape[0], *out.shape[1:])
+
+    @property
+    def blocks(self) -> dict[str, slice]:
+        """Where each task-specific tensor of the network lies in u."""
+        stops = list(itertools.accumulate(self.flat.sizes))
+        return {n: slice(stop - size, stop) for n, size, stop in zip(self.flat.shapes, self.flat.sizes, stops)}
+
+    @property
+    def head(self) -> str | None:
+        """Name of the last Linear of the network; None where there is none."""
+        return _head(self.network)
+
+    def start_parameters(self) -> list[nn.Parameter]:
+        """What :meth:`learned_start` is made of: the centre of the prior."""
+        return [self.prior.get_parameter("loc")]
 
     # -- the last layer as a linear model -----------------------------------------------------------------------
 
@@ -124,13 +147,19 @@ class NeuralTaskModel(TaskProgram):
         """Standard deviation of a Gaussian likelihood.
 
         Raises:
-            UnsupportedError: for another likelihood.
+            UnsupportedError: for another likelihood, and for one with a scale of its own for each output.
         """
         if type(self.likelihood) is not Gaussian:  # a subclass may be another distribution
             raise UnsupportedError(
                 f"A closed form needs a Gaussian likelihood; this model has {type(self.likelihood).__name__}."
             )
-        return self.likelihood.scale
+        scale = self.likelihood.scale
+        if scale.dim():
+            raise UnsupportedError(
+                f"A closed form needs one scale for all outputs; this Gaussian has {scale.shape[0]}. Give it one "
+                "number, and bring the outputs into units in which it is shared."
+            )
+        return scale
 
     def last_layer_design(self, x: Tensor) -> Tensor:
         """The matrix A with outputs = A φ, ``[tasks, shots × outputs, D]``, for a last layer that is task-specific.
@@ -144,7 +173,7 @@ class NeuralTaskModel(TaskProgram):
                 f"Linear, with task_modules='head'. This model has task_modules={self.task_modules!r}."
             )
         assert isinstance(self.network, nn.Sequential)
-        features = self.network[:-1](x)
+        features = self.network[:-1](self.likelihood.split(x)[0])
         head = self.network[-1]
         assert isinstance(head, nn.Linear)
         if head.bias is not None:
@@ -162,36 +191,70 @@ class NeuralTaskModel(TaskProgram):
     # -- fast path ----------------------------------------------------------------------------------------------
 
     def prepare(self, observations: Observations) -> NeuralTaskModel:
-        """Check that the network takes these features and that the output fits the targets."""
+        """Check that the network takes these features and that its outputs and the likelihood fit the targets."""
         if not self.is_prepared:
+            self._check_exposure(observations)
             self._try_network(observations)
+            self.check_targets(observations)
         super().prepare(observations)
         return self
 
+    def check(self, observations: Observations) -> None:
+        """Check the feature width, and that the exposure is positive where the likelihood has one.
+
+        Raises:
+            ShapeError: for another width than that of the first data.
+            DataError: for an exposure that is not positive, naming task and shot.
+        """
+        super().check(observations)
+        self._check_exposure(observations)
+
+    def _check_exposure(self, observations: Observations) -> None:
+        exposure = self.likelihood.split(observations.x)[1].get("exposure")
+        if exposure is None:
+            return
+        bad = (~((exposure > 0) & exposure.isfinite()) & observations.full_mask()).nonzero()
+        if len(bad):
+            task, shot = bad[0].tolist()
+            raise DataError(
+                f"The exposure (column {self.likelihood.exposure} of x) is {exposure[task, shot].item():.4g} at task "
+                f"{task}, shot {shot} (counted from 0); an exposure is positive, in raw units. Do not standardise that "
+                "column, and drop rows without exposure."
+            )
+
     def _try_network(self, observations: Observations) -> None:
-        u = self.prior.loc.detach()[None]
+        u, likelihood = self.prior.loc.detach()[None], self.likelihood
+        inputs, exposure = likelihood.split(observations.x.new_ones(1, 2, observations.num_features))
         try:
             with torch.no_grad():
-                out = self.output(u, observations.x.new_zeros(1, 2, observations.num_features))
+                out = self._forward(u, inputs)
         except RuntimeError as error:
+            beside = " beside the exposure" if exposure else ""
             raise ShapeError(
-                f"The network cannot take x with {observations.num_features} features in {observations.x.dtype}: "
+                f"The network cannot take x with {inputs.shape[-1]} features{beside} in {observations.x.dtype}: "
                 f"{error}. Give the network that input width, and model and data one dtype and device (.to())."
             ) from error
-        y = observations.y
-        if y is None:
-            return
-        width = 1 if y.dim() == 2 else y.shape[-1]
+        if observations.y is not None:
+            self._check_outputs(out, exposure, observations.y)
+
+    def _check_outputs(self, out: Tensor, exposure: dict[str, Tensor], y: Tensor) -> None:
+        likelihood, width = self.likelihood, 1 if y.dim() == 2 else y.shape[-1]
+        name, advice = type(likelihood).__name__, "Change the network's output width."
+        wanted = likelihood.num_outputs(width)
+        if wanted is not None and wanted != out.shape[-1]:
+            raise ShapeError(
+                f"The network has {out.shape[-1]} output(s); a {name} likelihood takes {wanted} for y of width {width} "
+                f"(shape {list(y.shape)}). {advice}"
+            )
         try:
             with torch.no_grad():
-                event = tuple(self.likelihood.distribution(out).event_shape)
+                event = tuple(likelihood.distribution(out, **exposure).event_shape)
         except RuntimeError as error:
             raise ShapeError(f"The likelihood cannot take outputs of width {out.shape[-1]}: {error}.") from error
         if event != tuple(y.shape[2:]):
             raise ShapeError(
                 f"The likelihood on {out.shape[-1]} network output(s) describes targets of shape "
-                f"{['tasks', 'shots', *event]}; y has width {width} and shape {list(y.shape)}. "
-                "Change the network's output width."
+                f"{['tasks', 'shots', *event]}; y has width {width} and shape {list(y.shape)}. {advice}"
             )
 
     def check_targets(self, observations: Observations, theta: Tensor | None = None) -> None:
@@ -206,7 +269,8 @@ class NeuralTaskModel(TaskProgram):
         """log p(y | x, φ) of each observation, ``[…, tasks, shots]``; 0 where masked."""
         if observations.y is None:
             raise DataError("A log-likelihood needs targets; these observations have y=None.")
-        value = self.likelihood.log_prob(self.output(u, observations.x), observations.y)
+        inputs, exposure = self.likelihood.split(observations.x, observations.mask)
+        value = self.likelihood.log_prob(self._forward(u, inputs), observations.y, **exposure)
         if observations.mask is not None:
             value = torch.where(observations.mask, value, 0.0)
         return value
@@ -220,10 +284,10 @@ class NeuralTaskModel(TaskProgram):
         fixed scale), else plain autograd. With ``create_graph`` the result can be differentiated once in θ and u.
         """
         likelihood, y = self.likelihood, observations.y
-        fixed = type(likelihood) is Gaussian and not likelihood.learn_scale
-        if self._fused is None or not fixed or y is None or observations.x.requires_grad or y.requires_grad:
+        scale = likelihood.scale if type(likelihood) is Gaussian and not likelihood.learn_scale else None
+        if self._fused is None or scale is None or y is None or observations.x.requires_grad or y.requires_grad:
             return super().log_likelihood_gradient(u, observations, theta, create_graph=create_graph)
-        weight = self.noise_scale**-2
+        weight = scale**-2  # one for all outputs, or [outputs]
         y = y if y.dim() == 3 else y.unsqueeze(-1)
         if observations.mask is not None:
             weight = weight * observations.mask.unsqueeze(-1)
@@ -231,7 +295,7 @@ class NeuralTaskModel(TaskProgram):
         if rows.shape[0] != x.shape[0]:
             copies = rows.shape[0] // x.shape[0]
             x, y = x.repeat(copies, 1, 1), y.repeat(copies, 1, 1)
-            weight = weight if weight.dim() == 0 else weight.repeat(copies, 1, 1)
+            weight = weight if weight.dim() < 3 else weight.repeat(copies, 1, 1)
         with torch.set_grad_enabled(create_graph):
             return self._fused(rows, x, y, weight).reshape(u.shape)
 
@@ -288,7 +352,7 @@ class NeuralTaskModel(TaskProgram):
 
     def predictive(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Any:
         """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
-        return self.likelihood.distribution(self.output(u, observations.x))
+        return self._distribution(u, observations.x, observations.mask)
 
 
 def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> list[str]:
@@ -300,10 +364,10 @@ def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> l
         return everything
     modules = dict(network.named_modules())
     if task_modules == "head":
-        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        if not linear:
+        head = _head(network)
+        if head is None:
             raise OptionError("task_modules='head' means the last Linear, and this network has none; name the modules.")
-        task_modules = [linear[-1]]
+        task_modules = [head]
     chosen = [task_modules] if isinstance(task_modules, str) else list(task_modules)
     unknown = [name for name in chosen if name not in modules]
     if unknown:
@@ -315,6 +379,12 @@ def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> l
     if not names:
         raise OptionError(f"The modules {chosen} have no parameters; nothing would be task-specific.")
     return names
+
+
+def _head(network: nn.Module) -> str | None:
+    """Name of the last Linear."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
 
 
 def _is_last_linear(network: nn.Module, names: Sequence[str]) -> bool:

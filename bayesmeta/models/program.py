@@ -78,6 +78,11 @@ class TaskProgram(nn.Module):
         """Whether the program has global latent sites."""
         return self.layout.theta_dim > 0
 
+    @property
+    def blocks(self) -> dict[str, slice]:
+        """Where each local site lies in u; for a network, each task-specific tensor."""
+        return {site.name: slice(site.start, site.stop) for site in self.layout.local}
+
     def prepare(self, observations: Observations) -> TaskProgram:
         """Read the program's sites at its first data, and check its plates. Calling it again checks the width only.
 
@@ -240,6 +245,10 @@ class TaskProgram(nn.Module):
     def learned_start(self, observations: Observations) -> Tensor | None:
         """Where point estimates start, ``[tasks, D]``, if θ holds it; None when a method must learn its own."""
         return None
+
+    def start_parameters(self) -> list[nn.Parameter]:
+        """The parameters of :meth:`learned_start`; empty when a method must learn its own."""
+        return []
 
     def gaussian_prior(self, observations: Observations) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of u, ``[tasks, D]``, if its prior is exactly a diagonal Gaussian; else None."""
