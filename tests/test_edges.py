@@ -227,7 +227,7 @@ def test_predictive_objective_is_the_log_of_the_mean_likelihood():
     method = bm.ABML(model, inner_steps=0, num_outer_particles=6, objective="predictive")
     value = method.loss(batch, generator=torch.Generator().manual_seed(4))
     noise = torch.randn(6, 1, 3, model.flat.size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    loc, scale = model.prior.mean_and_scale()
+    loc, scale = model.prior.moments()
     each = model.log_likelihood(loc + scale * noise, batch.query).sum(-1)[:, 0]
     expected = -each.exp().mean(0).log().mean()
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)

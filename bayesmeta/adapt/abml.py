@@ -19,7 +19,8 @@ from torch import Tensor
 from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError, UnsupportedError
-from bayesmeta.models.neural import NeuralTaskModel
+from bayesmeta.models.network import NetworkProgram
+from bayesmeta.models.priors import Point
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.random import normal_like
 from bayesmeta.posteriors.kinds import NormalPosterior
@@ -74,10 +75,9 @@ class ABML(Method):
                 f"inner_steps={inner_steps}, inner_lr={inner_lr}, inner_lr_scale={scale_lr}, "
                 f"num_particles={num_particles}, num_outer_particles={outer}."
             )
-        if isinstance(self.program, NeuralTaskModel) and self.program.prior.mean_and_scale() is None:
+        if isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point):
             raise UnsupportedError(
-                f"ABML starts at a prior with a density; this model has {type(self.program.prior).__name__}. "
-                "Use prior='normal'."
+                "ABML starts at a prior with a density; this model has Point, a start without one. Use prior='normal'."
             )
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
@@ -117,7 +117,7 @@ class ABML(Method):
             noise: standard normal, ``[particles, G, tasks, D]``.
         """
         u = loc + log_scale.exp() * noise
-        prior = self.program.gaussian_prior(observations)
+        prior = self.program.gaussian_prior(observations, theta)
         if prior is not None:
             log_likelihood = self.program.log_likelihood(u, observations, theta).sum(-1).mean(0)
             return log_likelihood - _kl_normal(loc, log_scale, *prior)

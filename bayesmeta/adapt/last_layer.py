@@ -55,7 +55,7 @@ class BayesianLastLayer(Method):
                 "BayesianLastLayer needs a NeuralTaskModel with task_modules='head'; a Pyro program goes into ABML, "
                 "MAML or MetaSVI."
             )
-        if not model.is_linear_in_phi or model.prior.mean_and_scale() is None:
+        if not model.is_linear_in_phi or (model.prior.root() is None):
             raise UnsupportedError(
                 "BayesianLastLayer needs outputs linear in the task parameters and a Gaussian prior on them: a "
                 "Sequential that ends in a Linear, task_modules='head', prior='normal'. This model has "
@@ -79,8 +79,8 @@ class BayesianLastLayer(Method):
     def fit_weights(self, observations: Observations) -> LinearGaussianFit:
         """Posterior of the weights and evidence of these observations, differentiable in θ."""
         program = self.model_program
-        moments = program.prior.mean_and_scale()
-        assert moments is not None
+        root = program.prior.root()
+        assert root is not None
         assert observations.y is not None
         mask = observations.mask
         width = observations.y.shape[-1] if observations.y.dim() == 3 else 1
@@ -88,7 +88,7 @@ class BayesianLastLayer(Method):
             mask = mask.repeat_interleave(width, -1)
         y = observations.y.flatten(1)
         design = program.last_layer_design(observations.x)
-        return fit_linear_gaussian(design, y, moments[0], torch.diag(moments[1]), program.noise_scale, mask)
+        return fit_linear_gaussian(design, y, program.learned_start(observations), root, program.noise_scale, mask)
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
 from bayesmeta.errors import SiteError
@@ -21,8 +23,11 @@ from bayesmeta.ops.random import as_generator, forked_rng
 
 
 def is_deterministic(msg: Any) -> bool:
-    """True for ``pyro.deterministic`` sites, which carry no density."""
-    return bool((msg["infer"] or {}).get("_deterministic"))
+    """True for ``pyro.deterministic`` sites and those that a reparameterisation made, which carry no density."""
+    if (msg["infer"] or {}).get("_deterministic"):
+        return True
+    fn = msg["fn"]
+    return msg["is_observed"] and isinstance(fn, MaskedDistribution) and isinstance(fn.base_dist, Delta)
 
 
 def is_subsample(msg: Any) -> bool:
@@ -38,6 +43,8 @@ def bijection(name: str, fn: Any) -> Transform:
     """
     try:
         support = fn.support
+        if isinstance(support, MixtureSameFamilyConstraint):  # torch has no bijection for the wrapper
+            support = support.base_constraint
         if support.is_discrete:
             raise NotImplementedError
         return biject_to(support)
@@ -79,6 +86,7 @@ class Layout:
         local: task parameters φ, in the order of the program.
         theta: global sites, in the order of the program.
         observed: names of the likelihood's sites.
+        deterministic: functions of the task parameters that the program names, in its task plate.
         dim: D, the length of a task's unconstrained vector u.
         theta_dim: E, the length of the unconstrained vector of all global sites.
         num_features: width of x.
@@ -88,6 +96,7 @@ class Layout:
     theta: tuple[Site, ...]
     observed: tuple[str, ...]
     num_features: int
+    deterministic: tuple[Site, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -148,9 +157,11 @@ class Substitute(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         msg["stop"] = True
         name = msg["name"]
-        if is_subsample(msg) or is_deterministic(msg):
+        if is_subsample(msg):
             return
-        if name in self.local:
+        if is_deterministic(msg):
+            self.result.values[name] = msg["value"]
+        elif name in self.local:
             self._local(msg, self.local[name])
         elif name in self.globals:
             self._global(msg, self.globals[name])

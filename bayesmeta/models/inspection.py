@@ -83,8 +83,10 @@ def read_layout(run: Callable[[Observations], Any], probe: Observations) -> Layo
     local: list[Any] = []
     theta: list[Any] = []
     observed: list[str] = []
+    deterministic: list[Site] = []
     for msg in record.messages:
         if is_deterministic(msg):
+            deterministic += _function_of_phi(msg)
             continue
         kind = _kind(msg)
         if kind == "observed":
@@ -98,7 +100,16 @@ def read_layout(run: Callable[[Observations], Any], probe: Observations) -> Layo
         )
     if not observed:
         raise LikelihoodError(f"The program has no observed site. The shape of a program is: {_ADVICE}.")
-    return Layout(_sites(local, True), _sites(theta, False), tuple(observed), probe.num_features)
+    return Layout(_sites(local, True), _sites(theta, False), tuple(observed), probe.num_features, tuple(deterministic))
+
+
+def _function_of_phi(msg: Any) -> list[Site]:
+    """A deterministic site with one value for each task; others (of shots, of θ) are not kept."""
+    plates = {f.name for f in msg["cond_indep_stack"] if f.vectorized}
+    shape = msg["value"].shape
+    if TASKS not in plates or SHOTS in plates or tuple(shape[:2]) != (PROBE_TASKS, 1):
+        return []
+    return [Site(msg["name"], 0, 0, shape[2:], shape[2:])]
 
 
 def _sites(messages: list[Any], local: bool) -> tuple[Site, ...]:

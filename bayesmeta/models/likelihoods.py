@@ -332,7 +332,8 @@ class Categorical(Likelihood):
 
     def distribution(self, output: Tensor, exposure: Tensor | None = None) -> Any:
         """Categorical with these logits."""
-        return dist.Categorical(logits=output)
+        checked = None if output.numel() else False  # torch cannot validate logits of no observation
+        return dist.Categorical(logits=output, validate_args=checked)
 
     def log_prob(self, output: Tensor, y: Tensor, exposure: Tensor | None = None) -> Tensor:
         """The log-probability of class y."""
@@ -395,8 +396,8 @@ class _Counts(_Independent):
         self.exposure = exposure
 
     def _log_mean(self, output: Tensor, exposure: Tensor | None) -> Tensor:
-        """log of the mean, in the shape of the targets."""
-        log_mean = output if exposure is None else output + exposure.log().unsqueeze(-1)
+        """log of the mean, in the shape of the targets and the dtype of the output."""
+        log_mean = output if exposure is None else output + exposure.to(output.dtype).log().unsqueeze(-1)
         return _targets(log_mean)
 
 
@@ -416,7 +417,7 @@ class Poisson(_Counts):
 
     def log_prob(self, output: Tensor, y: Tensor, exposure: Tensor | None = None) -> Tensor:
         """The log-probability of the count y, from the log rate."""
-        value = _poisson_log_prob(self._log_mean(output, exposure), y)
+        value = _poisson_log_prob(self._log_mean(output.double(), exposure), y)
         return _sum(value, output.shape[-1]).to(output.dtype)
 
 
@@ -460,6 +461,6 @@ class NegativeBinomial(_Counts):
     def log_prob(self, output: Tensor, y: Tensor, exposure: Tensor | None = None) -> Tensor:
         """The log-probability of the count y, from the log mean."""
         log_concentration = _scalar(self.log_concentration, output)
-        logits = self._log_mean(output, exposure) - log_concentration
+        logits = self._log_mean(output.double(), exposure) - log_concentration
         value = _negative_binomial_log_prob(logits, log_concentration, y)
         return _sum(value, output.shape[-1]).to(output.dtype)

@@ -5,27 +5,20 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import DataError, ModelError, OptionError, ShapeError, UnsupportedError
-from bayesmeta.models.handlers import Pass
+from bayesmeta.errors import ModelError, OptionError, UnsupportedError
 from bayesmeta.models.likelihoods import Gaussian, Likelihood
-from bayesmeta.models.plates import shot_plate, task_plate
+from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.priors import Normal, Prior, as_prior
-from bayesmeta.models.program import TaskProgram, refuse_outside
 from bayesmeta.ops.batched import BatchedMLP, BatchedModule, FlatParameters, is_plain_mlp, unsafe_modules
 from bayesmeta.ops.mlp_gradient import GaussianMLPGradient
-from bayesmeta.ops.random import Seed, as_generator, forked_rng
-
-SITE = "phi"
 
 
-class NeuralTaskModel(TaskProgram):
+class NeuralTaskModel(NetworkProgram):
     """A network whose weights, or some of them, are the task parameters.
 
     The Pyro program has one latent site ``phi`` of event shape ``[D]`` (all task-specific weights in one vector) and
@@ -36,10 +29,12 @@ class NeuralTaskModel(TaskProgram):
         network: maps ``[shots, features]`` to ``[shots, outputs]``. Its weights are copied: they become the centre
             of the prior (those that are task-specific) or shared meta-parameters (the rest).
         likelihood: a :class:`~bayesmeta.likelihoods.Likelihood`.
-        prior: a :class:`~bayesmeta.priors.Prior`, or ``"point"`` or ``"normal"``: standard deviation 1 for the head
-            alone, else 0.1, to begin with.
+        prior: a :class:`~bayesmeta.priors.Prior`, or the name of one: ``"point"``, ``"normal"`` (standard deviation 1
+            for the head alone, else 0.1, to begin with), or another of :mod:`bayesmeta.priors`.
         task_modules: which modules hold task parameters: ``"all"``, ``"head"`` (the last Linear), or names as in
             ``network.named_modules()``.
+        covariates: width of the task-level covariates w, on which the prior's mean then depends linearly: p(φ | θ, w).
+            0: w is not used.
 
     Raises:
         ModelError: for a network with running statistics or dropout, which would let tasks see each other or draw
@@ -54,6 +49,7 @@ class NeuralTaskModel(TaskProgram):
         prior: Prior | str = "normal",
         *,
         task_modules: str | Sequence[str] = "all",
+        covariates: int = 0,
     ) -> None:
         bad = unsafe_modules(network)
         if bad:
@@ -72,43 +68,19 @@ class NeuralTaskModel(TaskProgram):
         flat = FlatParameters({n: weights[n].shape for n in names})
         head_is_task = is_plain_mlp(network) and _is_last_linear(network, names)
         initial = torch.cat([weights[n].detach().flatten() for n in names])
-        super().__init__(self._pyro_program)
-        self.flat = flat
+        if prior == "normal" and head_is_task:
+            prior = Normal(1.0)  # a head on learned features; 0.1 is for weights that move a little from their start
+        super().__init__(likelihood, as_prior(prior), initial, flat, covariates)
         self.task_modules = task_modules
         self.network = network
         for name in names:  # they live in the prior now; the network keeps no second copy that no optimizer moves
             _to_buffer(network, name)
-        self.likelihood = likelihood
-        if prior == "normal" and head_is_task:
-            prior = Normal(1.0)  # a head on learned features; 0.1 is for weights that move a little from their start
-        self.prior = as_prior(prior)
-        self.prior.set_up(initial)
         self.uses_mlp_path = is_plain_mlp(network)
         self._head_is_task = head_is_task
         self._fused = GaussianMLPGradient(network, flat) if GaussianMLPGradient.serves(network, flat) else None
         self._network_call = (BatchedMLP if self.uses_mlp_path else BatchedModule)(network, flat)
 
-    # -- the Pyro program ---------------------------------------------------------------------------------------
-
-    def _pyro_program(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        with task_plate(x):
-            phi = pyro.sample(SITE, self.prior.distribution())
-            with shot_plate(x, mask):
-                return pyro.sample("y", self._distribution(phi.squeeze(-2), x, mask), obs=y)
-
-    def _distribution(self, u: Tensor, x: Tensor, mask: Tensor | None) -> Any:
-        """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
-        inputs, exposure = self.likelihood.split(x, mask)
-        return self.likelihood.distribution(self._forward(u, inputs), **exposure)
-
-    def output(self, u: Tensor, x: Tensor) -> Tensor:
-        """Network outputs ``[…, tasks, shots, outputs]``.
-
-        Args:
-            u: task-specific weights, ``[…, tasks, D]``; one task's weights serve all tasks.
-            x: ``[tasks, shots, features]``, the likelihood's exposure included, if it has one.
-        """
-        return self._forward(u, self.likelihood.split(x)[0])
+    # -- the network on task weights ------------------------------------------------------------------------------
 
     def _forward(self, u: Tensor, x: Tensor) -> Tensor:
         lead = u.shape[:-2]
@@ -131,9 +103,15 @@ class NeuralTaskModel(TaskProgram):
         """Name of the last Linear of the network; None where there is none."""
         return _head(self.network)
 
-    def start_parameters(self) -> list[nn.Parameter]:
-        """What :meth:`learned_start` is made of: the centre of the prior."""
-        return [self.prior.get_parameter("loc")]
+    def central_network(self) -> nn.Module:
+        """A copy of the network as an ordinary module, its task-specific weights at the centre of the prior."""
+        network = copy.deepcopy(self.network)
+        for name, value in self.flat.views(self.prior.loc.detach().clone()).items():
+            path, _, leaf = name.rpartition(".")
+            module = network.get_submodule(path)
+            del module._buffers[leaf]
+            module.register_parameter(leaf, nn.Parameter(value.clone()))
+        return network
 
     # -- the last layer as a linear model -----------------------------------------------------------------------
 
@@ -188,93 +166,6 @@ class NeuralTaskModel(TaskProgram):
             blocks = torch.cat([blocks, ones.unsqueeze(-1) * eye], -1)
         return blocks.flatten(-3, -2)
 
-    # -- fast path ----------------------------------------------------------------------------------------------
-
-    def prepare(self, observations: Observations) -> NeuralTaskModel:
-        """Check that the network takes these features and that its outputs and the likelihood fit the targets."""
-        if not self.is_prepared:
-            self._check_exposure(observations)
-            self._try_network(observations)
-            self.check_targets(observations)
-        super().prepare(observations)
-        return self
-
-    def check(self, observations: Observations) -> None:
-        """Check the feature width, and that the exposure is positive where the likelihood has one.
-
-        Raises:
-            ShapeError: for another width than that of the first data.
-            DataError: for an exposure that is not positive, naming task and shot.
-        """
-        super().check(observations)
-        self._check_exposure(observations)
-
-    def _check_exposure(self, observations: Observations) -> None:
-        exposure = self.likelihood.split(observations.x)[1].get("exposure")
-        if exposure is None:
-            return
-        bad = (~((exposure > 0) & exposure.isfinite()) & observations.full_mask()).nonzero()
-        if len(bad):
-            task, shot = bad[0].tolist()
-            raise DataError(
-                f"The exposure (column {self.likelihood.exposure} of x) is {exposure[task, shot].item():.4g} at task "
-                f"{task}, shot {shot} (counted from 0); an exposure is positive, in raw units. Do not standardise that "
-                "column, and drop rows without exposure."
-            )
-
-    def _try_network(self, observations: Observations) -> None:
-        u, likelihood = self.prior.loc.detach()[None], self.likelihood
-        inputs, exposure = likelihood.split(observations.x.new_ones(1, 2, observations.num_features))
-        try:
-            with torch.no_grad():
-                out = self._forward(u, inputs)
-        except RuntimeError as error:
-            beside = " beside the exposure" if exposure else ""
-            raise ShapeError(
-                f"The network cannot take x with {inputs.shape[-1]} features{beside} in {observations.x.dtype}: "
-                f"{error}. Give the network that input width, and model and data one dtype and device (.to())."
-            ) from error
-        if observations.y is not None:
-            self._check_outputs(out, exposure, observations.y)
-
-    def _check_outputs(self, out: Tensor, exposure: dict[str, Tensor], y: Tensor) -> None:
-        likelihood, width = self.likelihood, 1 if y.dim() == 2 else y.shape[-1]
-        name, advice = type(likelihood).__name__, "Change the network's output width."
-        wanted = likelihood.num_outputs(width)
-        if wanted is not None and wanted != out.shape[-1]:
-            raise ShapeError(
-                f"The network has {out.shape[-1]} output(s); a {name} likelihood takes {wanted} for y of width {width} "
-                f"(shape {list(y.shape)}). {advice}"
-            )
-        try:
-            with torch.no_grad():
-                event = tuple(likelihood.distribution(out, **exposure).event_shape)
-        except RuntimeError as error:
-            raise ShapeError(f"The likelihood cannot take outputs of width {out.shape[-1]}: {error}.") from error
-        if event != tuple(y.shape[2:]):
-            raise ShapeError(
-                f"The likelihood on {out.shape[-1]} network output(s) describes targets of shape "
-                f"{['tasks', 'shots', *event]}; y has width {width} and shape {list(y.shape)}. {advice}"
-            )
-
-    def check_targets(self, observations: Observations, theta: Tensor | None = None) -> None:
-        """Check that the likelihood admits the targets."""
-        if observations.y is None or observations.shots == 0:
-            return
-        with torch.no_grad():
-            support = self.predictive(self.prior.loc[None], observations).support
-        refuse_outside(support, observations.y, observations.full_mask())
-
-    def log_likelihood(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
-        """log p(y | x, φ) of each observation, ``[…, tasks, shots]``; 0 where masked."""
-        if observations.y is None:
-            raise DataError("A log-likelihood needs targets; these observations have y=None.")
-        inputs, exposure = self.likelihood.split(observations.x, observations.mask)
-        value = self.likelihood.log_prob(self._forward(u, inputs), observations.y, **exposure)
-        if observations.mask is not None:
-            value = torch.where(observations.mask, value, 0.0)
-        return value
-
     def log_likelihood_gradient(
         self, u: Tensor, observations: Observations, theta: Tensor | None = None, *, create_graph: bool = False
     ) -> Tensor:
@@ -299,60 +190,9 @@ class NeuralTaskModel(TaskProgram):
         with torch.set_grad_enabled(create_graph):
             return self._fused(rows, x, y, weight).reshape(u.shape)
 
-    def log_prior(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
-        """log p(φ | θ), ``[…, tasks]``."""
-        return self.prior.distribution().log_prob(u)
-
-    def log_joint(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
-        """log p(y, φ | x, θ), ``[…, tasks]``."""
-        return self.log_likelihood(u, observations).sum(-1) + self.log_prior(u, observations)
-
-    def trace_joint(self, u: Tensor, observations: Observations) -> Pass:
-        """The same densities by the Pyro trace, to hold the fast path against."""
-        return super().evaluate(u, observations)
-
     def named(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> dict[str, Tensor]:
         """Task-specific weights by their names in the network, each ``[…, tasks, *shape]``."""
         return self.flat.views(u)
-
-    def sample_prior(
-        self, num_samples: int, observations: Observations, generator: Seed = None, theta: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Draw φ from p(φ | θ): u ``[n, tasks, D]``, and None."""
-        with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
-            return self.prior.distribution().sample((num_samples, observations.num_tasks)), None
-
-    def prior_moments(self, observations: Observations, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the prior, each ``[tasks, D]``."""
-        moments = self.gaussian_prior(observations)
-        if moments is None:
-            raise ModelError(
-                f"The prior {type(self.prior).__name__} has no moments; a method that needs a density wants "
-                "prior='normal'."
-            )
-        return moments
-
-    def learned_start(self, observations: Observations) -> Tensor:
-        """The centre of the prior, which is θ, ``[tasks, D]``."""
-        return self.prior.loc.expand(observations.num_tasks, -1)
-
-    def gaussian_prior(self, observations: Observations) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of the prior, each ``[tasks, D]``, if it is a diagonal Gaussian."""
-        moments = self.prior.mean_and_scale()
-        if moments is None:
-            return None
-        return moments[0].expand(observations.num_tasks, -1), moments[1].expand(observations.num_tasks, -1)
-
-    def predict(
-        self, u: Tensor, observations: Observations, generator: Seed = None, theta: Tensor | None = None
-    ) -> Tensor:
-        """Draw y given φ, ``[…, tasks, shots]`` or ``[…, tasks, shots, outputs]``."""
-        with torch.no_grad(), forked_rng(as_generator(generator, observations.device, "program")):
-            return self.predictive(u, observations).sample()
-
-    def predictive(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Any:
-        """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
-        return self._distribution(u, observations.x, observations.mask)
 
 
 def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> list[str]:

@@ -199,10 +199,13 @@ class TaskProgram(nn.Module):
     # -- values -------------------------------------------------------------------------------------------------
 
     def named(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> dict[str, Tensor]:
-        """Task parameters by name in their own space, each ``[…, tasks, *event]``."""
+        """Task parameters by name in their own space, each ``[…, tasks, *event]``.
+
+        Functions of them that the program names in its task plate (``pyro.deterministic``, a non-centred site) follow.
+        """
         values = self.evaluate(u, observations.with_y(None), theta).values
-        lead = u.shape[:-1]
-        return {s.name: values[s.name].squeeze(-1 - len(s.shape)).expand(*lead, *s.shape) for s in self.layout.local}
+        lead, sites = u.shape[:-1], (*self.layout.local, *self.layout.deterministic)
+        return {s.name: values[s.name].squeeze(-1 - len(s.shape)).expand(*lead, *s.shape) for s in sites}
 
     def named_theta(self, theta: Tensor, observations: Observations) -> dict[str, Tensor]:
         """Global sites by name in their own space, each ``[…, *shape]``."""
@@ -250,8 +253,8 @@ class TaskProgram(nn.Module):
         """The parameters of :meth:`learned_start`; empty when a method must learn its own."""
         return []
 
-    def gaussian_prior(self, observations: Observations) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of u, ``[tasks, D]``, if its prior is exactly a diagonal Gaussian; else None."""
+    def gaussian_prior(self, observations: Observations, theta: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of u, ``[…, tasks, D]``, if its prior given θ is a diagonal Gaussian, or None."""
         return None
 
     # -- predictions --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class LinearGaussianFit(NamedTuple):
 
     Attributes:
         mean: posterior mean, ``[..., D]``.
-        root: a square root R of the posterior covariance, ``R Rᵀ``, ``[..., D, D]``; not triangular.
+        root: R with posterior covariance ``R Rᵀ``, of the prior root's width, ``[..., D, M]``; not triangular.
         log_evidence: log p(y), ``[...]``.
     """
 
@@ -46,7 +46,7 @@ def fit_linear_gaussian(
         design: A, ``[..., N, D]``.
         y: targets, ``[..., N]``.
         mean: prior mean m, broadcastable to ``[..., D]``.
-        root: a square root R of the prior covariance, ``[..., D, D]``.
+        root: R with prior covariance ``R Rᵀ``, ``[..., D, M]``.
         noise_scale: σ, broadcastable to ``[..., N]``.
         mask: True where a row counts, ``[..., N]``; None means all do.
 
@@ -77,7 +77,7 @@ def fit_linear_gaussian(
         - log_noise.sum(-1)
     )
     # (L⁻¹ Rᵀ)ᵀ = R L⁻ᵀ, and R L⁻ᵀ L⁻¹ Rᵀ is the posterior covariance.
-    posterior_root = torch.linalg.solve_triangular(cholesky, root.mT.expand(precision.shape), upper=False).mT
+    posterior_root = torch.linalg.solve_triangular(cholesky, root.mT.expand(*precision.shape[:-1], -1), upper=False).mT
     posterior_mean = mean + (root @ z.unsqueeze(-1)).squeeze(-1)
     return LinearGaussianFit(posterior_mean.to(dtype), posterior_root.to(dtype), log_evidence.to(dtype))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from bayesmeta.data import Observations
 from bayesmeta.errors import CheckpointError, NoClosedFormError, ShapeError
-from bayesmeta.models.neural import SITE, NeuralTaskModel
+from bayesmeta.models.network import SITE, NetworkProgram
 from bayesmeta.models.plates import task_plate
 from bayesmeta.models.program import TaskProgram
+from bayesmeta.models.targets import class_probabilities, target_kind
 from bayesmeta.ops.files import read_tensors, write_tensors
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.protocols import TargetKind
 
 _AUXILIARY = "_u"
 #: Draws are taken through the program in slices of at most this many numbers of u, so that memory stays bounded.
@@ -190,6 +193,48 @@ class TaskPosterior:
             parts.append(y.expand(part.num_samples, observations.num_tasks, *y.shape[2:]))
         return torch.cat(parts)
 
+    @cached_property
+    def target_kind(self) -> TargetKind:
+        """What the likelihood says y is: ``"real"``, ``"count"`` or ``"class"`` (Categorical, Bernoulli)."""
+        draws = self.draws(1)
+        with torch.no_grad():
+            return target_kind(self.program.predictive(draws.u, self.support, draws.theta))
+
+    def class_probabilities(
+        self,
+        x: Tensor | Observations,
+        num_samples: int = 1000,
+        *,
+        draws: Draws | None = None,
+        generator: Seed = None,
+    ) -> Tensor:
+        """Probability of each class, p(y = k | x, S): the mean over draws of φ of the likelihood's probabilities.
+
+        Args:
+            x: inputs ``[tasks, shots, features]``, or observations whose y is ignored.
+            num_samples: number of draws, ignored when ``draws`` is given.
+            draws: draws of φ to use.
+            generator: generator or seed; None means seed 0.
+
+        Returns:
+            ``[tasks, shots, classes]``, or ``[tasks, shots, outputs, classes]``; a Bernoulli has the classes 0 and 1.
+
+        Raises:
+            UnsupportedError: for a likelihood that is neither Categorical nor Bernoulli.
+        """
+        observations = self._as_observations(x)
+        draws = self.draws(num_samples, generator) if draws is None else draws
+        total = torch.zeros((), device=observations.device)
+        for part in draws.slices():
+            with torch.no_grad():
+                fn = self.program.predictive(part.u, observations, part.theta)
+                each = class_probabilities(fn)
+            lead = torch.broadcast_shapes(
+                fn.batch_shape, (part.num_samples, observations.num_tasks, observations.shots)
+            )
+            total = total + each.expand(*lead, *each.shape[len(fn.batch_shape) :]).sum(0)
+        return total / draws.num_samples
+
     def _as_observations(self, x: Tensor | Observations) -> Observations:
         observations = x.with_y(None) if isinstance(x, Observations) else Observations(x, w=self.support.w)
         self._same_tasks(observations)
@@ -208,7 +253,7 @@ class TaskPosterior:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the task parameters as a Pyro guide; arguments are accepted and ignored."""
         plate = task_plate(self.support.x)
-        if isinstance(self.program, NeuralTaskModel):  # one real site: no Jacobian, and a closed-form KL
+        if isinstance(self.program, NetworkProgram):  # one real site: no Jacobian, and a closed-form KL
             with plate:
                 return {SITE: pyro.sample(SITE, self.u_distribution())}
         with plate:

@@ -86,6 +86,18 @@ class DeltaPosterior(_Components):
         """Delta at u, batch shape ``[tasks, 1]``."""
         return dist.Delta(self._components(self.u).unsqueeze(-2), event_dim=1)
 
+    def class_probabilities(
+        self,
+        x: Tensor | Observations,
+        num_samples: int = 1000,
+        *,
+        draws: Draws | None = None,
+        generator: Seed = None,
+    ) -> Tensor:
+        """As :meth:`TaskPosterior.class_probabilities`; without ``draws``, exact: from each point once."""
+        draws = Draws(self.u, self.theta) if draws is None else draws
+        return super().class_probabilities(x, num_samples, draws=draws, generator=generator)
+
     def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
         """The likelihood at φ: batch shape ``[tasks, shots]``, or ``[tasks]`` with event ``[shots, …]`` when joint."""
         observations = self._as_observations(x)
@@ -149,7 +161,7 @@ class ExactLinearPosterior(TaskPosterior):
         program: a :class:`NeuralTaskModel` whose task parameters are its last Linear.
         support: what was conditioned on.
         loc: posterior mean, ``[tasks, D]``.
-        root: a square root of the posterior covariance, ``[tasks, D, D]``.
+        root: R with posterior covariance R Rᵀ, ``[tasks, D, M]``, M ≥ D.
         log_evidence: log p(y_S | x_S, θ), ``[tasks]``.
     """
 
@@ -173,7 +185,7 @@ class ExactLinearPosterior(TaskPosterior):
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """Independent draws of the weights."""
         generator = as_generator(generator, self.loc.device, "draws")
-        shape = (num_samples, *self.loc.shape)
+        shape = (num_samples, self.num_tasks, self.root.shape[-1])
         noise = normal_like(self.loc, shape, generator)
         return Draws(self.loc + (self.root @ noise.unsqueeze(-1)).squeeze(-1))
 

@@ -1,0 +1,106 @@
+"""A shared network with a context vector for each task: φ is what is appended to the inputs, not the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from bayesmeta.errors import ModelError, OptionError, UnsupportedError
+from bayesmeta.models.likelihoods import Likelihood
+from bayesmeta.models.network import NetworkProgram
+from bayesmeta.models.neural import NeuralTaskModel
+from bayesmeta.models.priors import Normal, Prior, as_prior
+from bayesmeta.ops.batched import FlatParameters, unsafe_modules
+from bayesmeta.ops.random import Seed, as_generator
+
+
+class ContextTaskModel(NetworkProgram):
+    """A network shared by all tasks that takes x and a task's context: y ~ p(y | f([x, φ])), φ ∈ R^c.
+
+    The Pyro program has one latent site ``phi`` of event shape ``[context_size]``. CAVIA makes one of these from a
+    network; any method takes it (ABML on it is a latent-variable model).
+
+    Args:
+        network: shared; maps ``[…, features + context_size]`` to ``[…, outputs]``, the context last, any number of
+            dimensions on the left. It is copied.
+        likelihood: a :class:`~bayesmeta.likelihoods.Likelihood`.
+        context_size: c, 0 or more. With 0 there is nothing to adapt.
+        prior: on the context, centred at 0: by default standard normal, not learned, as its scale and centre would
+            only repeat what the first layer can do.
+        learn_centre: whether the centre is trained; CAVIA's contexts start at 0.
+        covariates: width of w, on which the centre then depends linearly.
+
+    Raises:
+        OptionError: for a negative size.
+        ModelError: for a network with running statistics or dropout.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        likelihood: Likelihood,
+        context_size: int,
+        prior: Prior | str | None = None,
+        *,
+        learn_centre: bool = False,
+        covariates: int = 0,
+    ) -> None:
+        if context_size < 0:
+            raise OptionError(f"context_size must be 0 or more; got {context_size}.")
+        bad = unsafe_modules(network)
+        if bad:
+            raise ModelError(
+                f"The network has modules that mix tasks or draw hidden noise: {', '.join(bad)}. Use LayerNorm."
+            )
+        prior = Normal(1.0, learn_scale=False) if prior is None else as_prior(prior)
+        like = next(network.parameters(), torch.zeros(()))
+        parts = FlatParameters({"context": torch.Size([context_size])})
+        super().__init__(likelihood, prior, like.new_zeros(context_size), parts, covariates)
+        self.prior.loc.requires_grad_(learn_centre)
+        self.network = copy.deepcopy(network)
+        self.context_size = context_size
+
+    @classmethod
+    def widen(cls, model: NeuralTaskModel, context_size: int, *, seed: Seed = None) -> ContextTaskModel:
+        """The same network and likelihood with a context beside its inputs; all of its weights are shared.
+
+        The first Linear gets ``context_size`` more inputs, with weights drawn as torch draws those of a Linear of the
+        new width.
+
+        Args:
+            model: a network model; its weights, those that are task-specific at the centre of their prior, are copied.
+            context_size: c.
+            seed: of the new weights; None means seed 0.
+
+        Raises:
+            UnsupportedError: when no Linear comes first, to which inputs could be added.
+        """
+        network = model.central_network()
+        first = next((m for m in network.modules() if next(m.children(), None) is None), None)
+        if not isinstance(first, nn.Linear):
+            kind = type(first).__name__
+            raise UnsupportedError(
+                f"A context is appended to the inputs of the first Linear, but the network begins with {kind}. Give a "
+                "network that takes [x, context] to bayesmeta.ContextTaskModel."
+            )
+        if context_size > 0:
+            _widen(first, context_size, as_generator(seed, first.weight.device, "context"))
+        return cls(network, model.likelihood, context_size, covariates=model.prior.covariates)
+
+    def _forward(self, u: Tensor, x: Tensor) -> Tensor:
+        shape = (*u.shape[:-2], *x.shape[:-1])
+        context = u.unsqueeze(-2).expand(*shape, u.shape[-1])
+        return self.network(torch.cat([x.expand(*shape, x.shape[-1]), context], -1))
+
+
+def _widen(linear: nn.Linear, extra: int, generator: torch.Generator) -> None:
+    """Add inputs to a Linear, in place."""
+    old = linear.weight.detach()
+    bound = (old.shape[1] + extra) ** -0.5
+    new = torch.empty(old.shape[0], extra, dtype=old.dtype, device=old.device).uniform_(
+        -bound, bound, generator=generator
+    )
+    linear.weight = nn.Parameter(torch.cat([old, new], 1))
+    linear.in_features += extra
