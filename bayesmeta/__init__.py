@@ -17,6 +17,7 @@ _MODULES = {
     "likelihoods": "bayesmeta.models.likelihoods",
     "nets": "bayesmeta.models.nets",
     "priors": "bayesmeta.models.priors",
+    "schedules": "bayesmeta.train.schedules",
     "tasks": "bayesmeta.tasks",
 }
 
@@ -25,8 +26,10 @@ _NAMES = {
     "ANIL": "bayesmeta.adapt.anil",
     "BayesianLastLayer": "bayesmeta.adapt.last_layer",
     "BOIL": "bayesmeta.adapt.boil",
+    "CAVIA": "bayesmeta.adapt.cavia",
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
+    "ContextTaskModel": "bayesmeta.models.context",
     "DeltaPosterior": "bayesmeta.posteriors.kinds",
     "Draws": "bayesmeta.posteriors.base",
     "ExactLinearPosterior": "bayesmeta.posteriors.kinds",
@@ -38,6 +41,7 @@ _NAMES = {
     "load_netcdf": "bayesmeta.diagnostics.datatree",
     "load_posterior": "bayesmeta.posteriors.base",
     "loo": "bayesmeta.diagnostics.datatree",
+    "Lookahead": "bayesmeta.train.lookahead",
     "MAML": "bayesmeta.adapt.maml",
     "MetaSGD": "bayesmeta.adapt.meta_sgd",
     "MetaSVI": "bayesmeta.train.meta_svi",
@@ -45,6 +49,7 @@ _NAMES = {
     "MethodCard": "bayesmeta.adapt.base",
     "MultiTask": "bayesmeta.adapt.multi_task",
     "NeuralTaskModel": "bayesmeta.models.neural",
+    "noncentred": "bayesmeta.models.reparam",
     "NormalPosterior": "bayesmeta.posteriors.kinds",
     "Observations": "bayesmeta.data",
     "plot_forecast": "bayesmeta.diagnostics.plots",
@@ -88,6 +93,7 @@ if TYPE_CHECKING:
     from bayesmeta.adapt.anil import ANIL
     from bayesmeta.adapt.base import Method, MethodCard
     from bayesmeta.adapt.boil import BOIL
+    from bayesmeta.adapt.cavia import CAVIA
     from bayesmeta.adapt.implicit_maml import ImplicitMAML
     from bayesmeta.adapt.last_layer import BayesianLastLayer
     from bayesmeta.adapt.maml import MAML
@@ -106,13 +112,17 @@ if TYPE_CHECKING:
     from bayesmeta.diagnostics.plots import plot_forecast
     from bayesmeta.diagnostics.scores import Scores, scores
     from bayesmeta.models import likelihoods, nets, priors
+    from bayesmeta.models.context import ContextTaskModel
     from bayesmeta.models.likelihoods import Gaussian
     from bayesmeta.models.neural import NeuralTaskModel
     from bayesmeta.models.plates import shot_plate, task_plate
     from bayesmeta.models.program import TaskProgram
+    from bayesmeta.models.reparam import noncentred
     from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
     from bayesmeta.posteriors.kinds import DeltaPosterior, ExactLinearPosterior, NormalPosterior, SamplesPosterior
     from bayesmeta.protocols import TaskDistribution
+    from bayesmeta.train import schedules
     from bayesmeta.train.checkpoint import load_method
     from bayesmeta.train.fit import FitResult, fit
+    from bayesmeta.train.lookahead import Lookahead
     from bayesmeta.train.meta_svi import MetaSVI

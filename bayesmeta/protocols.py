@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
+
+#: What a target is: a real number, a count 0, 1, 2, …, or the index of a class.
+TargetKind = Literal["real", "count", "class"]
 
 
 @runtime_checkable
@@ -41,6 +44,10 @@ class Posterior(Protocol):
     def is_point(self) -> bool:
         """True for a Delta: one φ a task, no uncertainty about it."""
 
+    @property
+    def target_kind(self) -> TargetKind:
+        """What y is: decides which scores and pictures make sense."""
+
     def draws(self, num_samples: int, generator: torch.Generator | int | None = None) -> Any:
         """Draw φ (and θ, where it has a posterior)."""
 
@@ -68,6 +75,16 @@ class Posterior(Protocol):
         generator: torch.Generator | int | None = None,
     ) -> Tensor:
         """Draws of y, ``[n, tasks, shots]`` or ``[n, tasks, shots, outputs]``."""
+
+    def class_probabilities(
+        self,
+        x: Tensor | Observations,
+        num_samples: int = ...,
+        *,
+        draws: Any = None,
+        generator: torch.Generator | int | None = None,
+    ) -> Tensor:
+        """p(y = k | x, S), ``[tasks, shots, classes]`` or ``[tasks, shots, outputs, classes]``; for classes only."""
 
     def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
         """Closed-form predictive distribution; raises NoClosedFormError where there is none."""

@@ -101,13 +101,13 @@ import torch
 torch.set_num_threads(1)
 from tests.test_fit import OPTIONS, make, train
 resume = sys.argv[1] == "resume"
-import bayesmeta.train.fit as module
-advance = module._Loop.advance
+from bayesmeta.train.loop import Loop
+advance = Loop.advance
 def slow(self):
     advance(self)
     if not resume:
         time.sleep(0.02)
-module._Loop.advance = slow
+Loop.advance = slow
 train(make("last_layer"), 60, out={out!r}, resume=resume, **OPTIONS)
 """
 

@@ -20,6 +20,7 @@ class Line:
     """Predicts N(2 x₀, 0.5²), as a distribution or in draws."""
 
     is_point = False
+    target_kind = "real"
 
     def __init__(self, support, *, closed=True, outputs=1, bad_task=None):
         self.support, self.num_tasks = support, support.num_tasks

@@ -38,6 +38,7 @@ def oracle_tasks(num_tasks, query=6, seed=0):
 
 class Base:
     is_point = False
+    target_kind = "real"
 
     def __init__(self, support):
         self.support, self.num_tasks = support, support.num_tasks

@@ -30,6 +30,7 @@ class Forecast:
     covariance: Tensor
 
     is_point = False
+    target_kind = "real"
 
     @property
     def num_tasks(self) -> int:

@@ -339,6 +339,7 @@ def _attributes(export: _Export, groups: _Groups) -> dict[str, dict[str, Any]]:
         "posterior_kind": type(posterior).__name__,
         "num_tasks": int(export.tasks.sum()),
         "units": "raw" if raw else "standard",
+        "target_kind": posterior.target_kind,
     }
     if posterior.is_point:
         root["log_likelihood_note"] = f"{_NO_LOO} There is no log_likelihood group."

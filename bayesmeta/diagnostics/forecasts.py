@@ -55,9 +55,11 @@ class SampleForecast:
 
     Attributes:
         draws: float64 and sorted along the first dimension, ``[n, tasks, shots, …]``.
+        counts: whether y is a count, so that quantiles are counts too.
     """
 
     draws: Tensor
+    counts: bool = False
 
     @cached_property
     def mean(self) -> Tensor:
@@ -70,7 +72,15 @@ class SampleForecast:
         return self.draws[-1] - self.draws[0]
 
     def quantile(self, probability: float) -> Tensor:
-        """Quantile of the draws by linear interpolation (type 7 of Hyndman & Fan 1996), in the shape of y."""
+        """Quantile of the draws, in the shape of y.
+
+        Real numbers: by linear interpolation (type 7 of Hyndman & Fan 1996). Counts: the smallest count that at least
+        this share of the draws do not exceed (type 1), so that an interval between two of them holds at least its
+        nominal share.
+        """
+        if self.counts:  # the small shift: 0.95 · 1000 may come out above 950
+            rank = math.ceil(probability * self.draws.shape[0] - 1e-9)
+            return self.draws[max(rank, 1) - 1]
         position = probability * (self.draws.shape[0] - 1)
         low = math.floor(position)
         high = min(low + 1, self.draws.shape[0] - 1)
@@ -79,6 +89,40 @@ class SampleForecast:
     def crps(self, y: Tensor) -> Tensor:
         """Fair estimate of the CRPS, see :func:`crps_sorted`."""
         return crps_sorted(self.draws, y)
+
+
+@dataclass(frozen=True)
+class ClassForecast:
+    """Probabilities of classes.
+
+    Attributes:
+        probabilities: float64, ``[tasks, shots, classes]`` or ``[tasks, shots, outputs, classes]``.
+    """
+
+    probabilities: Tensor
+
+    def accuracy(self, y: Tensor) -> Tensor:
+        """1 where the most probable class (the first of several) is that of y, else 0, in the shape of y."""
+        return (self.probabilities.argmax(-1) == y).to(self.probabilities.dtype)
+
+    def brier(self, y: Tensor) -> Tensor:
+        """Brier score, in the shape of y, see :func:`brier_score`."""
+        return brier_score(self.probabilities, y)
+
+
+def brier_score(probabilities: Tensor, y: Tensor) -> Tensor:
+    """Σ_k (p_k − 1[y = k])², from 0 to 2, in the shape of y; smaller is better.
+
+    For two classes it is twice (p_1 − y)², which some call by the same name. Source: G. W. Brier, "Verification of
+    forecasts expressed in terms of probability", Monthly Weather Review 78 (1950), eq. 2,
+    https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
+
+    Args:
+        probabilities: ``[…, classes]``.
+        y: index of the class, ``[…]``.
+    """
+    hit = torch.nn.functional.one_hot(y.long(), probabilities.shape[-1])
+    return (probabilities - hit).square().sum(-1)
 
 
 def _erfinv(value: float) -> float:
@@ -157,13 +201,22 @@ class Predictor:
         return [points(observations, slice(i, i + size)) for i in range(0, observations.shots, size)]
 
     def forecast(self, observations: Observations) -> NormalForecast | SampleForecast:
-        """Marginal forecasts at the inputs of observations, float64."""
+        """Marginal forecasts of real numbers or counts at the inputs of observations, float64."""
         closed = self.closed_form(observations)
         parts = None if closed is None else _normal_parts(closed)
         if parts is not None:
             shape = closed.batch_shape + closed.event_shape  # type: ignore[union-attr]
             return NormalForecast(*(part.expand(shape).double() for part in parts))
-        return SampleForecast(self.predict(observations).double().sort(0).values)
+        counts = self.posterior.target_kind == "count"
+        return SampleForecast(self.predict(observations).double().sort(0).values, counts)
+
+    def class_forecast(self, observations: Observations) -> ClassForecast:
+        """Probabilities of the classes at the inputs of observations, float64."""
+        draws = None if self.posterior.is_point else self.draws  # of a point it is exact
+        parts = [
+            self.posterior.class_probabilities(part.with_y(None), draws=draws) for part in self._slices(observations)
+        ]
+        return ClassForecast(torch.cat(parts, 1).double())
 
     def predict(self, observations: Observations) -> Tensor:
         """Draws of y at the inputs of observations, ``[n, tasks, shots, …]``."""

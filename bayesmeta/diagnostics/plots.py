@@ -15,7 +15,7 @@ from torch import Tensor
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, check_same_tasks
 from bayesmeta.diagnostics.scores import task_names
-from bayesmeta.errors import EmptyTaskError, OptionError
+from bayesmeta.errors import EmptyTaskError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 GRID_POINTS = 200
 _PROBABILITIES = (0.05, 0.25, 0.75, 0.95)
 _BLUE, _ORANGE, _INK, _GREY = "#2a6fb0", "#d9541e", "#222222", "#8a8a8a"
+_SUPPORT = {"s": 26, "color": _ORANGE, "edgecolors": "white", "linewidths": 0.6, "zorder": 4}
+_QUERY = {"s": 12, "facecolors": "none", "edgecolors": _INK, "linewidths": 0.7, "zorder": 3}
+_CLASS_COLOURS = (_ORANGE, _BLUE, "#3f9142", "#8e5ea2", "#8c6d31", "#d16ba5", "#17a2a2", "#b5a100", "#6b6b6b", _INK)
 
 
 @torch.no_grad()
@@ -41,11 +44,14 @@ def plot_forecast(
     generator: Seed = None,
     raw_units: bool = True,
     x_label: str = "x",
-    y_label: str = "y",
+    y_label: str | None = None,
     share_axes: bool = True,
     path: str | Path | None = None,
 ) -> Figure:
     """Draw a panel for each task: support, query, predictive mean and central 50% and 90% intervals.
+
+    Of classes it draws the probability of each; of two, that of class 1, with the observations at 0 and 1. With more,
+    the observations stand above the lines (support) and below (query) in the colour of their class.
 
     With one feature the forecast is drawn on a fine grid over the task's inputs; with several, at the task's own
     inputs, joined in the order of ``feature``.
@@ -61,7 +67,7 @@ def plot_forecast(
         output: which output is drawn, where y has several.
         generator: generator or seed; None means seed 0.
         raw_units: x and y in raw units when the batch has a standardiser.
-        x_label, y_label: names of the axes.
+        x_label, y_label: names of the axes; without the latter, "y", or "probability" for classes.
         share_axes: one range of x and y for all panels, so that tasks compare; otherwise each has its own.
         path: where to write the picture; the suffix says in which format (png, pdf, svg).
 
@@ -70,6 +76,7 @@ def plot_forecast(
 
     Raises:
         OptionError: for a task, feature, output or format that is not there.
+        UnsupportedError: for more classes than there are colours.
         EmptyTaskError: when no task to be drawn has an observation.
         ShapeError: for another number of tasks than that of the posterior.
         NonFiniteDataError: for predictions that are not finite, naming the task.
@@ -79,8 +86,10 @@ def plot_forecast(
     chosen = _chosen(batch, tasks, max_panels)
     _check_range("feature", feature, batch.support.num_features)
     observations = _inputs(batch, feature)
-    bands = _bands(Predictor(posterior, num_samples, generator), observations, batch, output)
-    panels = [_panel(batch, observations, bands, task, feature, output, raw_units) for task in chosen]
+    predictor, classes = Predictor(posterior, num_samples, generator), posterior.target_kind == "class"
+    bands = (_probabilities if classes else _bands)(predictor, observations, batch, output)
+    panels = [_panel(batch, observations, bands, task, feature, output, raw_units, classes) for task in chosen]
+    y_label = y_label if y_label is not None else "probability" if classes else "y"
     figure = _figure(panels, columns, x_label, y_label, share_axes)
     if path is not None:
         _save(figure, Path(path))
@@ -92,14 +101,14 @@ def plot_forecast(
 
 @dataclass(frozen=True)
 class _Panel:
-    """What is drawn of one task; each entry is a pair or tuple of float64 vectors."""
+    """What is drawn of one task: float64 vectors along its grid, and its observations as pairs of x and y."""
 
     title: str
     grid: Tensor
-    mean: Tensor
-    quantiles: list[Tensor]
+    bands: list[Tensor]
     support: tuple[Tensor, Tensor] | None
     query: tuple[Tensor, Tensor] | None
+    classes: bool
 
 
 def _check_range(name: str, value: int, count: int) -> None:
@@ -146,6 +155,21 @@ def _bands(predictor: Predictor, inputs: Observations, batch: TaskBatch, output:
     """Mean, then the quantiles, ``[1 + quantiles, tasks, points]``, of one output, float64."""
     forecast = predictor.forecast(inputs)
     bands = torch.stack([forecast.mean, *(forecast.quantile(p) for p in _PROBABILITIES)])
+    return _one_output(bands, inputs, batch, output)
+
+
+def _probabilities(predictor: Predictor, inputs: Observations, batch: TaskBatch, output: int) -> Tensor:
+    """Probability of each class, ``[classes, tasks, points]``, of one output, float64; of two classes, of class 1."""
+    each = predictor.class_forecast(inputs).probabilities.movedim(-1, 0)
+    if len(each) > len(_CLASS_COLOURS):
+        raise UnsupportedError(
+            f"The picture has colours for {len(_CLASS_COLOURS)} classes; this likelihood has {len(each)}. Plot "
+            "posterior.class_probabilities(x) yourself."
+        )
+    return _one_output(each[1:] if len(each) == 2 else each, inputs, batch, output)
+
+
+def _one_output(bands: Tensor, inputs: Observations, batch: TaskBatch, output: int) -> Tensor:
     outputs = 1 if bands.dim() == 3 else bands.shape[-1]
     _check_range("output", output, outputs)
     bands = bands if bands.dim() == 3 else bands[..., output]
@@ -157,7 +181,14 @@ def _bands(predictor: Predictor, inputs: Observations, batch: TaskBatch, output:
 
 
 def _panel(
-    batch: TaskBatch, inputs: Observations, bands: Tensor, task: int, feature: int, output: int, raw_units: bool
+    batch: TaskBatch,
+    inputs: Observations,
+    bands: Tensor,
+    task: int,
+    feature: int,
+    output: int,
+    raw_units: bool,
+    classes: bool,
 ) -> _Panel:
     standardizer = batch.standardizer if raw_units else None
 
@@ -165,7 +196,7 @@ def _panel(
         return (x if standardizer is None else standardizer.raw_x(x))[..., feature].double().cpu()
 
     def target(y: Tensor) -> Tensor:
-        if standardizer is not None:
+        if standardizer is not None and not classes:
             y = y * _pick(standardizer.y_scale, output) + _pick(standardizer.y_mean, output)
         return y.double().cpu()
 
@@ -177,10 +208,10 @@ def _panel(
         return axis(observations.x[task][keep]), target(y if y.dim() == 1 else y[:, output])
 
     keep = inputs.full_mask()[task]
-    mean, *quantiles = (target(band[task][keep]) for band in bands)
+    lines = [target(band[task][keep]) for band in bands]
     title = task_names(batch)[task]
     title = title if batch.names is not None else f"task {title}"
-    return _Panel(title, axis(inputs.x[task][keep]), mean, quantiles, dots(batch.support), dots(batch.query))
+    return _Panel(title, axis(inputs.x[task][keep]), lines, dots(batch.support), dots(batch.query), classes)
 
 
 def _pick(value: Tensor, output: int) -> Tensor:
@@ -219,24 +250,51 @@ def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: st
 def _draw(axis: Any, panel: _Panel) -> dict[str, Any]:
     """Draw one task; returns what goes into the legend by its label."""
     handles: dict[str, Any] = {}
-    x, (low, mid_low, mid_high, high) = panel.grid.numpy(), (q.numpy() for q in panel.quantiles)
-    if panel.support is not None:
-        handles["support"] = axis.scatter(
-            *(v.numpy() for v in panel.support), s=26, color=_ORANGE, edgecolors="white", linewidths=0.6, zorder=4
-        )
-    if panel.query is not None:
-        handles["query"] = axis.scatter(
-            *(v.numpy() for v in panel.query), s=12, facecolors="none", edgecolors=_INK, linewidths=0.7, zorder=3
-        )
-    (handles["predictive mean"],) = axis.plot(x, panel.mean.numpy(), color=_BLUE, linewidth=1.5, zorder=2)
-    handles["50% interval"] = axis.fill_between(x, mid_low, mid_high, color=_BLUE, alpha=0.38, linewidth=0, zorder=1)
-    handles["90% interval"] = axis.fill_between(x, low, high, color=_BLUE, alpha=0.16, linewidth=0, zorder=0)
+    several = panel.classes and len(panel.bands) > 1
+    for name, dots, style in (("support", panel.support, _SUPPORT), ("query", panel.query, _QUERY)):
+        if dots is not None:
+            handles[name] = (_rug if several else _dots)(axis, dots, name, style)
+    handles |= (_class_lines if panel.classes else _intervals)(axis, panel)
     axis.set_title(panel.title, fontsize=9.5, color=_INK, pad=4)
     axis.tick_params(labelsize=8, colors=_INK, color=_GREY, length=3)
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_GREY)
     axis.margins(x=0.03)
+    return handles
+
+
+def _dots(axis: Any, dots: tuple[Tensor, Tensor], name: str, style: dict[str, Any]) -> Any:
+    return axis.scatter(*(v.numpy() for v in dots), **style)
+
+
+def _rug(axis: Any, dots: tuple[Tensor, Tensor], name: str, style: dict[str, Any]) -> Any:
+    """Observations of several classes, in their colours, above (support) or below (query) the probabilities."""
+    x, y = dots
+    height = 1.08 if name == "support" else -0.08
+    colours = [_CLASS_COLOURS[int(k)] for k in y]
+    axis.scatter(x.numpy(), [height] * len(x), marker="o" if name == "support" else "|", c=colours, s=26, zorder=4)
+    return axis.scatter([], [], marker="o" if name == "support" else "|", color=_GREY, s=26)
+
+
+def _intervals(axis: Any, panel: _Panel) -> dict[str, Any]:
+    """The predictive mean and the intervals around it."""
+    x, (mean, low, mid_low, mid_high, high) = panel.grid.numpy(), (band.numpy() for band in panel.bands)
+    (line,) = axis.plot(x, mean, color=_BLUE, linewidth=1.5, zorder=2)
+    return {
+        "predictive mean": line,
+        "50% interval": axis.fill_between(x, mid_low, mid_high, color=_BLUE, alpha=0.38, linewidth=0, zorder=1),
+        "90% interval": axis.fill_between(x, low, high, color=_BLUE, alpha=0.16, linewidth=0, zorder=0),
+    }
+
+
+def _class_lines(axis: Any, panel: _Panel) -> dict[str, Any]:
+    """The probability of each class; of two, of class 1."""
+    first = 1 if len(panel.bands) == 1 else 0
+    handles = {}
+    for k, band in enumerate(panel.bands, first):
+        (line,) = axis.plot(panel.grid.numpy(), band.numpy(), color=_CLASS_COLOURS[k], linewidth=1.5, zorder=2)
+        handles[f"class {k}"] = line
     return handles
 
 

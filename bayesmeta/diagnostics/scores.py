@@ -1,16 +1,16 @@
-"""Proper scores of a posterior's predictions of the query."""
+"""Scores of a posterior's predictions of the query: of real numbers, of counts, of classes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesmeta.data import TaskBatch
+from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.diagnostics.forecasts import (
     NormalForecast,
     Predictor,
@@ -21,9 +21,10 @@ from bayesmeta.diagnostics.forecasts import (
 )
 from bayesmeta.errors import DataError, EmptyTaskError
 from bayesmeta.ops.random import Seed
-from bayesmeta.protocols import Posterior
+from bayesmeta.protocols import Posterior, TargetKind
 
 #: Name and meaning of each score, in the order of the table. Units: nats a point, those of y, or a fraction.
+#: Of real numbers and counts.
 SCORES = {
     "nll": "negative log score of a query point",
     "nll_joint": "negative log score of a task's query, per point",
@@ -34,6 +35,14 @@ SCORES = {
     "width_90": "width of the central 90% interval",
 }
 
+#: Likewise of classes, whose index is no quantity: it has no error, no interval and no CRPS.
+CLASS_SCORES = {
+    "nll": SCORES["nll"],
+    "nll_joint": SCORES["nll_joint"],
+    "accuracy": "share of points whose most probable class is right",
+    "brier": "Brier score, summed over the classes: 0 to 2",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, float]):
@@ -41,7 +50,7 @@ class Scores(Mapping[str, float]):
 
     Attributes:
         values_by_name: mean over the tasks of each task's mean over its query points; for ``rmse`` the square root of
-            that mean of squares. Names and meanings are in :data:`SCORES`.
+            that mean of squares. Names and meanings are in :data:`SCORES` and :data:`CLASS_SCORES`.
         standard_errors: of these, over tasks: standard deviation / √tasks; for ``rmse`` by the delta method. NaN for
             a single task.
         per_task: each task's own score, ``[tasks]``, float64; NaN for tasks that do not count. ``rmse`` holds each
@@ -49,6 +58,7 @@ class Scores(Mapping[str, float]):
         num_tasks: how many tasks count.
         num_samples: draws behind the scores that have no closed form; 0 when none was needed.
         raw_units: whether the units are those of the raw data.
+        target_kind: what y is: ``"real"``, ``"count"`` or ``"class"``.
     """
 
     values_by_name: dict[str, float]
@@ -57,6 +67,7 @@ class Scores(Mapping[str, float]):
     num_tasks: int
     num_samples: int
     raw_units: bool
+    target_kind: TargetKind = "real"
 
     def __getitem__(self, name: str) -> float:
         return self.values_by_name[name]
@@ -78,8 +89,11 @@ class Scores(Mapping[str, float]):
         how = "closed form" if self.num_samples == 0 else f"up to {self.num_samples} draws"
         units = "raw" if self.raw_units else "standard"
         lines = [f"{'score':<12}{'mean':>10}{'± s.e.':>10}   of {self.num_tasks} tasks, {units} units, {how}"]
+        meaning = CLASS_SCORES if self.target_kind == "class" else SCORES
         for name, value in self.values_by_name.items():
-            lines.append(f"{name:<12}{value:>10.4f}{self.standard_errors[name]:>10.4f}   {SCORES[name]}")
+            counts = self.target_kind == "count" and name.startswith("coverage")
+            note = " (of counts: or more)" if counts else ""
+            lines.append(f"{name:<12}{value:>10.4f}{self.standard_errors[name]:>10.4f}   {meaning[name]}{note}")
         return "\n".join(lines)
 
 
@@ -99,6 +113,10 @@ def scores(
     the joint, of the product over a task's points; its bias shrinks with the draws and grows with the points), the
     CRPS by its fair estimator, intervals as quantiles of the draws.
 
+    Which scores there are depends on what the likelihood says y is. Counts have those of real numbers; their intervals
+    begin and end at counts, so that calibrated ones cover more than 50% and 90%, by much where counts are small.
+    Classes have log scores, accuracy and the Brier score, from the likelihood's probabilities averaged over draws of φ.
+
     Args:
         posterior: adapted to ``batch.support``.
         batch: its query is predicted; y ``[tasks, shots]`` or ``[tasks, shots, outputs]`` (the log score is then of
@@ -113,7 +131,8 @@ def scores(
 
     Raises:
         ShapeError: for another number of tasks than that of the posterior.
-        DataError: for a query without y. EmptyTaskError: when no task has a query point.
+        DataError: for a query without y, or with targets outside the likelihood's support.
+        EmptyTaskError: when no task has a query point.
         NonFiniteDataError: for predictions (or data) that are not finite, naming the task.
         OptionError: for fewer than 2 draws.
     """
@@ -128,13 +147,17 @@ def scores(
     valid = valid if real is None else valid & real.unsqueeze(-1)
     if not bool(valid.any()):
         raise EmptyTaskError("No task of the batch has a query point, so there is nothing to score.")
+    if posterior.target_kind != "real":  # padding need not be a count or a class
+        keep = valid if query.y.dim() == 2 else valid.unsqueeze(-1)
+        batch = replace(batch, query=query.with_y(torch.where(keep, query.y, 0)))
     scale = None
     if raw_units and batch.standardizer is not None:
         scale = batch.standardizer.y_scale.double().to(query.device)
     predictor = Predictor(posterior, num_samples, generator)
     per_task = _per_task(predictor, batch, valid, scale)
     drawn = num_samples if predictor.used_draws else 0
-    return _summarise(per_task, valid.any(-1), drawn, scale is not None or batch.standardizer is None)
+    raw = scale is not None or batch.standardizer is None
+    return _summarise(per_task, valid.any(-1), drawn, raw, posterior.target_kind)
 
 
 def _per_task(predictor: Predictor, batch: TaskBatch, valid: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
@@ -142,10 +165,10 @@ def _per_task(predictor: Predictor, batch: TaskBatch, valid: Tensor, scale: Tens
     query = batch.query
     assert query.y is not None
     names = task_names(batch)
-    forecast = predictor.forecast(query)
     y = query.y.double()
-    check_finite(forecast.mean, valid, "predictive mean", names)
-    check_finite(forecast.spread, valid, "width of the predictive", names)
+    of_y = (_class_scores if predictor.posterior.target_kind == "class" else _number_scores)(
+        predictor, query, valid, scale, names
+    )
     count = valid.sum(-1).clamp(min=1)
     log_point, log_joint = _log_scores(predictor, batch, valid)
     check_finite(log_point, valid, "log score", names)
@@ -159,10 +182,41 @@ def _per_task(predictor: Predictor, batch: TaskBatch, valid: Tensor, scale: Tens
         value = value if value.dim() == 2 else value.mean(-1)
         return torch.where(valid, value, 0.0).sum(-1) / count
 
+    out = {"nll": mean(-log_point), "nll_joint": -log_joint / count}
+    return out | {name: mean(value) for name, value in of_y.items()}
+
+
+def _number_scores(
+    predictor: Predictor, query: Observations, valid: Tensor, scale: Tensor | None, names: list[str]
+) -> dict[str, Tensor]:
+    """Scores of real numbers or counts beside the log scores, each in the shape of y; ``rmse`` is squared."""
+    assert query.y is not None
+    forecast, y = predictor.forecast(query), query.y.double()
+    check_finite(forecast.mean, valid, "predictive mean", names)
+    check_finite(forecast.spread, valid, "width of the predictive", names)
     unit = torch.ones((), dtype=torch.float64, device=y.device) if scale is None else scale
-    out = {"nll": mean(-log_point), "nll_joint": -log_joint / count, "crps": mean(forecast.crps(y) * unit)}
-    out["rmse"] = mean(((forecast.mean - y) * unit).square())  # of the square: its root is taken at the end
-    return out | {name: mean(value) for name, value in _intervals(forecast, y, unit).items()}
+    # of rmse the square: its root is taken at the end
+    out = {"crps": forecast.crps(y) * unit, "rmse": ((forecast.mean - y) * unit).square()}
+    return out | _intervals(forecast, y, unit)
+
+
+def _class_scores(
+    predictor: Predictor, query: Observations, valid: Tensor, scale: Tensor | None, names: list[str]
+) -> dict[str, Tensor]:
+    """Scores of classes beside the log scores, each in the shape of y."""
+    assert query.y is not None
+    forecast = predictor.class_forecast(query)
+    check_finite(forecast.probabilities, valid, "probability of a class", names)
+    classes = forecast.probabilities.shape[-1]
+    y = query.y
+    bad = ((y < 0) | (y >= classes) | (y % 1 != 0)).nonzero()
+    if len(bad):
+        task, shot = bad[0].tolist()[:2]
+        raise DataError(
+            f"y = {y[task, shot].tolist()} of task {names[task]}, query point {shot} (counted from 0) is outside the "
+            f"support of the likelihood, which has the classes 0 to {classes - 1}. Code the classes so."
+        )
+    return {"accuracy": forecast.accuracy(y), "brier": forecast.brier(y)}
 
 
 def _intervals(forecast: NormalForecast | SampleForecast, y: Tensor, unit: Tensor) -> dict[str, Tensor]:
@@ -245,7 +299,9 @@ def _log_normal(distribution: Any, y: Tensor, keep: Tensor) -> Tensor:
 # -- means over tasks ---------------------------------------------------------------------------------------------
 
 
-def _summarise(per_task: dict[str, Tensor], counts: Tensor, num_samples: int, raw_units: bool) -> Scores:
+def _summarise(
+    per_task: dict[str, Tensor], counts: Tensor, num_samples: int, raw_units: bool, kind: TargetKind
+) -> Scores:
     tasks = int(counts.sum())
     values, errors, each = {}, {}, {}
     for name, value in per_task.items():
@@ -257,4 +313,4 @@ def _summarise(per_task: dict[str, Tensor], counts: Tensor, num_samples: int, ra
             error = error / (2.0 * mean) if mean > 0 else error
         values[name], errors[name] = mean, error
         each[name] = torch.where(counts, value, math.nan)
-    return Scores(values, errors, each, tasks, num_samples, raw_units)
+    return Scores(values, errors, each, tasks, num_samples, raw_units, kind)

@@ -336,9 +336,10 @@ class Categorical(Likelihood):
         return dist.Categorical(logits=output, validate_args=checked)
 
     def log_prob(self, output: Tensor, y: Tensor, exposure: Tensor | None = None) -> Tensor:
-        """The log-probability of class y."""
-        index = y.long().expand(output.shape[:-1]).unsqueeze(-1)
-        return output.log_softmax(-1).gather(-1, index).squeeze(-1)
+        """The log-probability of class y; −∞ for what is no class, such as −1 in padding."""
+        index = y.long().clamp(0, self.num_classes - 1)
+        each = output.log_softmax(-1).gather(-1, index.expand(output.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        return torch.where(y == index, each, -math.inf)
 
 
 def _poisson_log_prob(log_rate: Tensor, count: Tensor) -> Tensor:

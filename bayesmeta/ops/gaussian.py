@@ -125,6 +125,7 @@ def condition(
     # Unobserved rows of the gain system become identity rows: shapes stay static, so tasks stay a batch dimension.
     both = observed.unsqueeze(-1) & observed.unsqueeze(-2)
     eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    noise_variance = torch.as_tensor(noise_variance, dtype=mean.dtype, device=mean.device)  # not in single precision
     gram = torch.where(both, covariance, 0.0) + eye * torch.where(observed, noise_variance, 1.0).unsqueeze(-1)
     cross = covariance * observed.unsqueeze(-2)
     cholesky = torch.linalg.cholesky(gram)

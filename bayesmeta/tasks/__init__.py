@@ -1,8 +1,29 @@
 """Where task batches come from: synthetic families with their oracles, tables, built-in data."""
 
 from bayesmeta.tasks.fertility import FertilitySplit, fertility, fertility_split
+from bayesmeta.tasks.fixed import FixedTasks
+from bayesmeta.tasks.function import FunctionTasks
+from bayesmeta.tasks.gp import GPTasks
 from bayesmeta.tasks.linear import LinearGaussian
-from bayesmeta.tasks.sinusoid import Sinusoid
+from bayesmeta.tasks.pending import to_predict
+from bayesmeta.tasks.schema import TableSchema
+from bayesmeta.tasks.sine_or_line import SineOrLine
+from bayesmeta.tasks.sinusoid import ChallengingSinusoid, NonMutuallyExclusiveSinusoid, Sinusoid
 from bayesmeta.tasks.table import TableTasks
 
-__all__ = ["FertilitySplit", "LinearGaussian", "Sinusoid", "TableTasks", "fertility", "fertility_split"]
+__all__ = [
+    "ChallengingSinusoid",
+    "FertilitySplit",
+    "FixedTasks",
+    "FunctionTasks",
+    "GPTasks",
+    "LinearGaussian",
+    "NonMutuallyExclusiveSinusoid",
+    "SineOrLine",
+    "Sinusoid",
+    "TableSchema",
+    "TableTasks",
+    "fertility",
+    "fertility_split",
+    "to_predict",
+]

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, Standardizer, TaskBatch
-from bayesmeta.errors import DataError, EmptyTaskError, OptionError, ShapeError
+from bayesmeta.errors import DataError, EmptyTaskError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.tasks.frames import read_frame
+from bayesmeta.tasks.draw import Order, draw, split_sizes
+from bayesmeta.tasks.encode import Flat, check_units, encode, fit_standardizer, learn
+from bayesmeta.tasks.files import read_csv
+from bayesmeta.tasks.frames import Rows, read_frame
+from bayesmeta.tasks.schema import Missing, TableSchema, Target, roles_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-#: Which observations of a task become its support; see :class:`TableTasks`.
-Order = Literal["first", "random", "mixed"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """All tasks padded to one length: x ``[N, L, F]``, y ``[N, L]``, lengths ``[N]`` (int64)."""
-
-    x: Tensor
-    y: Tensor
-    lengths: Tensor
 
 
 class TableTasks:
@@ -35,67 +27,84 @@ class TableTasks:
 
     The support of a task is, by ``order``:
 
-    - ``"first"``: its first observations (the earliest ones: rows are sorted by the first input);
+    - ``"first"``: its first observations (the earliest ones: rows are sorted by ``order_by``, or the first input);
     - ``"random"``: a uniformly random subset of them;
     - ``"mixed"``: each task flips a fair coin between the two, so that one model learns to forecast and to fill in.
 
     The query is drawn from all the other observations; with ``"first"`` these are those that come after. Raw data are
     kept; where the table has a standardizer, batches are in standard units and carry it.
 
-    Build one with :meth:`from_dataframe`.
+    **What is learned** from the rows (which categories and classes there are, which columns have gaps, means and
+    scales) is learned from the table's own tasks, so that a training table knows nothing of held-out ones. Take
+    :meth:`fit_standardizer` of the training table and give it to the others: it carries the training table's
+    :attr:`schema` too.
+
+    **Memory.** Rows are kept flat: 8 bytes a row for each number and 4 for each category, and once more (in the dtype
+    of the batches, a category as one column for each of its values) on each device that is drawn from; nothing
+    grows with the longest task. A part made by :meth:`subset` or :meth:`split` has a copy of its rows. Reading a frame
+    takes at most 16 bytes a row for each column that is read, and 64 besides. A batch is padded to the longest task
+    *that was drawn*; only :meth:`all` and :attr:`observations`, which hold every task at once, are padded to the
+    longest of all.
+
+    Build one with :meth:`from_dataframe` or :meth:`from_csv`.
 
     Args:
-        x: inputs in raw units, ``[tasks, rows, features]``; a task's own rows come first, then finite padding.
-        y: targets in raw units, ``[tasks, rows]``.
-        lengths: how many rows of each task are real, int64 ``[tasks]``.
-        names: one for each task.
+        rows: what was read.
+        roles: what the columns are.
         order: see above.
         standardizer: units of the batches; None for raw ones.
-        x_names: names of the inputs, ``features`` of them.
-        y_name: name of the target.
+        schema: what other tasks taught; None: learn it from these rows.
+        dtype: of the batches.
+        part: whether the rows are some tasks of a larger table.
 
     Raises:
         OptionError: for an unknown order.
-        ShapeError: for a standardizer of another width.
+        ShapeError: for a standardizer of other columns.
     """
 
     def __init__(
         self,
-        x: Tensor,
-        y: Tensor,
-        lengths: Tensor,
-        names: Sequence[str],
+        rows: Rows,
+        roles: TableSchema,
         *,
         order: Order = "random",
         standardizer: Standardizer | None = None,
-        x_names: Sequence[str] = ("x",),
-        y_name: str = "y",
+        schema: TableSchema | None = None,
+        dtype: torch.dtype = torch.float32,
+        part: bool = False,
     ) -> None:
         if order not in get_args(Order):
             raise OptionError(f"order={order!r} is not known; expected one of {', '.join(get_args(Order))}.")
-        if standardizer is not None and standardizer.x_mean.shape != x.shape[-1:]:
-            raise ShapeError(
-                f"The standardizer is for x of shape {list(standardizer.x_mean.shape)}; the table has "
-                f"{x.shape[-1]} input(s): {', '.join(x_names)}. Fit one with table.fit_standardizer()."
-            )
-        self._raw = _Block(x, y, lengths)
-        self._lengths: list[int] = lengths.tolist()
-        self._names = tuple(names)
+        if standardizer is not None and standardizer.schema is not None:
+            schema = TableSchema.from_state(standardizer.schema)
+        if schema is not None:
+            schema.check_same_roles(roles)
+        self._rows, self._roles, self._part = rows, roles.roles(), part
+        self._given = schema is not None
+        self._schema = learn(self._roles, rows) if schema is None else schema
+        if standardizer is not None:
+            check_units(self._schema, standardizer)
         self._standardizer = standardizer
-        self._on_device: dict[torch.device, tuple[_Block, Standardizer | None]] = {}
-        self.order = order
-        self.x_names = tuple(x_names)
-        self.y_name = y_name
+        self._lengths: list[int] = rows.lengths.tolist()
+        self._on_device: dict[torch.device, Flat] = {}
+        self.order, self.dtype = order, dtype
 
     @classmethod
     def from_dataframe(
         cls,
         frame: pd.DataFrame,
         *,
-        task: str,
-        x: Sequence[str],
-        y: str,
+        task: str | None = None,
+        x: Sequence[str] = (),
+        y: str | Sequence[str] | None = None,
+        w: Sequence[str] = (),
+        categorical: Sequence[str] = (),
+        exposure: str | None = None,
+        target: Target = "real",
+        missing: Missing = "error",
         order: Order = "random",
+        order_by: str | None = None,
+        schema: TableSchema | None = None,
         standardizer: Standardizer | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> TableTasks:
@@ -103,53 +112,98 @@ class TableTasks:
 
         Args:
             frame: the table; its index is ignored. Tasks keep the order in which they first appear, and rows theirs
-                within a task, except that ``"first"`` and ``"mixed"`` sort them (stably) by the first input.
+                within a task, except that ``"first"``, ``"mixed"`` and ``order_by`` sort them (stably).
             task: column that says which task a row belongs to.
-            x: input columns.
-            y: target column. Rows where it is missing are dropped, and so is a task that has no other row.
+            x: input columns: numbers, or True and False (which become 1 and 0 and stay so).
+            y: target column, or a list of several: y is then ``[tasks, rows, outputs]``. A row that lacks one of them
+                is dropped, and so is a task that has no other row.
+            w: task-level columns, constant within a task (rows may leave them out); they become ``w``.
+            categorical: columns of categories (text or numbers): those of ``x`` and ``w`` that are, and more inputs.
+                Each becomes a column of zeros and ones for each category of the training tasks.
+            exposure: a positive column that becomes the last one of x, in raw units (for likelihoods of counts).
+            target: ``"real"``, ``"count"`` or ``"class"``; see :class:`~bayesmeta.tasks.schema.TableSchema`.
+            missing: what to do about a missing input: ``"error"``, ``"drop"`` or ``"mean"``; see there. ``"mean"``
+                needs a standardizer.
             order: see the class.
-            standardizer: units of the batches; see :meth:`fit_standardizer`.
-            dtype: of x and y.
+            order_by: column by which rows are sorted within a task: numbers, dates, or dates as text in ISO 8601. By
+                default the first input, where ``order`` calls for one.
+            schema: read the columns as this says (that of the training table), instead of all the options above
+                from ``task`` to ``missing`` and of ``order_by``.
+            standardizer: units of the batches; see :meth:`fit_standardizer`. It brings its schema along.
+            dtype: of x, y and w.
 
         Raises:
-            DataError: for an unknown, repeated or non-numeric column, or a row without a task.
+            DataError: for an unknown, repeated or non-numeric column (dates as text among them), a row without a
+                task, a task-level column that is not constant, an exposure that is not positive, a count that is
+                none, and for a category or class that the schema given does not know (when first drawn from).
             NonFiniteDataError: for a missing or infinite input, or an infinite target, naming column and task.
             EmptyTaskError: if no row with a target is left.
+            OptionError: for an unknown option, or one that the schema given says already.
         """
-        values, lengths, names = read_frame(frame, task, x, y, dtype, by_time=order != "random")
-        position = torch.arange(int(lengths.max()))
-        start = lengths.cumsum(0) - lengths
-        block = values[start[:, None] + torch.where(position < lengths[:, None], position, 0)]
-        return cls(
-            block[..., :-1].contiguous(),
-            block[..., -1].contiguous(),
-            lengths,
-            names,
-            order=order,
-            standardizer=standardizer,
-            x_names=x,
-            y_name=y,
+        options: dict[str, Any] = {"task": task, "x": x, "y": y, "w": w, "categorical": categorical}
+        options |= {"exposure": exposure, "target": target, "missing": missing, "order_by": order_by}
+        roles = roles_of(options, schema, standardizer)
+        rows = read_frame(frame, roles, dtype, in_order=order != "random")
+        return cls(rows, roles, order=order, standardizer=standardizer, schema=schema, dtype=dtype)
+
+    @classmethod
+    def from_csv(cls, path: str | Path, *, separator: str = ",", **options: Any) -> TableTasks:
+        """Read a CSV file in long format, its first line the names of the columns.
+
+        Args:
+            path: the file, in UTF-8; compressed ones (``.gz``) are read too. Cells that are empty, or hold NA, NaN,
+                null or None, are missing.
+            separator: what stands between two cells.
+            **options: those of :meth:`from_dataframe`.
+
+        Raises:
+            DataError: for a file that is not there or is no CSV, and whatever :meth:`from_dataframe` raises.
+            EmptyTaskError: for a file without a row.
+        """
+        roles = roles_of(
+            {k: v for k, v in options.items() if k not in ("order", "schema", "standardizer", "dtype")},
+            options.get("schema"),
+            options.get("standardizer"),
         )
+        frame = read_csv(path, columns=roles.columns, separator=separator)
+        return cls.from_dataframe(frame, **options)
+
+    # -- what there is ------------------------------------------------------------------------------------------------
 
     @property
     def num_tasks(self) -> int:
         """Number of tasks in the table (N)."""
-        return len(self._names)
+        return len(self._lengths)
 
     @property
     def num_features(self) -> int:
-        """Number of inputs."""
-        return self._raw.x.shape[-1]
+        """Number of columns of x."""
+        return len(self._schema.x_names)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Name of each task, in table order."""
-        return self._names
+        return self._rows.names
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Number of observations of each task."""
         return tuple(self._lengths)
+
+    @property
+    def x_names(self) -> tuple[str, ...]:
+        """Name of each column of x."""
+        return self._schema.x_names
+
+    @property
+    def y_name(self) -> str:
+        """Name of the target; of several, with commas."""
+        return ", ".join(self._schema.y)
+
+    @property
+    def schema(self) -> TableSchema:
+        """What the columns are; see the class for which tasks taught it."""
+        return self._schema
 
     @property
     def standardizer(self) -> Standardizer | None:
@@ -158,35 +212,53 @@ class TableTasks:
 
     @property
     def observations(self) -> Observations:
-        """All observations in **raw** units, x ``[N, L, features]``, y and mask ``[N, L]``, on the CPU."""
-        mask = torch.arange(self._raw.x.shape[1]) < self._raw.lengths[:, None]
-        return Observations(self._raw.x, self._raw.y, mask)
+        """All observations in **raw** units, x ``[N, L, features]``, y and mask ``[N, L]``, on the CPU.
+
+        L is the length of the longest task.
+        """
+        flat = self._encode(standard=False)
+        position = torch.arange(max(self._lengths))
+        mask = position < flat.lengths[:, None]
+        rows = flat.starts[:, None] + torch.where(mask, position, 0)
+        return Observations(flat.x[rows], flat.y[rows], mask, flat.w)
+
+    # -- units --------------------------------------------------------------------------------------------------------
 
     def fit_standardizer(self) -> Standardizer:
-        """Mean and standard deviation of x and y over all observations of all tasks of this table.
+        """Mean and standard deviation of x, w and y over all observations of all tasks of this table (w: over tasks).
 
-        Fit it on the training table alone and give it to the others with :meth:`with_standardizer`. Something
-        constant keeps scale 1.
-        """
-        data = self.observations
-        real = data.full_mask()
-        x, y = data.x[real].double(), self._raw.y[real].double()
-        parts = {"x_mean": x.mean(0), "x_scale": x.std(0, correction=0)}
-        parts |= {"y_mean": y.mean(0), "y_scale": y.std(0, correction=0)}
-        for key in ("x_scale", "y_scale"):
-            parts[key] = torch.where(parts[key] > 0, parts[key], 1.0)
-        return Standardizer(**{k: v.to(self._raw.x.dtype) for k, v in parts.items()})
-
-    def with_standardizer(self, standardizer: Standardizer | None) -> TableTasks:
-        """The same table sampled in the units of ``standardizer``; None for raw units.
+        Fit it on the training table alone and give it to the others with :meth:`with_standardizer`. It brings the
+        table's :attr:`schema` along. Categories, flags, indicators, the exposure, counts and classes are left alone,
+        and an input that is constant keeps scale 1.
 
         Raises:
-            ShapeError: for a standardizer of another width.
+            DataError: for a target that is the same everywhere (there is nothing to learn), or an input without any
+                value.
         """
-        return self._like(self._raw, self._names, standardizer)
+        return fit_standardizer(self._rows, self._schema, self.dtype)
+
+    def with_standardizer(self, standardizer: Standardizer | None) -> TableTasks:
+        """The same table sampled in the units of ``standardizer``, with its schema; None for raw units.
+
+        Raises:
+            ShapeError: for a standardizer of other columns.
+        """
+        return self._like(self._rows, standardizer=standardizer)
+
+    def with_schema(self, schema: TableSchema) -> TableTasks:
+        """The same table in raw units with the categories, classes and indicators of another table's schema.
+
+        Raises:
+            ShapeError: for a schema of other columns.
+        """
+        return self._like(self._rows, standardizer=None, schema=schema)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
 
     def subset(self, tasks: Sequence[str] | Sequence[int] | Tensor) -> TableTasks:
-        """A table of some of the tasks, in the order given, with the same raw data and standardizer.
+        """A table of some of the tasks, in the order given, with a copy of their raw data and the same standardizer.
+
+        Where the table has neither a standardizer nor a schema that it was given, the part learns its own schema.
 
         Args:
             tasks: names, or rows of the table counted from 0 (negative ones from the end), or a boolean mask ``[N]``.
@@ -195,31 +267,30 @@ class TableTasks:
             DataError: for a name or row that the table does not have, or one given twice.
             EmptyTaskError: for none.
         """
-        index = self._rows(tasks)
+        index = self._index(tasks)
         if len(index) == 0:
             raise EmptyTaskError("A subset of no task was asked for; expected at least one.")
         if len(set(index)) < len(index):
-            twice = next(self._names[i] for i in index if index.count(i) > 1)
+            twice = next(self.names[i] for i in index if index.count(i) > 1)
             raise DataError(f"Task {twice!r} is given twice; a subset holds a task once.")
-        rows = torch.tensor(index)
-        longest = max(self._lengths[i] for i in index)
-        block = _Block(self._raw.x[rows, :longest], self._raw.y[rows, :longest], self._raw.lengths[rows])
-        return self._like(block, [self._names[i] for i in index], self._standardizer)
+        return self._like(self._rows.tasks(torch.tensor(index)), standardizer=self._standardizer, part=True)
 
-    def split(self, sizes: Sequence[int], seed: Seed = 0) -> list[TableTasks]:
-        """Random disjoint tables of ``sizes`` tasks; what is left over belongs to none.
+    def split(self, sizes: Sequence[int] | Sequence[float], seed: Seed = 0) -> list[TableTasks]:
+        """Random disjoint tables; what is left over belongs to none.
+
+        Args:
+            sizes: numbers of tasks; or fractions below 1 of all tasks, each rounded so that the sum is right.
+            seed: of the shuffle.
 
         Raises:
-            OptionError: for sizes below 1 or more tasks than there are.
+            OptionError: for sizes below 1, more tasks than there are, or a fraction of no task at all.
         """
-        if any(size < 1 for size in sizes) or sum(sizes) > self.num_tasks:
-            raise OptionError(
-                f"sizes={list(sizes)} add up to {sum(sizes)}; expected sizes of at least 1 that add up to at most "
-                f"the {self.num_tasks} tasks of the table."
-            )
+        counts = split_sizes(sizes, self.num_tasks)
         generator = as_generator(seed, stream="split")
         shuffled = torch.randperm(self.num_tasks, generator=generator, device=generator.device).cpu()
-        return [self.subset(part) for part in shuffled[: sum(sizes)].split(list(sizes))]
+        return [self.subset(part) for part in shuffled[: sum(counts)].split(counts)]
+
+    # -- batches ------------------------------------------------------------------------------------------------------
 
     def sample(self, num_tasks: int, *, support: int, query: int | None = None, generator: Seed = None) -> TaskBatch:
         """Draw tasks, and a support and a query for each.
@@ -228,11 +299,8 @@ class TableTasks:
             num_tasks: tasks to draw, without replacement; with replacement where the table has fewer.
             support: observations in each support.
             query: observations in each query, a random choice among those left; None for all of them. The query is
-                at most as long as the longest task leaves, and a task with fewer left is padded and masked.
-            generator: generator or seed; the batch lives on its device.
-
-        Returns:
-            A batch whose ``task_id`` are rows of the table. Observations stand in table order in both sets.
+                sorted as the table is, padded and masked where a task has fewer.
+            generator: generator or seed; None means seed 0. The batch is on its device.
 
         Raises:
             EmptyTaskError: naming a task with fewer than ``support + 1`` observations.
@@ -247,8 +315,12 @@ class TableTasks:
             task_id = torch.randperm(self.num_tasks, generator=generator, device=device)[:num_tasks]
         else:
             task_id = torch.randint(self.num_tasks, (num_tasks,), generator=generator, device=device)
-        chosen, rest = self._draw(task_id, support, query is not None, generator)
-        return self._gather(task_id, chosen, rest[:, : self._width(support, query)])
+        index = task_id.tolist()
+        lengths = [self._lengths[i] for i in index]
+        left, shuffle = max(lengths) - support, query is not None
+        width = left if query is None else min(query, left)
+        positions = draw(lengths, support, width, self.order, shuffle=shuffle, generator=generator)
+        return self._gather(task_id, index, *positions)
 
     def all(self, *, support: int, query: int | None = None) -> TaskBatch:
         """Every task in table order, with nothing random: what evaluation uses.
@@ -259,16 +331,18 @@ class TableTasks:
                 task has fewer.
 
         Returns:
-            A batch on the CPU.
+            A batch on the CPU, padded to the longest task.
 
         Raises:
             EmptyTaskError: naming a task with fewer than ``support + 1`` observations.
             OptionError: for numbers out of range.
         """
         self._check(support, query)
+        left = max(self._lengths) - support
+        width = left if query is None else min(query, left)
         task_id = torch.arange(self.num_tasks)
-        position = torch.arange(support + self._width(support, query)).expand(self.num_tasks, -1)
-        return self._gather(task_id, position[:, :support], position[:, support:])
+        position = torch.arange(support + width).expand(self.num_tasks, -1)
+        return self._gather(task_id, task_id.tolist(), position[:, :support], position[:, support:])
 
     def __repr__(self) -> str:
         low, high = min(self._lengths), max(self._lengths)
@@ -278,21 +352,37 @@ class TableTasks:
             f"{', '.join(self.x_names)}, order={self.order!r}, {units} units)"
         )
 
-    def _like(self, block: _Block, names: Sequence[str], standardizer: Standardizer | None) -> TableTasks:
-        options: dict[str, Any] = {"order": self.order, "x_names": self.x_names, "y_name": self.y_name}
-        return TableTasks(block.x, block.y, block.lengths, names, standardizer=standardizer, **options)
+    # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _rows(self, tasks: Sequence[str] | Sequence[int] | Tensor) -> list[int]:
+    def _like(
+        self,
+        rows: Rows,
+        *,
+        standardizer: Standardizer | None,
+        schema: TableSchema | None = None,
+        part: bool = False,
+    ) -> TableTasks:
+        return TableTasks(
+            rows,
+            self._roles,
+            order=self.order,
+            standardizer=standardizer,
+            schema=schema if schema is not None else self._schema if self._given else None,
+            dtype=self.dtype,
+            part=part or self._part,
+        )
+
+    def _index(self, tasks: Sequence[str] | Sequence[int] | Tensor) -> list[int]:
         if isinstance(tasks, Tensor) and tasks.dtype == torch.bool:
             tasks = tasks.nonzero().flatten()
         given: list[Any] = tasks.tolist() if isinstance(tasks, Tensor) else list(tasks)
-        row_of = {name: i for i, name in enumerate(self._names)}
+        row_of = {name: i for i, name in enumerate(self.names)}
         index = []
         for key in given:
             row = row_of.get(key) if isinstance(key, str) else int(key)
             if row is None or not -self.num_tasks <= row < self.num_tasks:
                 raise DataError(
-                    f"The table has no task {key!r}; it has {self.num_tasks}: {', '.join(self._names[:5])}"
+                    f"The table has no task {key!r}; it has {self.num_tasks}: {', '.join(self.names[:5])}"
                     f"{', …' if self.num_tasks > 5 else ''}."
                 )
             index.append(row % self.num_tasks)
@@ -306,61 +396,47 @@ class TableTasks:
         if self._lengths[shortest] < least:
             short = sum(length < least for length in self._lengths)
             raise EmptyTaskError(
-                f"Task {self._names[shortest]!r} has {self._lengths[shortest]} observation(s), but {support} for the "
+                f"Task {self.names[shortest]!r} has {self._lengths[shortest]} observation(s), but {support} for the "
                 f"support and at least {least - support} for the query were asked for ({short} of {self.num_tasks} "
                 "tasks are too short). Ask for a smaller support, or leave such tasks out with table.subset()."
             )
 
-    def _width(self, support: int, query: int | None) -> int:
-        left = max(self._lengths) - support
-        return left if query is None else min(query, left)
+    def _encode(self, *, standard: bool) -> Flat:
+        """x, y and w of all rows on the CPU."""
+        if self._part and not self._given and self._schema.learned:
+            raise DataError(
+                "This table is a part of a larger one, and which categories, classes or gaps there are is learned on "
+                "the training part. Give each part train.fit_standardizer() by with_standardizer(…); or, to stay in "
+                "raw units, train.schema by with_schema(…)."
+            )
+        return encode(self._rows, self._schema, self._standardizer, self.dtype, standard=standard)
 
-    def _block(self, device: torch.device) -> tuple[_Block, Standardizer | None]:
+    def _flat(self, device: torch.device) -> Flat:
         """The whole table on a device in the units of the batches, made once."""
         if device not in self._on_device:
-            raw, standardizer = self._raw, self._standardizer
-            scaled = Observations(raw.x, raw.y)
-            if standardizer is not None:
-                standardizer = standardizer.to("cpu", raw.x.dtype)
-                scaled, standardizer = standardizer.apply(scaled), standardizer.to(device)
-            scaled = scaled.to(device)
-            assert scaled.y is not None
-            self._on_device[device] = replace(raw, x=scaled.x, y=scaled.y, lengths=raw.lengths.to(device)), standardizer
+            flat = self._encode(standard=True)
+            moved = {k: v.to(device) for k, v in vars(flat).items() if v is not None}
+            self._on_device[device] = Flat(**{**vars(flat), **moved})
         return self._on_device[device]
 
-    def _draw(self, task_id: Tensor, support: int, shuffle: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Positions of the support ``[tasks, support]``, and of the rest (then those of no use), shuffled or not."""
-        lengths, device = self._block(task_id.device)[0].lengths[task_id, None], task_id.device
-        position = torch.arange(self._raw.x.shape[1], device=device).expand(len(task_id), -1)
-        in_order = position.double().masked_fill(position >= lengths, torch.inf)
-
-        def random_key() -> Tensor:
-            key = torch.rand(position.shape, generator=generator, device=device, dtype=torch.float64)
-            return key.masked_fill(position >= lengths, torch.inf)
-
-        key = in_order if self.order == "first" else random_key()
-        if self.order == "mixed":
-            forecast = torch.rand((len(task_id), 1), generator=generator, device=device) < 0.5
-            key = torch.where(forecast, in_order, key)
-        chosen = key.argsort(-1)[:, :support].sort(-1).values
-        key = random_key() if shuffle else in_order
-        return chosen, key.scatter(1, chosen, torch.inf).argsort(-1)
-
-    def _gather(self, task_id: Tensor, support: Tensor, query: Tensor) -> TaskBatch:
+    def _gather(self, task_id: Tensor, index: list[int], support: Tensor, query: Tensor) -> TaskBatch:
         """Observations at positions ``[tasks, shots]``; of the query, the first ``length - support`` are real."""
-        block, standardizer = self._block(task_id.device)
-        left = block.lengths[task_id, None] - support.shape[1]
+        flat = self._flat(task_id.device)
+        left = flat.lengths[task_id, None] - support.shape[1]
         mask = torch.arange(query.shape[1], device=query.device) < left
         # Padding goes to the end and becomes a copy of the first real query observation.
-        query = query.masked_fill(~mask, block.x.shape[1]).sort(-1).values
-        query = torch.where(mask, query, query[:, :1])
+        query = query.masked_fill(~mask, torch.iinfo(torch.int64).max).sort(-1).values
+        first = torch.where(left > 0, query[:, :1], 0) if query.shape[1] else query
+        query = torch.where(mask, query, first)
         ragged = min(self._lengths) - support.shape[1] < query.shape[1]
-        rows = task_id[:, None]
+        start = flat.starts[task_id, None]
+        support, query = start + support, start + query
+        w = None if flat.w is None else flat.w[task_id]
         return TaskBatch(
-            support=Observations(block.x[rows, support], block.y[rows, support]),
-            query=Observations(block.x[rows, query], block.y[rows, query], mask if ragged else None),
+            support=Observations(flat.x[support], flat.y[support], None, w),
+            query=Observations(flat.x[query], flat.y[query], mask if ragged else None, w),
             task_id=task_id,
-            names=tuple(self._names[i] for i in task_id.tolist()),
+            names=tuple(self.names[i] for i in index),
             population=self.num_tasks,
-            standardizer=standardizer,
+            standardizer=flat.standardizer,
         )

@@ -12,6 +12,8 @@ from bayesmeta.train.checkpoint import BEST, LAST
 
 CONFIG, LOG = "config.json", "log.jsonl"
 _OURS = (CONFIG, LOG, LAST, BEST)
+#: The folder of TensorBoard's curves within a run's, and what its files are called.
+EVENTS, EVENT_FILES = "tensorboard", "events.out.tfevents.*"
 
 
 def claim(out: str | Path, *, overwrite: bool, resume: bool) -> Path:
@@ -41,8 +43,8 @@ def claim(out: str | Path, *, overwrite: bool, resume: bool) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            for name in _OURS:
-                (path / name).unlink(missing_ok=True)
+            for file in [*(path / name for name in _OURS), *(path / EVENTS).glob(EVENT_FILES)]:
+                file.unlink(missing_ok=True)
         probe = path / ".writable"
         probe.touch()
         probe.unlink()

@@ -1,0 +1,264 @@
+"""The state of a run and one step of it: everything that a checkpoint must hold."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesmeta.data import TaskBatch
+from bayesmeta.errors import CheckpointError, EmptyTaskError, NonFiniteLossError, OptionError
+from bayesmeta.protocols import TaskDistribution
+from bayesmeta.train import checkpoint
+from bayesmeta.train.validation import Validation
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step draws, and how it is cut; the arguments of :func:`~bayesmeta.fit` of the same names."""
+
+    tasks_per_step: int
+    support: int
+    query: int | None
+    seed: int
+    accumulate: int = 1
+    chunk: int | None = None
+    dtype: torch.dtype | None = None
+
+
+class Loop:
+    """A run.
+
+    Args:
+        method, tasks: what is trained, on what.
+        plan: what a step draws.
+        validation: held-out tasks and the best on them.
+        device: where the run is.
+        clip: largest norm of the gradient.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        tasks: TaskDistribution,
+        plan: Plan,
+        validation: Validation,
+        device: torch.device,
+        clip: float | None,
+    ) -> None:
+        self.method, self.tasks, self.plan, self.validation = method, tasks, plan, validation
+        self.device, self.clip = device, clip
+        self.generator = torch.Generator(device=device).manual_seed(plan.seed)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.clock = Clock()
+        self.overall = Clock()
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it goes on with."""
+        return {
+            **vars(self.plan),
+            "dtype": None if self.plan.dtype is None else str(self.plan.dtype),
+            "validation_tasks": self.validation.num_tasks,
+            "validate_with": "loss" if self.validation.score is None else "a score",
+        }
+
+    def set_up(self, optimizer: OptimizerFactory, schedule: ScheduleFactory | None) -> None:
+        """Create parameters from a first batch that training does not use, then the optimizer."""
+        plan = self.plan
+        self.method.to(device=self.device, dtype=plan.dtype)
+        first = self.sample(torch.Generator(device=self.device).manual_seed(plan.seed))
+        first.check()
+        self.method.prepare(first)
+        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise OptionError("The method has no parameters to train.")
+        self.optimizer = optimizer(self.parameters)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise OptionError(f"optimizer made a {type(self.optimizer).__name__}; expected a torch optimizer.")
+        self.schedule = None if schedule is None else schedule(self.optimizer)
+        unusable = torch.optim.lr_scheduler.ReduceLROnPlateau
+        if schedule is not None and (isinstance(self.schedule, unusable) or not hasattr(self.schedule, "step")):
+            raise OptionError(
+                f"schedule made a {type(self.schedule).__name__}; expected a torch schedule whose step takes no "
+                "argument, such as bayesmeta.schedules.cosine(steps) makes."
+            )
+        self.validation.set_up(first, self.device, plan.dtype)
+        self.loss = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def sample(self, generator: torch.Generator) -> TaskBatch:
+        """One batch in the run's dtype."""
+        plan, query = self.plan, self.plan.query
+        batch = self.tasks.sample(plan.tasks_per_step, support=plan.support, query=query, generator=generator)  # type: ignore[arg-type]
+        return batch if plan.dtype is None else batch.to(dtype=plan.dtype)
+
+    def advance(self) -> None:
+        """One step of the optimizer."""
+        begin = time.perf_counter()
+        self.step += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = self.plan.accumulate == 1 and self.plan.chunk is None
+        self.loss, num_tasks = self._backward_whole() if whole else self._backward_in_pieces()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.norm = nn.utils.get_total_norm(gradients)
+        if self.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, self.norm)
+        # 0 · inf and 0 · NaN are NaN: one look at the device for both
+        self._stop_if_not_finite(self.loss + 0 * self.norm, "loss or its gradient")
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        self.clock.add(num_tasks, seconds)
+        self.overall.add(num_tasks, seconds)
+
+    def _backward_whole(self) -> tuple[Tensor, int]:
+        """Gradient of the loss of one batch; returns the loss and the number of tasks."""
+        batch = self.sample(self.generator)
+        loss = self.method.loss(batch, generator=self.generator)
+        loss.backward()
+        return loss.detach(), batch.num_tasks
+
+    def _pieces(self) -> Iterator[TaskBatch]:
+        """The batches of a step one by one, cut to chunks, without padding: a piece counts as its number of tasks."""
+        for _ in range(self.plan.accumulate):
+            batch = self.sample(self.generator).without_padding()
+            yield from [batch] if self.plan.chunk is None else batch.split(self.plan.chunk)
+
+    def _backward_in_pieces(self) -> tuple[Tensor, int]:
+        """The same for several pieces: the mean over all their tasks, with the graph of one at a time."""
+        total, count = torch.zeros((), device=self.device), 0
+        for piece in self._pieces():
+            if piece.num_tasks == 0:
+                continue
+            loss = self.method.loss(piece, generator=self.generator) * piece.num_tasks
+            loss.backward()
+            total, count = total + loss.detach(), count + piece.num_tasks
+        if count == 0:
+            raise EmptyTaskError(f"All tasks drawn for step {self.step} are padding; at least one must be real.")
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.div_(count)
+        return total / count, count
+
+    def _stop_if_not_finite(self, value: Tensor, what: str) -> None:
+        if math.isfinite(float(value)):
+            return
+        raise NonFiniteLossError(
+            f"The {what} is {float(value)} at step {self.step}. The last good checkpoint, if there is a folder, is "
+            "kept. Try a lower learning rate, or clip=. For a method with inner steps, lower inner_lr: its objective "
+            "is in nats, and grows as 1/scale² of a Gaussian likelihood. And look at the scale of the data.",
+            self.step,
+        )
+
+    def check_finite(self) -> None:
+        """A finite loss can leave NaN parameters behind: look at them before they are saved or returned."""
+        total = torch.stack([p.detach().abs().sum() for p in self.parameters]).sum()
+        self._stop_if_not_finite(total, "sum of the parameters")
+
+    def entry(self) -> dict[str, float]:
+        """What the history says of this step: nothing that differs when the run is made again."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return {"step": self.step, "loss": float(self.loss), "rate": rate, "gradient_norm": float(self.norm)}
+
+    def validate(self) -> tuple[float, bool]:
+        """The score of this step on the held-out tasks, and whether it is the best so far."""
+        value = self.validation.measure(self.method, self.device)
+        return value, self.validation.note(value, self.step, self.method)
+
+    def speed(self) -> dict[str, float]:
+        """Seconds in steps since the run began, and tasks a second since this was last asked, for the log."""
+        values = {"seconds": round(self.seconds, 6), "tasks_per_second": self.clock.rate() or 0.0}
+        self.clock = Clock()
+        return values
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def state(self, config: dict[str, Any] | None) -> dict[str, Any]:
+        """Everything from which the run goes on bit by bit."""
+        return {
+            "fingerprint": checkpoint.fingerprint(self.method),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.validation.state(),
+            "options": self.identity(),
+            "config": config or {},
+        }
+
+    def best(self, config: dict[str, Any] | None) -> dict[str, Any]:
+        """The best θ on the validation tasks, for a checkpoint of its own."""
+        return {
+            "fingerprint": checkpoint.fingerprint(self.method),
+            "method": self.validation.best_state,
+            "step": self.validation.best_step,
+            "validation": self.validation.best,
+            "options": self.identity(),
+            "config": config or {},
+        }
+
+    def restore(self, folder: Path, config: dict[str, Any] | None) -> None:
+        """Load the last checkpoint of a folder."""
+        path = folder / checkpoint.LAST
+        content = checkpoint.load(path, map_location=self.device)
+        checkpoint.check_fingerprint(content["fingerprint"], self.method, path)
+        ours = self.identity()
+        # runs of 0.1.0 said less of themselves
+        options = ours | {"accumulate": 1, "chunk": None} | content["options"]
+        for theirs, mine in ((options, ours), (content["config"], config or {})):
+            for name in {**theirs, **mine}:
+                if theirs.get(name) != mine.get(name):
+                    raise CheckpointError(
+                        f"The run in {folder} had {name} = {theirs.get(name)!r}, and here it is {mine.get(name)!r}. "
+                        "Resume with the options of that run, or start another in a folder of its own."
+                    )
+        if (self.schedule is None) != (content["schedule"] is None):
+            raise CheckpointError(
+                f"The run in {folder} had {'no' if content['schedule'] is None else 'a'} schedule, and here there is "
+                f"{'none' if self.schedule is None else 'one'}. Resume with the schedule of that run."
+            )
+        try:
+            self.method.load_state_dict(content["method"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.schedule is not None:
+                self.schedule.load_state_dict(content["schedule"])
+        except (ValueError, KeyError, RuntimeError, CheckpointError) as error:
+            raise CheckpointError(f"The checkpoint {path} does not fit the optimizer or schedule: {error}") from error
+        self.generator.set_state(content["generator"].cpu())
+        self.step, self.history = content["step"], content["history"]
+        self.seconds = content.get("seconds", 0.0)
+        self.validation.load_state(content["best"])
+
+
+class Clock:
+    """Tasks and the seconds that they took."""
+
+    def __init__(self) -> None:
+        self.tasks, self.seconds = 0, 0.0
+
+    def add(self, tasks: int, seconds: float) -> None:
+        """Count a step."""
+        self.tasks += tasks
+        self.seconds += seconds
+
+    def rate(self) -> float | None:
+        """Tasks a second; None before any."""
+        return self.tasks / self.seconds if self.seconds > 0 else None

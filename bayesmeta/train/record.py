@@ -1,0 +1,110 @@
+"""What a run leaves behind while it goes on: log, curves, checkpoints, and a bar on the screen."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from bayesmeta.train import checkpoint
+from bayesmeta.train.events import Events
+from bayesmeta.train.folder import Log, write_config
+from bayesmeta.train.loop import Loop
+
+
+class Record:
+    """Writes a run down, step by step; a context manager, which closes its files and the bar.
+
+    Args:
+        loop: the run, set up and, on resume, restored.
+        folder: the run's folder; None keeps nothing.
+        curves: the folder of TensorBoard's event files; None for none.
+        steps: steps in all.
+        log_every, checkpoint_every: steps between entries and checkpoints.
+        progress: show the bar.
+        overwrite: delete event files that are there.
+        resume: go on with log and curves after the restored step.
+        config: plain values for ``config.json`` and the checkpoints.
+
+    Raises:
+        RunFolderError: when a folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        folder: Path | None,
+        curves: Path | None,
+        *,
+        steps: int,
+        log_every: int,
+        checkpoint_every: int,
+        progress: bool,
+        overwrite: bool,
+        resume: bool,
+        config: dict[str, Any] | None,
+    ) -> None:
+        self.loop, self.folder, self.steps, self.config = loop, folder, steps, config
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        kept = loop.step if resume else None
+        self.log = Log(None if folder is None else folder / "log.jsonl", keep_until=kept)
+        self.events = Events(curves, clear=overwrite, resumed_at=kept)
+        if folder is not None and resume:
+            self._mend_best(folder)
+        elif folder is not None:
+            options = {"steps": steps, "device": str(loop.device), **loop.identity()}
+            write_config(
+                folder, {"settings": config or {}, "fit": options, "method": checkpoint.fingerprint(loop.method)}
+            )
+        self.bar = tqdm(
+            total=steps,
+            initial=loop.step,
+            disable=None if progress else True,
+            unit="step",
+            desc="meta-training",
+            ncols=min(shutil.get_terminal_size().columns, 100),  # 80 where the terminal has no size
+        )
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        self.events.close()
+
+    def _mend_best(self, folder: Path) -> None:
+        """A run that was killed may have found a best after its last checkpoint: go back to the one known there."""
+        if self.loop.validation.best_state is None:
+            (folder / checkpoint.BEST).unlink(missing_ok=True)
+        else:
+            checkpoint.save(folder / checkpoint.BEST, self.loop.best(self.config))
+
+    def after_step(self) -> None:
+        """Note what the step that was just done calls for."""
+        loop, folder = self.loop, self.folder
+        self.bar.update()
+        last = loop.step == self.steps
+        entry: dict[str, float] = {}
+        if loop.step % self.log_every == 0 or last:
+            entry = loop.entry()
+            self.bar.set_postfix_str(f"loss {entry['loss']:.4g}, rate {entry['rate']:.2g}", refresh=False)
+        if loop.validation.batches and (loop.step % loop.validation.every == 0 or last):
+            value, new_best = loop.validate()
+            entry = (entry or loop.entry()) | {"validation": value}
+            if folder is not None and new_best:
+                loop.check_finite()
+                checkpoint.save(folder / checkpoint.BEST, loop.best(self.config))
+        if entry:
+            loop.history.append(entry)
+            timed = entry | loop.speed()
+            self.log.write(**timed)
+            self.events.write(timed)
+        if folder is not None and (loop.step % self.checkpoint_every == 0 or last or loop.validation.stopped):
+            loop.check_finite()
+            self.events.flush()
+            checkpoint.save(folder / checkpoint.LAST, loop.state(self.config))

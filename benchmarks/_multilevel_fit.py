@@ -1,0 +1,85 @@
+"""The two approximations: the full-rank guide through MetaSVI, and mean-field ABML, on all the tasks of a data set."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor
+
+import bayesmeta as bm
+from bayesmeta.ops.random import as_generator, forked_rng
+from benchmarks._multilevel_model import FullRank, Multilevel
+from benchmarks._multilevel_reference import Moments
+
+#: Draws from which the moments of an approximation are taken: standard deviations to within half a percent.
+DRAWS = 20_000
+
+
+# -- full rank ----------------------------------------------------------------------------------------------------
+
+
+def fit_full_rank(
+    data: bm.Observations, *, steps: int, seed: int, learning_rate: float = 0.02, num_particles: int = 4
+) -> FullRank:
+    """The guide, trained by Adam whose rate rises for 100 steps and falls over the second half; the mean of the
+    parameters over the last quarter of the steps."""
+    guide = FullRank(data)
+    elbo = pyro.infer.Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=2)
+    svi = bm.MetaSVI(Multilevel(), guide, lambda p: torch.optim.Adam(p, learning_rate, betas=(0.9, 0.99)), elbo)
+    average: dict[str, Tensor] = {}
+    with forked_rng(as_generator(seed, stream="multilevel full rank")):
+        for step in range(steps):
+            if svi.optimizer is not None:
+                share = min((step + 1) / 100, 1.0, 2 * (1 - step / steps) + 0.01)
+                svi.optimizer.param_groups[0]["lr"] = learning_rate * share
+            svi.step(data)
+            done = step - (steps - steps // 4) + 1
+            if done > 0:
+                for name, value in svi.state_dict()["params"].items():
+                    mean = average.setdefault(name, torch.zeros_like(value))
+                    mean += (value - mean) / done
+    if average:
+        svi.load_state_dict(svi.state_dict() | {"params": average})
+    return guide
+
+
+def draw_effects(guide: FullRank, data: bm.Observations, num_samples: int, seed: int) -> Tensor:
+    """Effects drawn from the guide, ``[num_samples, tasks, 2]``, all at once under a plate of draws."""
+    with torch.no_grad(), forked_rng(as_generator(seed, stream="multilevel draws")):
+        with pyro.plate("draws", num_samples, dim=-3):
+            trace = pyro.poutine.trace(guide).get_trace(data.x, data.y, data.mask)
+    return trace.nodes["effect"]["value"].squeeze(-2)
+
+
+# -- mean field ---------------------------------------------------------------------------------------------------
+
+
+def fit_mean_field(data: bm.Observations, *, steps: int, seed: int, inner_steps: int = 10) -> bm.ABML:
+    """ABML with a Gaussian guide of the global sites, trained on all rows of all tasks at once.
+
+    The support is all there is, so that the paper's loss is the ELBO of the whole data set, a task at a time.
+    """
+    method = bm.ABML(Multilevel(), inner_steps=inner_steps, inner_lr=0.05, num_particles=4, global_guide="normal")
+    nothing = bm.Observations(data.x[:, :0], data.y[:, :0], None if data.mask is None else data.mask[:, :0])
+    batch = bm.TaskBatch(support=data, query=nothing, population=data.num_tasks)
+    method.prepare(batch)
+    optimizer = torch.optim.Adam(method.parameters(), 0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps) + 0.01))
+    generator = as_generator(seed, stream="multilevel mean field")
+    for _ in range(steps):
+        optimizer.zero_grad()
+        method.loss(batch, generator=generator).backward()
+        optimizer.step()
+        schedule.step()
+    return method
+
+
+def mean_field_moments(method: bm.ABML, data: bm.Observations, *, inner_steps: int, seed: int) -> Moments:
+    """Of its posterior after many inner steps, so that what is wrong is the family and not the optimiser."""
+    before = method.inner_steps
+    method.inner_steps = inner_steps
+    try:
+        posterior = method.adapt(data, generator=seed)
+    finally:
+        method.inner_steps = before
+    return Moments.of_mixture(posterior.sample(DRAWS, seed)["effect"])
