@@ -11,7 +11,6 @@ which y has mean 0 and standard deviation 1 over all rows.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,18 +82,18 @@ def load(name: str) -> bm.Observations:
     """One data set in the units of the program, float64, a task for each county, subject, school or cow.
 
     Raises:
-        SystemExit: when the file is not there, saying where it was looked for.
+        DataError: when the file is not there, saying where it was looked for.
     """
     source, path = SOURCES[name], data_folder() / "multilevel" / f"{name}.csv"
     if not path.is_file():
-        raise SystemExit(
+        raise bm.errors.DataError(
             f"{path} is not there. The data are not part of this repository: set BAYESMETA_DATA to the folder that "
             "holds multilevel/radon.csv, sleepstudy.csv, exam.csv and milk.csv."
         )
     table = pd.read_csv(path)
     x = pd.DataFrame(source.x(table)).astype(float)
     columns = torch.as_tensor(x.assign(y=_unit(table[source.y])).to_numpy())
-    rows = [columns[index] for index in table.groupby(source.task).indices.values()]
+    rows = [columns[torch.as_tensor(index)] for index in table.groupby(source.task).indices.values()]
     return bm.collate([r[:, :-1] for r in rows], [r[:, -1] for r in rows])
 
 
@@ -125,58 +124,59 @@ class Multilevel(PyroModule):
 
 
 class FullRank(PyroModule):
-    """Full-rank Gaussian over the unconstrained global vector θ, and over each task's effects given θ.
+    """Full-rank Gaussian over the global vector, and a full-rank Gaussian for each task's effects given it.
 
-    θ = loc + L e, and effect[i] | θ has a mean, a log diagonal and a lower entry of its Cholesky factor that are affine
-    in e, with coefficients of each task's own. (With none of these a task's effects would not move with θ, and their
-    standard deviations would come out too small.)
+    - q(θ): θ = loc + L e with e standard normal. Of θ, mean and fixed effects are taken as they are, the correlation
+      and the noise through their bijections, and a scale as c softplus(θ / c): from log-normal (c large) to a Normal
+      cut at 0 (c small), since a scale that may be near 0 is far from log-normal.
+    - q(effect[i] | θ) ∝ p(effect[i] | θ) Normal(centre_i, (B_i B_iᵀ)⁻¹): the prior at θ times a full-rank Gaussian
+      factor of the task's own, whose five numbers are affine in e. (With a Gaussian that stays where it is as θ moves,
+      the standard deviations would come out too small.) The factors start at each task's own ridge regression.
 
     Draws are made from standard normal auxiliary sites, and log q is evaluated with its parameters held fixed: the
-    gradient is then that of the path alone, unbiased and without noise where q is exact (Roeder, Wu, Duvenaud, "Sticking
-    the landing", NeurIPS 2017, https://arxiv.org/abs/1703.09194, section 3).
+    gradient is then that of the path alone, unbiased, and without noise where q is exact (Roeder, Wu, Duvenaud,
+    "Sticking the landing", NeurIPS 2017, https://arxiv.org/abs/1703.09194, section 3).
 
     Args:
-        num_tasks, num_features: of the data that it will be trained on.
-        init_scale: first standard deviations.
+        data: the tasks that it will be trained on, float64; it knows no others.
+        init_scale: first standard deviations of θ.
     """
 
     def __init__(self, data: bm.Observations, init_scale: float = 0.1) -> None:
         super().__init__()
         size = 5 + data.num_features
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        self.theta_loc = Parameter(zeros(size))
-        self.bend_log = Parameter(torch.full_like(zeros(2), 0.5).log())
-        self.theta_log_diagonal = Parameter(torch.full_like(self.theta_loc, init_scale).log())
-        self.theta_lower = Parameter(zeros(size, size))  # below the diagonal, in units of it
-        # centre (2), log diagonal (2) and lower entry of the root of the precision: at e = 0, and how they move with e
+        start = data.x.new_zeros(size)
+        self.theta_loc = Parameter(start.clone())
+        self.theta_log_diagonal = Parameter(torch.full_like(start, init_scale).log())
+        self.theta_lower = Parameter(start.new_zeros(size, size))  # below the diagonal, in units of it
+        self.log_bend = Parameter(start.new_full((2,), 0.5).log())  # the c of each scale
+        # centre (2), log diagonal (2) and lower entry of B: at e = 0, and how they move with e
         self.local_base = Parameter(_least_squares(data))
-        self.local_slope = Parameter(zeros(data.num_tasks, 5, size))
+        self.local_slope = Parameter(start.new_zeros(data.num_tasks, 5, size))
 
     def forward(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> None:
         unit = dist.Normal(torch.zeros_like(self.theta_loc), 1.0).to_event(1)
         e = pyro.sample("_theta", unit, infer={"is_auxiliary": True})  # [E] or [particles, 1, 1, E]
-        theta = self.theta_loc + (self._theta_tril() @ e.unsqueeze(-1)).squeeze(-1)
-        loc, tril = self._theta_loc_tril(still=True)
-        still_e = torch.linalg.solve_triangular(tril, (theta - loc).unsqueeze(-1), upper=False).squeeze(-1)
-        log_q = dist.MultivariateNormal(loc, scale_tril=tril).log_prob(theta) - unit.log_prob(e)
+        tril = self._theta_tril()
+        theta: Tensor = self.theta_loc + (tril @ e.unsqueeze(-1)).squeeze(-1)
+        still = dist.MultivariateNormal(self.theta_loc.detach(), scale_tril=tril.detach())
+        # e again, but as a function of θ alone
+        e_of_theta = torch.linalg.solve_triangular(still.scale_tril, (theta - still.loc).unsqueeze(-1), upper=False)
         sites = self._sites(theta)
-        values = {name: value for name, (value, _) in sites.items()}
         for name, (value, log_det) in sites.items():
-            density = log_q - log_det if name == "mean" else -log_det
             event_dim = {"noise": 0, "corr": 2}.get(name, 1)
-            pyro.sample(name, dist.Delta(value, log_density=density, event_dim=event_dim))
-        mean, lower = values["mean"], values["scale"].unsqueeze(-1) * values["corr"]
+            pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=event_dim))
+        # the auxiliary site has counted log N(e); the rest of log q(θ)
+        pyro.factor("_log_q", still.log_prob(theta) - unit.log_prob(e), has_rsample=True)
+        mean, prior = sites["mean"][0], sites["scale"][0].unsqueeze(-1) * sites["corr"][0]
         with bm.task_plate(x):
             unit = dist.Normal(theta.new_zeros(2), 1.0).to_event(1)
             f = pyro.sample("_effect", unit, infer={"is_auxiliary": True})  # [..., tasks, 1, 2]
-            loc, tril = self._effect(e, mean, lower, still=False)
-            effect = loc + (tril @ f.unsqueeze(-1)).squeeze(-1)
-            loc, tril = self._effect(still_e, mean, lower, still=True)
-            white = torch.linalg.inv(tril) @ (effect - loc).unsqueeze(-1)
-            log_q = -0.5 * white.square().sum((-2, -1)) - tril.det().log() - math.log(2 * math.pi) - unit.log_prob(f)
+            loc, root = _product(mean, prior, *self._factor(e))
+            effect = loc + (root @ f.unsqueeze(-1)).squeeze(-1)
+            loc, root = _product(mean, prior, *self._factor(e_of_theta.squeeze(-1), still=True))
+            white = torch.linalg.solve(root, (effect - loc).unsqueeze(-1)).squeeze(-1)
+            log_q = unit.log_prob(white) - root.det().log() - unit.log_prob(f)
             pyro.sample("effect", dist.Delta(effect, log_density=log_q, event_dim=1))
 
     def _sites(self, theta: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -184,7 +184,7 @@ class FullRank(PyroModule):
         width = theta.shape[-1] - 6
         mean, fixed, scale, corr, noise = theta.split([2, width, 2, 1, 1], -1)
         unchanged = torch.zeros_like(theta[..., 0])
-        bend = self.bend_log.exp()
+        bend = self.log_bend.exp()
         cholesky = biject_to(constraints.corr_cholesky)
         values = {
             "mean": (mean, unchanged),
@@ -199,23 +199,31 @@ class FullRank(PyroModule):
         scale = self.theta_log_diagonal.exp()
         return scale.unsqueeze(-1) * (self.theta_lower.tril(-1) + torch.eye(len(scale), dtype=scale.dtype))
 
-    def _theta_loc_tril(self, still: bool) -> tuple[Tensor, Tensor]:
-        loc, tril = self.theta_loc, self._theta_tril()
-        return (loc.detach(), tril.detach()) if still else (loc, tril)
+    def _factor(self, e: Tensor, still: bool = False) -> tuple[Tensor, Tensor]:
+        """Centre ``[…, tasks, 1, 2]`` and root B of the precision of the tasks' factors at e ``[…, E]``."""
+        base: Tensor = self.local_base
+        slope: Tensor = self.local_slope
+        if still:
+            base, slope = base.detach(), slope.detach()
+        flat = e[..., 0, 0, :] if e.dim() > 1 else e
+        moved = (base + torch.einsum("nke,...e->...nk", slope, flat)).unsqueeze(-2)
+        centre, log_diagonal, lower = moved.split([2, 2, 1], -1)
+        diagonal = log_diagonal.exp()
+        first = torch.cat([diagonal[..., :1], torch.zeros_like(lower)], -1)
+        second = torch.cat([lower, torch.ones_like(lower)], -1) * diagonal[..., 1:]
+        return centre, torch.stack([first, second], -2)
 
-    def _effect(self, e: Tensor, mean: Tensor, lower: Tensor, still: bool) -> tuple[Tensor, Tensor]:
-        """Mean ``[…, tasks, 1, 2]`` and a root of the covariance of the effects: prior times factor."""
-        base, slope = self.local_base, self.local_slope
-        base, slope = (base.detach(), slope.detach()) if still else (base, slope)
-        e = e[..., 0, 0, :] if e.dim() > 1 else e
-        moved = base + torch.einsum("nke,...e->...nk", slope, e)
-        centre, log_diagonal, entry = moved.unsqueeze(-2).split([2, 2, 1], -1)
-        b = _lower(log_diagonal.exp(), entry)
-        lb = lower.mT @ b
-        c = torch.linalg.cholesky(torch.eye(2, dtype=e.dtype) + lb @ lb.mT)
-        root = lower @ torch.linalg.inv(c).mT
-        pull = b @ (b.mT @ (centre - mean).unsqueeze(-1))
-        return mean + (root @ (root.mT @ pull)).squeeze(-1), root
+
+def _product(mean: Tensor, prior: Tensor, centre: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and a root of the covariance, of Normal(mean, prior priorᵀ) · Normal(centre, (factor factorᵀ)⁻¹).
+
+    In units of the prior the precision is I + A Aᵀ, A = priorᵀ factor, which is safe where either is nearly singular.
+    """
+    a = prior.mT @ factor
+    root = torch.linalg.cholesky(torch.eye(2, dtype=a.dtype) + a @ a.mT)
+    root = prior @ torch.linalg.inv(root).mT
+    pull = factor @ (factor.mT @ (centre - mean).unsqueeze(-1))
+    return mean + (root @ (root.mT @ pull)).squeeze(-1), root
 
 
 def _least_squares(data: bm.Observations, ridge: float = 0.01) -> Tensor:
@@ -228,8 +236,3 @@ def _least_squares(data: bm.Observations, ridge: float = 0.01) -> Tensor:
     root = torch.linalg.cholesky(gram)
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     return torch.cat([centre, diagonal.log(), (root[:, 1, 0] / diagonal[:, 1]).unsqueeze(-1)], -1)
-
-
-def _lower(diagonal: Tensor, entry: Tensor) -> Tensor:
-    first = torch.cat([diagonal[..., :1], torch.zeros_like(entry)], -1)
-    return torch.stack([first, torch.cat([entry * diagonal[..., 1:], diagonal[..., 1:]], -1)], -2)

@@ -1,7 +1,7 @@
 """Long NUTS on the multilevel program with the effects integrated out, and the effects' exact posterior given θ.
 
-Given θ all is linear and Gaussian. With Z = [1, x₀], r = y − mean of y at effect = mean, effect ~ Normal(mean, L Lᵀ) and
-noise variance s², the matrix M = I + Lᵀ Zᵀ Z L / s² gives (Woodbury)::
+Given θ all is linear and Gaussian. With Z = [1, x₀], r = y − its mean where effect = mean, effect ~ Normal(mean, L Lᵀ)
+and noise variance s², the matrix M = I + Lᵀ Zᵀ Z L / s² gives (Woodbury)::
 
     log p(y | θ)    = −½ [n log(2π s²) + log |M| + (rᵀ r − rᵀ Z L M⁻¹ Lᵀ Zᵀ r / s²) / s²]
     effect | y, θ   ~ Normal(mean + V Zᵀ r / s², V),    V = L M⁻¹ Lᵀ
@@ -271,3 +271,15 @@ def summarise(data: bm.Observations, draws: dict[str, Tensor], seed: int) -> Ref
         error=float((spread / ess.sqrt()).max()),
         divergences=int(draws["divergences"]),
     )
+
+
+def plain_z(reference: Reference, effects: Tensor) -> float:
+    """Greatest |difference of an effect's means| in its Monte Carlo standard error, draws ``[chains, draws, N, 2]``.
+
+    The error is that of both runs together; over 36 effects about 3 is to be expected.
+    """
+    flat = effects.flatten(2).numpy()
+    ess = torch.as_tensor(array_stats.ess(flat, chain_axis=0, draw_axis=1, method="mean")).reshape(effects.shape[2:])
+    found = Moments.of_mixture(effects.flatten(0, 1))
+    error = (found.sd.square() / ess + (reference.error * reference.moments.sd).square()).sqrt()
+    return float(((found.mean - reference.moments.mean).abs() / error).max())

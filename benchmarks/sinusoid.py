@@ -64,6 +64,7 @@ RUNS = {
     "cavia_10": Run(
         lambda m: bm.CAVIA(m, context_size=4, inner_steps=10, inner_lr=0.1),
         (("cavia_10_steps_mse", 10, None, at_most(0.03)),),
+        steps=20_000,
         quick_share=0.3,
     ),
     "fast_rate": Run(

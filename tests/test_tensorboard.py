@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayesmeta import errors
+from bayesmeta.train import checkpoint
 from bayesmeta.train.events import TAGS, Events
 from tests.test_fit import VALIDATION, make, train
 
@@ -94,12 +95,17 @@ def _without_purge(init):
 
 
 def test_curves_reach_as_far_as_the_checkpoint(tmp_path, monkeypatch):
-    """After a kill nothing is flushed any more: what a checkpoint knows must be on disk by then."""
-    open_ones, close = [], Events.close
-    monkeypatch.setattr(Events, "close", open_ones.append)
-    train(make(), 20, out=tmp_path, tensorboard=True, log_every=1, checkpoint_every=20)
-    assert [step for step, _ in curves(tmp_path / "tensorboard")["train/loss"]] == list(range(1, 21))
-    close(open_ones[0])
+    """After a kill nothing is flushed any more: what a checkpoint knows must be on disk before it is."""
+    order, flush, save = [], Events.flush, checkpoint.save
+    monkeypatch.setattr(Events, "flush", lambda self: (flush(self), order.append("flush")))
+
+    def read_and_save(path, content):
+        order.append([step for step, _ in curves(tmp_path / "tensorboard")["train/loss"]])
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", read_and_save)
+    train(make(), 20, out=tmp_path, tensorboard=True, log_every=1, checkpoint_every=10)
+    assert order == ["flush", list(range(1, 11)), "flush", list(range(1, 21))]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

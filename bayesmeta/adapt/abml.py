@@ -39,7 +39,7 @@ class ABML(Method):
         num_outer_particles: draws of φ for the outer loss; by default ``num_particles``.
         objective: outer loss: ``"elbo"``, the paper's: −E_q[log p(S, Q | φ)] + KL(q ‖ p); or ``"predictive"``:
             −log E_q[p(Q | φ)].
-        global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
         OptionError: for an unknown objective, or numbers out of range.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import DataError, DeviceMismatchError, OptionError
 from bayesmeta.models.program import as_program
-from bayesmeta.models.theta import GlobalGuide, GlobalKind
+from bayesmeta.models.theta import GlobalGuide, GlobalKind, check_global_kind, kind_name
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.posteriors.base import TaskPosterior
 
@@ -41,7 +41,8 @@ class Method(nn.Module):
 
     Args:
         model: a :class:`~bayesmeta.TaskProgram`, or a Pyro program, which is wrapped as one.
-        global_guide: posterior over the program's global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over the program's global sites: ``"point"``, ``"normal"``, ``"low_rank"``, or a class
+            of ``pyro.infer.autoguide`` that derives from ``AutoContinuous``.
     """
 
     #: shown by ``bayesmeta methods``
@@ -49,10 +50,10 @@ class Method(nn.Module):
 
     def __init__(self, model: Any, *, global_guide: GlobalKind = "point") -> None:
         super().__init__()
-        if global_guide not in ("point", "normal"):
-            raise OptionError(f"Unknown global_guide {global_guide!r}; expected 'point' or 'normal'.")
+        check_global_kind(global_guide)
         self.program = as_program(model)
-        self.global_kind: GlobalKind = global_guide
+        self.global_guide: GlobalKind = global_guide
+        self.global_kind = kind_name(global_guide)
         self.theta_guide: GlobalGuide | None = None
         self._created = False
 
@@ -93,8 +94,8 @@ class Method(nn.Module):
         self._check_device(observations)
         self.program.prepare(observations)
         if self.program.has_theta_sites:
-            self.theta_guide = GlobalGuide(self.program, self.global_kind, observations)
-        theta = None if self.theta_guide is None else self.theta_guide.loc
+            self.theta_guide = GlobalGuide(self.program, self.global_guide, observations)
+        theta = None if self.theta_guide is None else self.theta_guide.centre()
         self.program.check_targets(observations, theta)
         self._create(observations)
         self._created = True
@@ -141,7 +142,7 @@ class Method(nn.Module):
         with torch.enable_grad():
             theta = None
             if self.theta_guide is not None:
-                theta = self.theta_guide.draw(1 if self.theta_guide.kind == "point" else num_theta, generator).detach()
+                theta = self.theta_guide.draw(1 if self.theta_guide.is_point else num_theta, generator).detach()
             self.program.check_targets(support, None if theta is None else theta[0])
             return self._adapt(support, theta, generator, create_graph=False)
 
@@ -196,10 +197,10 @@ class Method(nn.Module):
         """Sample the global sites as Pyro sites; returns them unconstrained, ``[G, E]``, one for each ELBO particle."""
         guide, program = self.theta_guide, self.program
         assert guide is not None
-        flat = guide.loc
-        if guide.kind == "normal":
-            normal = dist.Normal(guide.loc, guide.log_scale.exp()).to_event(1)
-            flat = pyro.sample("_theta", normal, infer={"is_auxiliary": True})
+        if guide.is_point:
+            flat = guide.loc
+        else:
+            flat = pyro.sample("_theta", guide.distribution(), infer={"is_auxiliary": True})
         theta = flat.reshape(-1, flat.shape[-1])
         vectorised = flat.dim() > 1
         u = theta.new_zeros(len(theta), observations.num_tasks, program.layout.dim)
@@ -209,7 +210,7 @@ class Method(nn.Module):
             value, log_det = result.values[site.name], result.log_dets[site.name]
             event_dim = len(site.shape) - site.batch_dims
             batch = value.shape[: value.dim() - event_dim]
-            log_density = -log_det if guide.kind == "normal" else torch.zeros_like(log_det)
+            log_density = torch.zeros_like(log_det) if guide.is_point else -log_det
             # the site's whole density, shared out over the plates that it has of its own
             share = site.shape[: site.batch_dims].numel()
             log_density = (

@@ -32,7 +32,7 @@ class PointMethod(Method):
     def _create(self, observations: Observations) -> None:
         if self.program.learned_start(observations) is not None:
             return
-        theta = None if self.theta_guide is None else self.theta_guide.loc
+        theta = None if self.theta_guide is None else self.theta_guide.centre().detach()
         with torch.no_grad():
             loc, _ = self.program.prior_moments(observations, theta)
         self.start = nn.Parameter(loc.mean(0).clone())
@@ -72,7 +72,7 @@ class GradientMethod(PointMethod):
         first_order: drop the second derivatives.
         step_weights: weight of the query's loss after each inner step: ``"last"``, ``"uniform"``, or one number for
             each step, which are divided by their sum.
-        global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
         OptionError: for an unknown objective, negative steps or rate, or weights that do not fit.

@@ -38,7 +38,7 @@ class ImplicitMAML(PointMethod):
         inner_lr: their size; stable below 2 / (λ + largest curvature of the mean log-likelihood).
         proximal: λ, the pull towards the start, in nats per observation.
         solve_steps: conjugate-gradient steps for the meta-gradient.
-        global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
         OptionError: for numbers out of range.

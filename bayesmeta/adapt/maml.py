@@ -37,7 +37,7 @@ class MAML(GradientMethod):
         step_weights: what the loss looks at: ``"last"``: the query after the last inner step; ``"uniform"``: the mean
             of its losses after each inner step (multi-step training, as MAML++: then more steps than were trained
             do not diverge); or one weight for each step, which are divided by their sum.
-        global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
         OptionError: for an unknown objective, negative steps or rate, or weights that do not fit.

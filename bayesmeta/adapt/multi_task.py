@@ -26,7 +26,7 @@ class MultiTask(PointMethod):
 
     Args:
         model: a :class:`~bayesmeta.NeuralTaskModel`, or any Pyro program.
-        global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
     """
 
     card = MethodCard(

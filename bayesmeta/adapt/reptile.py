@@ -42,7 +42,7 @@ class Reptile(GradientMethod):
             step's gradient from all data, the inner products of gradients between mini-batches, which the paper
             credits, are those within one batch); None: all of them.
         objective: as in :class:`~bayesmeta.MAML`.
-        global_guide: posterior over global sites, ``"point"`` or ``"normal"``.
+        global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
         OptionError: for options out of range.

@@ -222,6 +222,10 @@ class TableTasks:
         rows = flat.starts[:, None] + torch.where(mask, position, 0)
         return Observations(flat.x[rows], flat.y[rows], mask, flat.w)
 
+    def flat(self) -> Flat:
+        """All rows one after the other in the units of the batches, on the CPU: x ``[R, F]``, y ``[R]``, w ``[N, W]``."""
+        return self._flat(torch.device("cpu"))
+
     # -- units --------------------------------------------------------------------------------------------------------
 
     def fit_standardizer(self) -> Standardizer:

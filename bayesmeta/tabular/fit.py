@@ -1,0 +1,300 @@
+"""Meta-train on the tasks of a CSV file, and keep in one folder all that a forecast needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bayesmeta.adapt.base import Method
+from bayesmeta.errors import DataError, OptionError
+from bayesmeta.tabular.lines import Lines
+from bayesmeta.tabular.models import LIKELIHOODS, RECIPES, Settings, all_methods, build, choose, pick
+from bayesmeta.tabular.models import pick_likelihood, pick_prior
+from bayesmeta.tabular.run import FORMAT, LINES, TASKS
+from bayesmeta.tabular.supports import VariedSupports, every_task
+from bayesmeta.tasks.files import read_csv
+from bayesmeta.tasks.schema import TableSchema
+from bayesmeta.tasks.table import TableTasks
+from bayesmeta.train.fit import FitResult, fit, pick_device
+from bayesmeta.train.schedules import cosine
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Chosen on validation tasks of tables that no reported figure uses; see docs/command-line.md.
+TRAINING: dict[str, Any] = {
+    "activation": "tanh",
+    "tasks_per_step": 16,
+    "query": 20,
+    "weight_decay": 1e-3,
+    "clip": 100.0,
+    "validate_every": 25,
+    "patience": 20,
+}
+_MOST_VALIDATION = 200
+
+
+def fit_csv(
+    csv: Path,
+    out: Path,
+    *,
+    task: str,
+    y: Sequence[str],
+    x: Sequence[str] = (),
+    categorical: Sequence[str] = (),
+    w: Sequence[str] = (),
+    exposure: str | None = None,
+    missing: str = "error",
+    order: str | None = None,
+    order_by: str | None = None,
+    support: int = 5,
+    method: str | None = None,
+    likelihood: str | None = None,
+    prior: str | None = None,
+    hidden: Sequence[int] = (32, 32),
+    steps: int = 1000,
+    validation: float = 0.2,
+    holdout: float = 0.0,
+    seed: int = 0,
+    separator: str = ",",
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> FitResult:
+    """Read a CSV file, learn from its tasks, and write a run folder.
+
+    Args:
+        csv: the file, one row an observation.
+        out: the folder.
+        task, y, x, categorical, w, exposure, missing, order_by, separator: as :meth:`TableTasks.from_csv`.
+        order: which rows are seen: ``"first"`` (the default where ``order_by`` is given), ``"random"`` or ``"mixed"``.
+        support: rows of a task that are seen, at most; training has supports of every size up to it.
+        method, likelihood, prior: names; None: chosen by the kind of target, and said.
+        hidden: widths of the network's hidden layers.
+        steps: of training, at most.
+        validation: share of the tasks that choose when to stop.
+        holdout: share of the tasks that are not touched at all, for ``evaluate``.
+        seed: of the split into tasks, the first weights and the training draws.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        overwrite, resume: what to do when the folder already holds a run.
+        progress: show a bar on standard error.
+        say: takes each line of the report.
+
+    Returns:
+        What :func:`bayesmeta.fit` returns.
+
+    Raises:
+        BayesMetaError: its kinds, for whatever cannot be used.
+    """
+    _check(support, steps, validation, holdout, seed)
+    pick_device(device)
+    method = None if method is None else _pick_method(method)
+    prior = None if prior is None else pick_prior(prior)
+    roles = TableSchema.of(
+        task=task, x=x, y=list(y), w=w, categorical=categorical, exposure=exposure, order_by=order_by
+    )
+    frame = read_csv(csv, columns=roles.columns, separator=separator)
+    likelihood, chosen = _choose_likelihood(frame, roles.y, likelihood, exposure)
+    order = order or ("first" if order_by is not None else "random")
+    table = TableTasks.from_dataframe(
+        frame,
+        task=task,
+        x=x,
+        y=list(y),
+        w=w,
+        categorical=categorical,
+        exposure=exposure,
+        target=LIKELIHOODS[likelihood].target,
+        missing=missing,  # type: ignore[arg-type]  # checked there
+        order=order,  # type: ignore[arg-type]  # checked there
+        order_by=order_by,
+    )
+    parts = _split(table, validation, holdout, seed)
+    train = parts["train"]
+    units = train.fit_standardizer()
+    train = train.with_standardizer(units)
+    settings = choose(
+        train.schema,
+        method=method,
+        likelihood=likelihood,
+        prior=prior,
+        hidden=hidden,
+        activation=TRAINING["activation"],
+        seed=seed,
+    )
+    learner = build(settings)
+    say(_what_was_read(csv, table, parts, len(frame)))
+    say(_what_is_trained(settings, learner, chosen, support, order))
+    held_back = None
+    if "validation" in parts:
+        some = parts["validation"].with_standardizer(units)
+        if some.num_tasks > _MOST_VALIDATION:
+            some = some.subset(list(range(_MOST_VALIDATION)))
+        sizes = sorted({0, min(1, support), support})
+        held_back = [b for k in sizes for b in every_task(some, k, query=TRAINING["query"], seed=seed)]
+    rate = RECIPES[settings.method].rate
+    result = fit(
+        learner,
+        VariedSupports(train),
+        steps=steps,
+        tasks_per_step=TRAINING["tasks_per_step"],
+        support=support,
+        query=TRAINING["query"],
+        optimizer=lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=TRAINING["weight_decay"]),
+        schedule=cosine(steps),
+        clip=TRAINING["clip"],
+        validation=held_back,
+        validate_every=min(TRAINING["validate_every"], steps),
+        patience=None if held_back is None else TRAINING["patience"],
+        seed=seed,
+        device=device,
+        out=out,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+        checkpoint_every=100,
+        log_every=25,
+        config={
+            "tabular": FORMAT,
+            "model": settings.state(),
+            "standardizer": units.state(),
+            "support": support,
+            "order": order,
+            "separator": separator,
+        },
+    )
+    _keep(Path(out), train, parts, settings)
+    say(_what_next(Path(out), csv, result, parts, train.schema))
+    return result
+
+
+def _check(support: int, steps: int, validation: float, holdout: float, seed: int) -> None:
+    if support < 0 or steps < 1:
+        raise OptionError(f"support={support} and steps={steps}; expected a support of at least 0, and 1 step or more.")
+    if not (0 <= validation < 1 and 0 <= holdout < 1 and validation + holdout < 1):
+        raise OptionError(
+            f"validation={validation} and holdout={holdout}; expected shares of the tasks from 0 on, below 1 together."
+        )
+    if not 0 <= seed < 2**32:
+        raise OptionError(f"seed={seed}; expected a number between 0 and 2³² − 1.")
+
+
+def _pick_method(name: str) -> str:
+    picked = pick(name, all_methods(), "method")
+    if picked not in RECIPES:
+        raise OptionError(f"{picked} takes a model of your own, in Python. Of a table learn: {', '.join(RECIPES)}.")
+    return picked
+
+
+def _choose_likelihood(
+    frame: pd.DataFrame, y: Sequence[str], likelihood: str | None, exposure: str | None
+) -> tuple[str, str]:
+    """The likelihood, and why."""
+    if likelihood is not None:
+        return pick_likelihood(likelihood), "as asked"
+    if exposure is not None:
+        return "poisson", "there is an exposure; else give --likelihood"
+    if len(y) == 1 and frame[y[0]].dtype.kind not in "iufmM":
+        return "categorical", f"{y[0]} is text; else give --likelihood"
+    return "gaussian", f"{', '.join(y)}: numbers; for counts or classes give --likelihood"
+
+
+def _split(table: TableTasks, validation: float, holdout: float, seed: int) -> dict[str, TableTasks]:
+    """Tables of the tasks to train on, to choose with, and to leave alone; the shares are rounded, never to none."""
+    counts = {"validation": validation, "held out": holdout}
+    sizes = {name: max(round(share * table.num_tasks), 1) for name, share in counts.items() if share > 0}
+    sizes["train"] = table.num_tasks - sum(sizes.values())
+    if sizes["train"] < 2:
+        raise DataError(
+            f"The table has {table.num_tasks} task(s): too few to learn from at least two and hold back "
+            f"{', '.join(f'{n} for {name}' for name, n in sizes.items() if name != 'train') or 'none'}. Is the task "
+            "column the right one? A smaller --validation (0: none) or --holdout leaves more."
+        )
+    return dict(zip(sizes, table.split(list(sizes.values()), seed=seed)))
+
+
+def _keep(out: Path, train: TableTasks, parts: dict[str, TableTasks], settings: Settings) -> None:
+    if LIKELIHOODS[settings.likelihood].target == "real":
+        Lines.fit(train).save(out / LINES)
+    names = {name: list(part.names) for name, part in parts.items()}
+    (out / TASKS).write_text(json.dumps(names, indent=1) + "\n")
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def _what_was_read(csv: Path, table: TableTasks, parts: dict[str, TableTasks], rows: int) -> str:
+    schema, train, lengths = parts["train"].schema, parts["train"], sorted(table.lengths)
+    units = train.fit_standardizer()
+    used = sum(lengths)
+    lines = [
+        f"{csv}: {used} rows of {table.num_tasks} tasks ({schema.task}), {lengths[0]} to {lengths[-1]} rows each, half "
+        f"of them {lengths[len(lengths) // 2]} or more"
+        + (f"; {rows - used} row(s) without a target or input left out" if rows > used else "")
+    ]
+    for name in schema.x:
+        lines.append(f"  input   {_column(name, schema, train.x_names, units.x_mean, units.x_scale)}")
+    for name in schema.w:
+        lines.append(f"  of task {_column(name, schema, schema.w_names, units.w_mean, units.w_scale)}")
+    if schema.exposure is not None:
+        lines.append(f"  per     {schema.exposure} (exposure)")
+    for i, name in enumerate(schema.y):
+        if schema.target == "real":
+            what = f"mean {float(units.y_mean.reshape(-1)[i]):.4g}, sd {float(units.y_scale.reshape(-1)[i]):.4g}"
+        else:
+            what = f"classes {_few(schema.classes)}" if schema.classes else "counts"
+        lines.append(f"  target  {name:<20} {what}")
+    split = ", ".join(f"{part.num_tasks} {_WORDS[name]}" for name, part in parts.items())
+    return "\n".join([*lines, f"  tasks   {split}; means and categories are those of the training tasks"])
+
+
+_WORDS = {"train": "to train on", "validation": "to choose when to stop", "held out": "held out for evaluate"}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)})" if len(names) > 8 else "")
+
+
+def _column(name: str, schema: TableSchema, names: Sequence[str], mean: Any, scale: Any) -> str:
+    if name in schema.categorical:
+        what = f"categories {_few(schema.categories[name])}"
+    elif name in schema.flags:
+        what = "true or false"
+    else:
+        i = list(names).index(name)
+        what = f"mean {float(mean[i]):.4g}, sd {float(scale[i]):.4g}"
+    return f"{name:<20} {what}" + (" (with gaps)" if name in schema.gaps else "")
+
+
+def _what_is_trained(settings: Settings, learner: Method, chosen: str, support: int, order: str) -> str:
+    seen = {"first": "the first rows", "random": "rows at random", "mixed": "the first rows or some at random"}[order]
+    hidden = " × ".join(map(str, settings.hidden)) or "none: linear"
+    return (
+        f"Training {settings.method}: {type(learner).card.posterior}.\n"
+        f"  likelihood {settings.likelihood} ({chosen}); prior {settings.prior}; hidden layers {hidden}\n"
+        f"  of each task up to {support} row(s) are seen ({seen}), others are forecast"
+    )
+
+
+def _what_next(
+    out: Path, csv: Path, result: FitResult, parts: dict[str, TableTasks], schema: TableSchema
+) -> str:
+    best = "" if result.best_step is None else f", best on the validation tasks at step {result.best_step}"
+    target = ", ".join(schema.y)
+    again = csv if "held out" in parts else "NEW.csv"
+    return (
+        f"Done: {result.steps} steps in {result.seconds:.0f} s{best}. In {out}:\n"
+        "  best.pt or checkpoint.pt  what was learned\n"
+        "  config.json               columns, units and model\n"
+        f"  {TASKS:<25} which tasks were trained on\n"
+        "  log.jsonl                 losses\n"
+        "Next:\n"
+        f"  bayesmeta evaluate {out} {again}   scores on tasks that were not trained on\n"
+        f"  bayesmeta predict {out} NEW.csv   forecasts of the rows whose {target} is empty"
+    )

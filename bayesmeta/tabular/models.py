@@ -1,0 +1,223 @@
+"""Which method, likelihood and prior a table gets: names, defaults, and the untrained method that they make."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import bayesmeta
+from bayesmeta.adapt.base import Method
+from bayesmeta.errors import OptionError
+from bayesmeta.models import likelihoods
+from bayesmeta.models.likelihoods import Likelihood
+from bayesmeta.models.nets import mlp
+from bayesmeta.models.neural import NeuralTaskModel
+from bayesmeta.models.priors import PRIORS
+from bayesmeta.tasks.schema import TableSchema, Target, did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is set up for a table in standard units.
+
+    Attributes:
+        task_modules, prior: of the network model; another prior can be asked for.
+        options: of the method, beside its defaults.
+        rate: learning rate of θ.
+    """
+
+    task_modules: str = "all"
+    prior: str = "point"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 3e-3
+
+
+_STEPS = {"inner_steps": 5, "inner_lr": 0.05}
+#: The methods that fit a table, by class name. Chosen on validation tasks; see docs/command-line.md.
+RECIPES: dict[str, Recipe] = {
+    "BayesianLastLayer": Recipe("head", "normal", {"objective": "marginal"}, rate=1e-2),
+    "ABML": Recipe("all", "normal", _STEPS | {"num_particles": 4, "objective": "predictive"}),
+    "MAML": Recipe(options=_STEPS),
+    "MetaSGD": Recipe(options=_STEPS),
+    "ANIL": Recipe("head", options=_STEPS),
+    "BOIL": Recipe(options=_STEPS),
+    "CAVIA": Recipe(options=_STEPS | {"inner_lr": 0.5, "context_size": 4}),
+    "Reptile": Recipe(options=_STEPS),
+    "ImplicitMAML": Recipe(options={"inner_steps": 10, "inner_lr": 0.05}),
+    "MultiTask": Recipe(),
+}
+
+
+@dataclass(frozen=True)
+class _LikelihoodKind:
+    target: Target
+    make: Callable[[int, int | None], Likelihood]
+
+
+#: By name: the kind of target, and the likelihood from the number of classes and the column of the exposure.
+LIKELIHOODS: dict[str, _LikelihoodKind] = {
+    "gaussian": _LikelihoodKind("real", lambda k, e: likelihoods.Gaussian(0.5, learn_scale=True)),
+    "heteroscedastic": _LikelihoodKind("real", lambda k, e: likelihoods.HeteroscedasticGaussian(0.01)),
+    "student-t": _LikelihoodKind("real", lambda k, e: likelihoods.StudentT(4.0, 0.5, learn_df=True, learn_scale=True)),
+    "poisson": _LikelihoodKind("count", lambda k, e: likelihoods.Poisson(exposure=e)),
+    "negative-binomial": _LikelihoodKind(
+        "count", lambda k, e: likelihoods.NegativeBinomial(5.0, learn_concentration=True, exposure=e)
+    ),
+    "categorical": _LikelihoodKind("class", lambda k, e: likelihoods.Categorical(k)),
+    "bernoulli": _LikelihoodKind("class", lambda k, e: likelihoods.Bernoulli()),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that makes the untrained method, as plain values.
+
+    Attributes:
+        method: name of its class. likelihood, prior: names.
+        hidden, activation: of the network.
+        features, covariates, targets, classes: widths of x (the exposure among them), w and y; number of classes.
+        exposure: whether the last column of x is one.
+        seed: of the first weights.
+    """
+
+    method: str
+    likelihood: str
+    prior: str
+    hidden: tuple[int, ...]
+    activation: str
+    features: int
+    covariates: int
+    targets: int
+    classes: int
+    exposure: bool
+    seed: int
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"hidden": list(self.hidden)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Settings:
+        """The inverse of :meth:`state`."""
+        return cls(**{**state, "hidden": tuple(state["hidden"])})
+
+
+def choose(
+    schema: TableSchema,
+    *,
+    method: str | None,
+    likelihood: str,
+    prior: str | None,
+    hidden: Iterable[int],
+    activation: str,
+    seed: int,
+) -> Settings:
+    """The settings for a table, with defaults where nothing was asked for.
+
+    Raises:
+        OptionError: for unknown names, and for what does not go together.
+    """
+    kind = LIKELIHOODS[likelihood]
+    if method is None:
+        method = "BayesianLastLayer" if likelihood == "gaussian" and prior in (None, "normal") else "ABML"
+    recipe = RECIPES[method]
+    if method == "BayesianLastLayer" and likelihood != "gaussian":
+        raise OptionError(
+            f"BayesianLastLayer has a closed form for the likelihood gaussian alone; {likelihood} was asked for. Use "
+            "ABML or MAML."
+        )
+    if method == "ABML" and prior == "point":
+        raise OptionError("ABML needs a prior with a density; expected another prior than 'point', such as normal.")
+    if schema.exposure is not None and kind.target != "count":
+        raise OptionError(
+            f"exposure={schema.exposure!r} is for counts; with likelihood {likelihood} use it as an input (x), or give "
+            "--likelihood poisson or negative-binomial."
+        )
+    if likelihood == "bernoulli" and len(schema.classes) != 2:
+        raise OptionError(
+            f"The likelihood bernoulli has two classes; {', '.join(schema.y)} has {len(schema.classes)}: "
+            f"{', '.join(schema.classes[:10])}. Use categorical."
+        )
+    widths = tuple(hidden)
+    if any(width < 1 for width in widths):
+        raise OptionError(f"hidden={list(widths)}; expected widths of at least 1.")
+    return Settings(
+        method,
+        likelihood,
+        prior or recipe.prior,
+        widths,
+        activation,
+        features=len(schema.x_names),
+        covariates=len(schema.w_names),
+        targets=len(schema.y),
+        classes=len(schema.classes),
+        exposure=schema.exposure is not None,
+        seed=seed,
+    )
+
+
+def build(settings: Settings) -> Method:
+    """The untrained method; torch's global random state is left as it was.
+
+    Raises:
+        OptionError, UnsupportedError, ModelError: for settings that do not go together.
+    """
+    recipe, kind = RECIPES[settings.method], LIKELIHOODS[settings.likelihood]
+    likelihood = kind.make(settings.classes, -1 if settings.exposure else None)
+    inputs = settings.features - int(settings.exposure)
+    outputs = likelihood.num_outputs(settings.targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        network = mlp(inputs, settings.hidden, outputs or settings.targets, activation=settings.activation)
+    model = NeuralTaskModel(
+        network, likelihood, settings.prior, task_modules=recipe.task_modules, covariates=settings.covariates
+    )
+    made: Method = method_class(settings.method)(model, **recipe.options)
+    return made
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, imported when it is needed."""
+    found: type[Method] = getattr(importlib.import_module(bayesmeta._NAMES[name]), name)
+    return found
+
+
+def all_methods() -> list[str]:
+    """Names of the public methods, those that fit a table first."""
+    public = [name for name, module in bayesmeta._NAMES.items() if module.startswith("bayesmeta.adapt.")]
+    methods = [name for name in public if "card" in vars(method_class(name))]
+    return [name for name in RECIPES if name in methods] + sorted(set(methods) - set(RECIPES))
+
+
+def pick(name: str, known: Iterable[str], what: str) -> str:
+    """The known name that is meant: case, hyphens and underscores do not matter, nor a "bayesian" in front.
+
+    Raises:
+        OptionError: with the list of names and the nearest one.
+    """
+    known = list(known)
+
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "").replace("_", "").removeprefix("bayesian")
+
+    for candidate in known:
+        if plain(candidate) == plain(name):
+            return candidate
+    raise OptionError(f"Unknown {what} {name!r}{did_you_mean(name, known)} Known are: {', '.join(known)}.")
+
+
+def pick_likelihood(name: str) -> str:
+    """The likelihood that is meant. Errors are those of :func:`pick`."""
+    return pick(name, LIKELIHOODS, "likelihood")
+
+
+def pick_prior(name: str) -> str:
+    """The prior that is meant. Errors are those of :func:`pick`."""
+    return pick(name, PRIORS, "prior")
