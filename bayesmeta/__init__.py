@@ -30,9 +30,9 @@ _NAMES = {
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
     "ContextTaskModel": "bayesmeta.models.context",
-    "DeltaPosterior": "bayesmeta.posteriors.kinds",
+    "DeltaPosterior": "bayesmeta.posteriors.delta",
     "Draws": "bayesmeta.posteriors.base",
-    "ExactLinearPosterior": "bayesmeta.posteriors.kinds",
+    "ExactLinearPosterior": "bayesmeta.posteriors.exact",
     "fit": "bayesmeta.train.fit",
     "FitResult": "bayesmeta.train.fit",
     "Gaussian": "bayesmeta.models.likelihoods",
@@ -48,13 +48,15 @@ _NAMES = {
     "Method": "bayesmeta.adapt.base",
     "MethodCard": "bayesmeta.adapt.base",
     "MultiTask": "bayesmeta.adapt.multi_task",
+    "MultivariateNormalPosterior": "bayesmeta.posteriors.gaussian",
     "NeuralTaskModel": "bayesmeta.models.neural",
     "noncentred": "bayesmeta.models.reparam",
-    "NormalPosterior": "bayesmeta.posteriors.kinds",
+    "NormalPosterior": "bayesmeta.posteriors.gaussian",
     "Observations": "bayesmeta.data",
+    "ParticlesPosterior": "bayesmeta.posteriors.samples",
     "plot_forecast": "bayesmeta.diagnostics.plots",
     "Reptile": "bayesmeta.adapt.reptile",
-    "SamplesPosterior": "bayesmeta.posteriors.kinds",
+    "SamplesPosterior": "bayesmeta.posteriors.samples",
     "save_netcdf": "bayesmeta.diagnostics.datatree",
     "Scores": "bayesmeta.diagnostics.scores",
     "scores": "bayesmeta.diagnostics.scores",
@@ -119,7 +121,10 @@ if TYPE_CHECKING:
     from bayesmeta.models.program import TaskProgram
     from bayesmeta.models.reparam import noncentred
     from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
-    from bayesmeta.posteriors.kinds import DeltaPosterior, ExactLinearPosterior, NormalPosterior, SamplesPosterior
+    from bayesmeta.posteriors.delta import DeltaPosterior
+    from bayesmeta.posteriors.exact import ExactLinearPosterior
+    from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
+    from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
     from bayesmeta.protocols import TaskDistribution
     from bayesmeta.train import schedules
     from bayesmeta.train.checkpoint import load_method

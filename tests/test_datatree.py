@@ -23,7 +23,7 @@ from bayesmeta.models.nets import mlp
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.ops.random import as_generator
-from bayesmeta.posteriors.kinds import NormalPosterior
+from bayesmeta.posteriors.gaussian import NormalPosterior
 from bayesmeta.tasks.linear import LinearGaussian
 
 GROUPS = {

@@ -23,7 +23,7 @@ from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.priors import Point
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.random import normal_like
-from bayesmeta.posteriors.kinds import NormalPosterior
+from bayesmeta.posteriors.gaussian import NormalPosterior
 
 
 class ABML(Method):

@@ -12,7 +12,7 @@ from bayesmeta.adapt.base import Method
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.theta import GlobalKind
-from bayesmeta.posteriors.kinds import DeltaPosterior
+from bayesmeta.posteriors.delta import DeltaPosterior
 
 Objective = Literal["likelihood", "joint"]
 StepWeights = Literal["last", "uniform"] | Sequence[float]

@@ -26,7 +26,7 @@ from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.linear_solve import conjugate_gradient
-from bayesmeta.posteriors.kinds import DeltaPosterior
+from bayesmeta.posteriors.delta import DeltaPosterior
 
 
 class ImplicitMAML(PointMethod):

@@ -20,7 +20,7 @@ from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.ops.gaussian import LinearGaussianFit, fit_linear_gaussian
-from bayesmeta.posteriors.kinds import ExactLinearPosterior
+from bayesmeta.posteriors.exact import ExactLinearPosterior
 
 
 class BayesianLastLayer(Method):

@@ -15,7 +15,7 @@ from bayesmeta.adapt.base import MethodCard
 from bayesmeta.adapt.gradient import PointMethod
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.models.theta import GlobalKind
-from bayesmeta.posteriors.kinds import DeltaPosterior
+from bayesmeta.posteriors.delta import DeltaPosterior
 
 
 class MultiTask(PointMethod):

@@ -17,7 +17,7 @@ from bayesmeta.errors import EmptyTaskError, NonFiniteLossError, OptionError, Sh
 from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
-from bayesmeta.posteriors.kinds import SamplesPosterior
+from bayesmeta.posteriors.samples import SamplesPosterior
 
 
 class MetaSVI:
