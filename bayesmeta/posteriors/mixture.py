@@ -37,13 +37,15 @@ class LeftMixture(TorchDistribution):
         weights = self.log_weights.exp()
         return weights.reshape(*weights.shape, *([1] * len(self.event_shape)))
 
+    def _split(self, value: Tensor) -> tuple[Tensor, int]:
+        """The value with a dimension for the components after those of its sample shape, and where that stands."""
+        dim = max(value.dim() - len(self.event_shape) - len(self.batch_shape), 0)
+        return value.unsqueeze(dim) if dim else value, dim
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the mixture, ``[…]``."""
-        shape = value.shape[: value.dim() - len(self.event_shape) - len(self.batch_shape)]
-        if not shape:
-            return (self.log_weights + self.components.log_prob(value)).logsumexp(0)
-        flat = value.reshape(-1, *value.shape[len(shape) :])
-        return torch.stack([self.log_prob(v) for v in flat]).reshape(*shape, *self.batch_shape)
+        value, dim = self._split(value)
+        return (self.log_weights + self.components.log_prob(value)).logsumexp(dim)
 
     @property
     def mean(self) -> Tensor:
@@ -58,7 +60,8 @@ class LeftMixture(TorchDistribution):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function of the mixture."""
-        return (self.log_weights.exp() * self.components.cdf(value)).sum(0)
+        value, dim = self._split(value)
+        return (self.log_weights.exp() * self.components.cdf(value)).sum(dim)
 
     def sample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
         """Draws from torch's global generator; each batch element chooses its component."""
