@@ -410,3 +410,12 @@ def test_step_weights_mix_the_losses_of_shorter_runs():
 def test_options_out_of_range(make):
     with pytest.raises(errors.OptionError):
         make()
+
+
+def test_an_adaptation_that_diverged_is_named():
+    batch = a_batch()
+    posterior = bm.MAML(neural(), inner_steps=60, inner_lr=1e4).adapt(batch.support)
+    with pytest.raises(errors.NonFiniteDataError, match="diverged"):
+        posterior.predictive(batch.query)
+    with pytest.raises(errors.NonFiniteDataError, match="task 0"):
+        posterior.predict(batch.query)

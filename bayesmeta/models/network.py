@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import DataError, OptionError, ShapeError, UnsupportedError
+from bayesmeta.errors import DataError, NonFiniteDataError, OptionError, ShapeError, UnsupportedError
 from bayesmeta.models.handlers import Pass
 from bayesmeta.models.likelihoods import Likelihood
 from bayesmeta.models.plates import shot_plate, task_plate
@@ -65,7 +65,19 @@ class NetworkProgram(TaskProgram):
     def _distribution(self, u: Tensor, x: Tensor, mask: Tensor | None) -> Any:
         """The likelihood's distribution at φ, with batch shape ``[…, tasks, shots]``."""
         inputs, exposure = self.likelihood.split(x, mask)
-        return self.likelihood.distribution(self._forward(u, inputs), **exposure)
+        output = self._forward(u, inputs)
+        try:
+            return self.likelihood.distribution(output, **exposure)
+        except ValueError as error:  # validation of the distribution's parameters
+            bad = ~output.isfinite().flatten(-2).all(-1)
+            if not bool(bad.any()):
+                raise
+            tasks = bad.reshape(-1, bad.shape[-1]).any(0).nonzero().flatten().tolist()
+            raise NonFiniteDataError(
+                f"The network's output is not finite for {len(tasks)} task(s), the first of them task {tasks[0]} "
+                "(counted from 0): adaptation has diverged, or φ was not finite. Take fewer inner steps or a lower "
+                "inner rate, train with losses at every step (step_weights='uniform'), or standardise the data."
+            ) from error
 
     def output(self, u: Tensor, x: Tensor) -> Tensor:
         """Network outputs ``[…, tasks, shots, outputs]``.
