@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, init_to_value
+from pyro.infer.autoguide import AutoContinuous, AutoNormalizingFlow, init_to_value
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
@@ -83,14 +83,20 @@ class GlobalGuide(nn.Module):
             self.factor = nn.Parameter(init_scale * noise / rank**0.5)
 
     def _make_auto(self, kind: Callable[..., AutoContinuous], start: Tensor) -> None:
-        def model() -> None:
-            pyro.sample("theta", dist.Normal(torch.zeros_like(start), 1.0).to_event(1))
+        first = start.detach().to("cpu", torch.get_default_dtype())  # as the networks of flows are made
 
-        auto = kind(model, init_loc_fn=init_to_value(values={"theta": start}))
+        def model() -> None:
+            pyro.sample("theta", dist.Normal(torch.zeros_like(first), 1.0).to_event(1))
+
+        options: dict[str, Any] = {}
+        flow = inspect.isclass(kind) and issubclass(kind, AutoNormalizingFlow)  # starts at its base distribution
+        if not flow and "init_loc_fn" in inspect.signature(kind).parameters:
+            options["init_loc_fn"] = init_to_value(values={"theta": first})
+        auto = kind(model, **options)
         if not isinstance(auto, AutoContinuous):
             raise OptionError(f"global_guide made a {type(auto).__name__}; expected an AutoContinuous of Pyro.")
         # a first call makes the parameters; it draws, and Pyro's own store stays out of it
-        with forked_rng(as_generator(0, start.device)), ParamScope(auto).open(), torch.no_grad():
+        with forked_rng(as_generator(0, first.device)), ParamScope(auto).open(), torch.no_grad():
             auto()
         self.auto = auto.to(start)
 
