@@ -56,14 +56,23 @@ def draw_effects(guide: FullRank, data: bm.Observations, num_samples: int, seed:
 # -- mean field ---------------------------------------------------------------------------------------------------
 
 
-def fit_mean_field(data: bm.Observations, *, steps: int, seed: int, inner_steps: int = 20) -> bm.ABML:
+def fit_mean_field(
+    data: bm.Observations, *, steps: int, seed: int, inner_lr: float = 0.06, inner_steps: int = 20
+) -> bm.ABML:
     """ABML with a Gaussian guide of the global sites, trained on all rows of all tasks at once.
 
-    The support is all there is, so that the paper's loss is the ELBO of the whole data set, a task at a time. The rate
-    of the log scale is larger than the mean's: an objective a row has a curvature of only 2 / rows in it.
+    The support is all there is, so that the paper's loss is the ELBO of the whole data set, a task at a time. ABML's
+    inner objective is divided by a task's rows. In a mean its curvature holds the prior's, 1 / (rows · scale²), so that
+    the task with the fewest rows sets the largest ``inner_lr`` that does not diverge; in a log scale it is 2 / rows
+    near the optimum, so that the rate there is larger.
     """
     method = bm.ABML(
-        Multilevel(), inner_steps=inner_steps, inner_lr=0.06, inner_lr_scale=0.5, num_particles=4, global_guide="normal"
+        Multilevel(),
+        inner_steps=inner_steps,
+        inner_lr=inner_lr,
+        inner_lr_scale=0.5,
+        num_particles=4,
+        global_guide="normal",
     )
     assert data.y is not None
     nothing = bm.Observations(data.x[:, :0], data.y[:, :0], None if data.mask is None else data.mask[:, :0])
@@ -72,16 +81,19 @@ def fit_mean_field(data: bm.Observations, *, steps: int, seed: int, inner_steps:
     optimizer = torch.optim.Adam(method.parameters(), 0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps) + 0.01))
     generator = as_generator(seed, stream="multilevel mean field")
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
-        method.loss(batch, generator=generator).backward()
+        loss = method.loss(batch, generator=generator)
+        if not bool(torch.isfinite(loss)):
+            raise bm.errors.NonFiniteLossError(f"ABML's loss is {float(loss)}: lower inner_lr={inner_lr}.", step + 1)
+        loss.backward()
         optimizer.step()
         schedule.step()
     return method
 
 
 def mean_field_moments(method: bm.ABML, data: bm.Observations, *, inner_steps: int, seed: int) -> Moments:
-    """Of its posterior after many inner steps, so that what is wrong is the family and not the optimiser."""
+    """Of its posterior after many inner steps, so that given θ the error is the family's and not the optimiser's."""
     before = method.inner_steps
     method.inner_steps = inner_steps
     try:
