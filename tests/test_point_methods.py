@@ -173,7 +173,7 @@ def test_meta_sgd_gradient_is_the_product_with_its_rates(steps):
     rates = torch.tensor([0.07, 0.02], dtype=F64)
     with torch.no_grad():
         method.start.copy_(torch.tensor([0.8, -0.5]))
-        method.rates.copy_(rates)
+        method.factors.copy_(rates / LR)
     method.loss(batch).backward()
     x, y, phi = batch.support.x[0], batch.support.y[0], method.start.detach()
 
@@ -190,7 +190,7 @@ def test_meta_sgd_gradient_is_the_product_with_its_rates(steps):
         phi = phi - rates * slope
     outer = grad(lambda p: nll(2, p, batch.query.x[0], batch.query.y[0]))(phi)
     torch.testing.assert_close(method.start.grad, product @ outer, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(method.rates.grad, alpha @ outer, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(method.factors.grad, LR * (alpha @ outer), rtol=1e-12, atol=1e-12)
     wrong = eye - torch.diag(rates) @ jacrev(grad(inner))(method.start.detach())  # control: α on the other side
     right = eye - jacrev(grad(inner))(method.start.detach()) @ torch.diag(rates)
     assert ((wrong - right) @ outer).norm() > 1e-3 * outer.norm()
@@ -207,9 +207,9 @@ def test_meta_sgd_at_equal_rates_is_maml_and_learns_each(learn, per_step):
     loss.backward()
     width = 13 if learn == "parameter" else 4
     assert method.rates.shape == ((3, width) if per_step else (width,))
-    for index in (0, method.rates.numel() - 1):
-        slope = by_finite_differences(method, batch, method.rates, index)
-        assert method.rates.grad.view(-1)[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
+    for index in (0, method.factors.numel() - 1):
+        slope = by_finite_differences(method, batch, method.factors, index)
+        assert method.factors.grad.view(-1)[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
     method.inner_steps = 5  # more steps than were trained take the last rates
     assert method.adapt(batch.support).u.isfinite().all()
 

@@ -4,7 +4,9 @@ Source: Z. Li, F. Zhou, F. Chen, H. Li, "Meta-SGD: Learning to Learn Quickly for
 https://arxiv.org/abs/1707.09835, eqs. 1–3. Rates of each tensor and step: A. Antoniou, H. Edwards, A. Storkey, "How to
 train your MAML", ICLR 2019, https://arxiv.org/abs/1810.09502, section 4 (LSLR).
 
-Departures: those of MAML; the rates begin equal rather than random, and are not kept positive (nor are the paper's).
+Departures: those of MAML; the rates begin equal rather than random, and what is learned are multiples of
+``inner_lr``, so that the outer optimizer's steps are relative to it (the paper learns the rates themselves: by Adam at
+1e-3 a rate of 0.01 then changes by a tenth in each step). They are not kept positive, nor are the paper's.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class MetaSGD(GradientMethod):
     """MAML whose step sizes are part of θ (Li et al. 2017).
 
     Attributes:
-        rates: the learned step sizes, ``[D]`` or one for each tensor (a network's weights and biases, a program's
-            sites); with ``per_step``, one such row for each inner step. They exist after the first batch.
+        factors: the learned multiples of ``inner_lr``, ``[D]`` or one for each tensor (a network's weights and biases,
+            a program's sites); with ``per_step``, one such row for each inner step. They exist after the first batch.
 
     Args:
         model: a :class:`~bayesmeta.NeuralTaskModel`, or any Pyro program.
@@ -90,10 +92,16 @@ class MetaSGD(GradientMethod):
         self.register_buffer("_owner", owner, persistent=False)
         width = self.program.layout.dim if self.learn == "parameter" else len(blocks)
         shape = (self.inner_steps, width) if self.per_step else (width,)
-        self.rates = nn.Parameter(observations.x.new_full(shape, self.inner_lr))
+        self.factors = nn.Parameter(observations.x.new_ones(shape))
+
+    @property
+    def rates(self) -> Tensor:
+        """The step sizes, ``inner_lr`` times the factors."""
+        return self.inner_lr * self.factors
 
     def _rate(self, step: int) -> Tensor:
-        rates = self.rates[min(step, self.rates.shape[0] - 1)] if self.per_step else self.rates
+        rates = self.rates
+        rates = rates[min(step, len(rates) - 1)] if self.per_step else rates
         owner = self._owner
         assert isinstance(owner, Tensor)
         return rates if self.learn == "parameter" else rates[owner]
