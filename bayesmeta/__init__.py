@@ -25,10 +25,14 @@ _NAMES = {
     "ABML": "bayesmeta.adapt.abml",
     "ANIL": "bayesmeta.adapt.anil",
     "BayesianLastLayer": "bayesmeta.adapt.last_layer",
+    "BayesianLastLayerMixture": "bayesmeta.adapt.last_layer_mixture",
+    "BMAML": "bayesmeta.adapt.bmaml",
     "BOIL": "bayesmeta.adapt.boil",
     "CAVIA": "bayesmeta.adapt.cavia",
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
+    "ConjugateModel": "bayesmeta.models.conjugate",
+    "ConjugatePosterior": "bayesmeta.posteriors.conjugate",
     "ContextTaskModel": "bayesmeta.models.context",
     "DeltaPosterior": "bayesmeta.posteriors.delta",
     "Draws": "bayesmeta.posteriors.base",
@@ -54,7 +58,9 @@ _NAMES = {
     "NormalPosterior": "bayesmeta.posteriors.gaussian",
     "Observations": "bayesmeta.data",
     "ParticlesPosterior": "bayesmeta.posteriors.samples",
+    "Platipus": "bayesmeta.adapt.platipus",
     "plot_forecast": "bayesmeta.diagnostics.plots",
+    "PrecisionTaskModel": "bayesmeta.models.precision",
     "Reptile": "bayesmeta.adapt.reptile",
     "SamplesPosterior": "bayesmeta.posteriors.samples",
     "save_netcdf": "bayesmeta.diagnostics.datatree",
@@ -94,13 +100,16 @@ if TYPE_CHECKING:
     from bayesmeta.adapt.abml import ABML
     from bayesmeta.adapt.anil import ANIL
     from bayesmeta.adapt.base import Method, MethodCard
+    from bayesmeta.adapt.bmaml import BMAML
     from bayesmeta.adapt.boil import BOIL
     from bayesmeta.adapt.cavia import CAVIA
     from bayesmeta.adapt.implicit_maml import ImplicitMAML
     from bayesmeta.adapt.last_layer import BayesianLastLayer
+    from bayesmeta.adapt.last_layer_mixture import BayesianLastLayerMixture
     from bayesmeta.adapt.maml import MAML
     from bayesmeta.adapt.meta_sgd import MetaSGD
     from bayesmeta.adapt.multi_task import MultiTask
+    from bayesmeta.adapt.platipus import Platipus
     from bayesmeta.adapt.reptile import Reptile
     from bayesmeta.data import (
         Observations,
@@ -114,13 +123,16 @@ if TYPE_CHECKING:
     from bayesmeta.diagnostics.plots import plot_forecast
     from bayesmeta.diagnostics.scores import Scores, scores
     from bayesmeta.models import likelihoods, nets, priors
+    from bayesmeta.models.conjugate import ConjugateModel
     from bayesmeta.models.context import ContextTaskModel
     from bayesmeta.models.likelihoods import Gaussian
     from bayesmeta.models.neural import NeuralTaskModel
     from bayesmeta.models.plates import shot_plate, task_plate
+    from bayesmeta.models.precision import PrecisionTaskModel
     from bayesmeta.models.program import TaskProgram
     from bayesmeta.models.reparam import noncentred
     from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
+    from bayesmeta.posteriors.conjugate import ConjugatePosterior
     from bayesmeta.posteriors.delta import DeltaPosterior
     from bayesmeta.posteriors.exact import ExactLinearPosterior
     from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior

@@ -6,7 +6,157 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass
+class Fit:
+    """Learn from the tasks of a CSV file: one row an observation, a column that says which task it belongs to."""
+
+    csv: Annotated[Path, tyro.conf.Positional]
+    """The file; its first line names the columns."""
+
+    task: str
+    """Column that says which task a row belongs to."""
+
+    y: tuple[str, ...]
+    """Target column, or several."""
+
+    out: Path
+    """Folder for what is learned."""
+
+    x: tuple[str, ...] = ()
+    """Input columns: numbers."""
+
+    categorical: tuple[str, ...] = ()
+    """Input columns of categories; also those of --w that hold categories."""
+
+    w: tuple[str, ...] = ()
+    """Columns that are constant within a task and say how its parameters lie: p(φ | θ, w)."""
+
+    exposure: str | None = None
+    """Positive column that counts are per: hours, inhabitants."""
+
+    missing: Literal["error", "drop", "mean"] = "error"
+    """Missing inputs: refuse, leave such rows out, or take the mean and an indicator column."""
+
+    order: Literal["first", "random", "mixed"] | None = None
+    """Which rows of a task are seen: the first (forecasts), some at random, or both kinds. By default the first if
+    --order-by is given, else at random."""
+
+    order_by: str | None = None
+    """Column by which rows are sorted within a task: numbers, or dates such as 2020-01-31."""
+
+    support: int = 5
+    """Rows of a task that are seen, at most."""
+
+    method: str | None = None
+    """See bayesmeta methods. By default the exact last layer for real targets, else ABML."""
+
+    likelihood: str | None = None
+    """gaussian, heteroscedastic, student-t; poisson, negative-binomial for counts; categorical, bernoulli for
+    classes. By default gaussian, or categorical where the target is text."""
+
+    prior: str | None = None
+    """Of the task parameters: point, normal, laplace, … By default what the method needs."""
+
+    hidden: tuple[int, ...] = (32, 32)
+    """Widths of the network's hidden layers."""
+
+    steps: int = 1000
+    """Training steps, at most: it stops when the validation tasks no longer gain."""
+
+    validation: float = 0.2
+    """Share of the tasks that choose when to stop."""
+
+    holdout: float = 0.0
+    """Share of the tasks that are left alone, for bayesmeta evaluate on the same file."""
+
+    seed: int = 0
+    """Of the split into tasks, the first weights and the training draws."""
+
+    separator: str = ","
+    """What stands between two cells."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the choice to torch. One is fastest for a model this small."""
+
+    overwrite: bool = False
+    """Replace a run that the folder holds."""
+
+    resume: bool = False
+    """Go on with the run that the folder holds."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Score what was learned on the tasks of a CSV file, beside a pooled line and a line for each task."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The --out of fit."""
+
+    csv: Annotated[Path, tyro.conf.Positional]
+    """The file; tasks that were trained on are left out where it has others."""
+
+    support: int | None = None
+    """Rows of each task that are seen; by default as in training."""
+
+    out: Path | None = None
+    """File for the scores; by default scores.json in the folder."""
+
+    seed: int = 0
+    """Of the choice of rows, where it is random."""
+
+    separator: str | None = None
+    """What stands between two cells; by default as in training."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the choice to torch."""
+
+
+@dataclasses.dataclass
+class Predict:
+    """Forecast the rows of a CSV file that lack their target, each from the rows of its task that have one."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The --out of fit."""
+
+    csv: Annotated[Path, tyro.conf.Positional]
+    """The file. Its tasks need not be those of the training."""
+
+    quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)
+    """Quantiles of the forecast to write."""
+
+    out: Path | None = None
+    """The file to write; by default predictions.csv in the folder."""
+
+    seed: int = 0
+    """Of draws, where there is no closed form."""
+
+    separator: str | None = None
+    """What stands between two cells; by default as in training."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the choice to torch."""
+
+
+@dataclasses.dataclass
+class Methods:
+    """A table of the methods: what each assumes, its posterior, its cost, its source."""
 
 
 @dataclasses.dataclass
@@ -43,32 +193,64 @@ class Version:
     """Print the version."""
 
 
-def _run(command: Demo | Version) -> None:
+Command = Fit | Evaluate | Predict | Methods | Demo | Version
+
+
+def _run(command: Command) -> None:
     if isinstance(command, Version):
         from bayesmeta import __version__
 
         print(__version__)
         return
+    if isinstance(command, Methods):
+        from bayesmeta.tabular.methods import methods_table
+
+        print(methods_table())
+        return
+    options = dataclasses.asdict(command)
+    _set_threads(options.pop("threads"))
+    _function(command)(**options)
+
+
+def _set_threads(threads: int) -> None:
     import torch
 
-    from bayesmeta.demo.run import run_demo
-
-    options = dataclasses.asdict(command)
-    threads = options.pop("threads")
     if threads < 0:
         from bayesmeta.errors import OptionError
 
         raise OptionError(f"threads must be at least 0; got {threads}.")
     if threads > 0:
         torch.set_num_threads(threads)
-    run_demo(**options)
+
+
+def _function(command: Command) -> Any:
+    if isinstance(command, Fit):
+        from bayesmeta.tabular.fit import fit_csv
+
+        return fit_csv
+    if isinstance(command, Evaluate):
+        from bayesmeta.tabular.evaluate import evaluate_csv
+
+        return evaluate_csv
+    if isinstance(command, Predict):
+        from bayesmeta.tabular.predict import predict_csv
+
+        return predict_csv
+    from bayesmeta.demo.run import run_demo
+
+    return run_demo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``bayesmeta``. Typed errors are printed without a traceback and exit with status 2."""
-    import tyro
-
-    commands = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Version, tyro.conf.subcommand("version")]
+    commands = (
+        Annotated[Fit, tyro.conf.subcommand("fit")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Methods, tyro.conf.subcommand("methods")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Version, tyro.conf.subcommand("version")]
+    )
     command = tyro.cli(
         commands, args=arguments, prog="bayesmeta", description="Bayesian meta-learning on Pyro and PyTorch."
     )
@@ -80,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"bayesmeta: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        kept = isinstance(command, Demo) and (command.out / "checkpoint.pt").exists()
+        kept = isinstance(command, Fit | Demo) and (command.out / "checkpoint.pt").exists()
         what = "the last checkpoint is kept (go on with --resume)" if kept else "nothing was written yet"
         print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
         sys.exit(130)

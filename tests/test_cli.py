@@ -1,11 +1,15 @@
 """The command line: runs the demo, refuses with one paragraph and status 2."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from bayesmeta import cli
 
@@ -78,3 +82,129 @@ def test_bad_device_and_steps_are_refused(tmp_path):
 def test_version(capsys):
     cli.main(["version"])
     assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A CSV of twelve tasks, and the folder of a short run on it."""
+    place = tmp_path_factory.mktemp("table")
+    rng = np.random.default_rng(0)
+    g = np.repeat(np.arange(12), 6)
+    frame = pd.DataFrame({"g": g, "t": rng.normal(size=72), "y": rng.normal(size=12)[g] + rng.normal(0, 0.3, 72)})
+    frame.to_csv(place / "a.csv", index=False)
+    frame.loc[::2, "y"] = None
+    frame.to_csv(place / "new.csv", index=False)
+    result = run("fit", "a.csv", *FIT, "--out", "run", cwd=place)
+    assert result.returncode == 0, result.stderr
+    return place, result.stdout
+
+
+FIT = ("--task", "g", "--x", "t", "--y", "y", "--steps", "20", "--hidden", "8", "--holdout", "0.25", "--device", "cpu")
+
+
+def command(capsys, *arguments):
+    """Run a command in this process; exit status and what was printed."""
+    threads = torch.get_num_threads()
+    try:
+        cli.main([str(a) for a in arguments])
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    finally:
+        torch.set_num_threads(threads)
+    return status, *capsys.readouterr()
+
+
+def test_fit_says_what_was_read_and_what_comes_next(table):
+    place, text = table
+    for words in (
+        "a.csv: 72 rows of 12 tasks (g), 6 to 6 rows each",
+        "input   t",
+        "target  y",
+        "3 held out",
+        "BayesianLastLayer",
+    ):
+        assert words in text
+    assert "bayesmeta evaluate run a.csv" in text
+    assert "bayesmeta predict run NEW.csv" in text
+    assert (place / "run" / "checkpoint.pt").stat().st_size > 0
+
+
+def test_evaluate_and_predict_go_on_from_there(table, capsys):
+    place, _ = table
+    status, text, _ = command(capsys, "evaluate", place / "run", place / "a.csv", "--support", 2)
+    assert status == 0
+    assert "3 tasks, 2 row(s) of each task seen, 12 forecast" in text
+    assert "than the pooled line (paired over tasks)" in text
+    out = place / "forecast.csv"
+    status, text, notes = command(
+        capsys, "predict", place / "run", place / "new.csv", "--quantiles", "0.1", "0.9", "--out", out
+    )
+    assert (status, notes) == (0, "")
+    assert "36 rows of 12 tasks forecast" in text
+    written = pd.read_csv(out)
+    assert list(written.columns) == ["g", "t", "y", "y_mean", "y_sd", "y_q0.1", "y_q0.9"]
+    asked = written["y"].isna()
+    assert (written["y_q0.1"][asked] < written["y_q0.9"][asked]).all()
+    assert written["y_mean"][~asked].isna().all()
+
+
+def test_methods_are_shown(capsys):
+    status, text, _ = command(capsys, "methods")
+    assert status == 0
+    for name in ("* BayesianLastLayer", "* MAML", "ASSUMES", "Harrison"):
+        assert name in text
+    assert max(map(len, text.splitlines())) < 140
+
+
+REFUSED = {
+    "unknown method": (("fit", "a.csv", *FIT, "--out", "x", "--method", "mamal"), "did you mean 'MAML'"),
+    "no file": (("fit", "b.csv", *FIT, "--out", "x"), "b.csv is not there"),
+    "no column": (("fit", "a.csv", *FIT, "--out", "x", "--w", "size"), "no column 'size'"),
+    "a run already": (("fit", "a.csv", *FIT, "--out", "run"), "--overwrite"),
+    "no run": (("evaluate", "nowhere", "a.csv"), "nowhere holds no run"),
+    "nothing to forecast": (("predict", "run", "a.csv"), "nothing to forecast"),
+    "threads": (("predict", "run", "a.csv", "--threads", "-1"), "threads must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tables_are_refused_with_one_paragraph_and_status_2(table, capsys, monkeypatch, case):
+    arguments, message = REFUSED[case]
+    monkeypatch.chdir(table[0])
+    status, text, error = command(capsys, *arguments)
+    assert status == 2
+    assert message in error
+    assert error.startswith("bayesmeta: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error + text
+
+
+def radon():
+    data = Path(os.environ.get("BAYESMETA_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    return data / "multilevel" / "radon.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not radon().is_file(), reason="radon.csv is not here; BAYESMETA_DATA names the folder of data")
+def test_a_stranger_forecasts_radon(tmp_path, capsys):
+    """Held-out counties over ten splits: better than a line for each, no worse than the pooled one.
+
+    Counties differ little: ten splits cannot tell the gain over the pooled line from none.
+    """
+    gains = {"pooled": [], "unpooled": []}
+    for seed in range(10):
+        out = tmp_path / str(seed)
+        columns = ("--task", "county.name", "--x", "basement", "--y", "log.radon")
+        options = ("--holdout", 0.25, "--seed", seed, "--device", "cpu", "--no-progress", "--out", out)
+        assert command(capsys, "fit", radon(), *columns, *options)[0] == 0
+        assert command(capsys, "evaluate", out, radon(), "--device", "cpu")[0] == 0
+        difference = json.loads((out / "scores.json").read_text())["nll_difference"]
+        for line, values in gains.items():
+            values.append(difference[line]["mean"])
+    z = {line: np.mean(v) / (np.std(v, ddof=1) / np.sqrt(len(v))) for line, v in gains.items()}
+    assert z["unpooled"] > 2
+    assert z["pooled"] > -2

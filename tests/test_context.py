@@ -97,3 +97,30 @@ def test_what_has_no_place_for_a_context():
         bm.CAVIA(model).adapt(batch_of(2, 3, 2))
     with pytest.raises(errors.ModelError, match="BatchNorm"):
         bm.ContextTaskModel(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), bm.Gaussian(), 2)
+
+
+def test_new_weights_are_drawn_as_those_of_the_wider_layer():
+    model = bm.NeuralTaskModel(bm.nets.mlp(1, [400], 1), bm.Gaussian(0.5), "point")
+    new = bm.ContextTaskModel.widen(model, 8).network[0].weight[:, 1:].detach()
+    bound = 9**-0.5
+    assert new.abs().max() <= bound
+    assert abs(new.std() - bound / 3**0.5) < 5 * bound / 3**0.5 / (2 * 3200) ** 0.5
+
+
+def test_the_joint_pulls_the_context_by_a_standard_normal():
+    batch = a_batch(1)
+    method = bm.CAVIA(neural(), context_size=2, inner_steps=2, inner_lr=0.3, objective="joint")
+    plain = bm.CAVIA(neural(), context_size=2, inner_steps=1, inner_lr=0.3)
+    first = plain.adapt(batch.support).u
+    u = first.clone().requires_grad_()
+    slope = plain.inner_gradient(u, batch.support, None, False) - u
+    expected = first + 0.3 * slope / batch.support.shots
+    torch.testing.assert_close(method.adapt(batch.support).u, expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_cavia_copies_the_noise_as_it_copies_the_weights():
+    model = neural(likelihood=bm.Gaussian(0.5, learn_scale=True))
+    method = bm.CAVIA(model, context_size=2)
+    with torch.no_grad():
+        method.program.likelihood.log_scale.fill_(3.0)
+    assert abs(model.likelihood.scale.item() - 0.5) < 1e-6

@@ -444,3 +444,101 @@ def test_a_new_unit_without_a_query_is_adapted_to_and_forecast():
         bm.tasks.TableTasks.from_dataframe(dated, task="unit", x=["time"], y="value")
     with pytest.raises(errors.DataError, match="read_csv"):
         bm.tasks.TableTasks.from_dataframe("mine.csv", task="unit", x=["time"], y="value")
+
+
+# -- networks that only look plain ---------------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrised():
+    return nn.utils.parametrize.register_parametrization(nn.Linear(4, 1), "weight", Double())
+
+
+def hooked():
+    layer = nn.Linear(4, 1)
+    layer.register_forward_hook(lambda module, args, out: out + 1.0)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [lambda: Scaled(4, 1), hooked, parametrised],
+)
+def test_what_is_no_plain_linear_takes_the_general_path(head):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), head())
+    model = bm.NeuralTaskModel(network, bm.Gaussian(0.5), "point")
+    x = torch.randn(3, 5, 1)
+    torch.testing.assert_close(model.output(model.prior.loc.expand(3, -1), x), network(x))
+    assert not model.uses_mlp_path
+    before = model.prior.loc.detach().clone()
+    method = bm.MAML(model, inner_lr=0.05)
+    bm.fit(method, bm.tasks.Sinusoid(), steps=5, progress=False)
+    moved = (model.prior.loc.detach() - before).abs()
+    assert all(moved[block].max() > 0 for block in model.blocks.values())
+    anil = bm.ANIL(model, inner_lr=0.05).adapt(bm.tasks.Sinusoid().sample(2, support=4, query=1).support)
+    assert (anil.u[0, :, :8] == model.prior.loc[:8]).all()
+    assert (anil.u[0, :, 8:] != model.prior.loc[8:]).any()
+
+
+def test_a_network_that_is_a_linear_is_all_head():
+    model = bm.NeuralTaskModel(nn.Linear(1, 1), bm.Gaussian(0.5), "point", task_modules="head")
+    assert model.flat.size == 2
+    with pytest.raises(errors.ModelError, match="recurrent"):
+        bm.NeuralTaskModel(nn.LSTM(1, 1), bm.Gaussian(0.5))
+
+
+# -- every batch is checked ---------------------------------------------------------------------------------------
+
+
+def test_later_batches_are_checked_too():
+    model = bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.likelihoods.Bernoulli(), "point")
+    method = bm.MAML(model)
+    good = bm.Observations(torch.zeros(2, 3, 1), torch.ones(2, 3))
+    method.loss(bm.TaskBatch(good, good))
+    bad = torch.ones(2, 3)
+    bad[1, 2] = 7.0
+    with pytest.raises(errors.DataError, match="task 1, shot 2"):
+        method.loss(bm.TaskBatch(good, bm.Observations(good.x, bad)))
+    with pytest.raises(errors.DeviceMismatchError, match="but y"):
+        method.adapt(bm.Observations(good.x, good.y.double()))
+
+
+def test_validation_knows_no_hyperprior():
+    """The held-out loss does not depend on how many tasks were held out."""
+    from dataclasses import replace
+
+    def best(population):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.5), "layer_scales")
+        method = bm.MAML(model, global_guide="normal")
+        held_out = replace(bm.tasks.Sinusoid().sample(5, support=5, query=5), population=population)
+        options = {"validation": held_out, "validate_every": 1, "progress": False}
+        return bm.fit(method, bm.tasks.Sinusoid(), steps=2, support=5, query=5, **options).best_validation
+
+    assert best(5) == best(500) == best(None)
+
+
+def test_student_t_of_many_degrees_of_freedom_is_normal_also_as_a_distribution():
+    z = torch.zeros(1, 1, 1)
+    for df in (1e4, 1e6, 1e8):
+        likelihood = bm.likelihoods.StudentT(df)
+        values = likelihood.log_prob(z, z[..., 0]), likelihood.distribution(z).log_prob(z[..., 0])
+        torch.testing.assert_close(*values)
+        assert abs(values[1].item() + 0.5 * math.log(2 * math.pi)) < 1e-4
+
+
+def test_a_count_of_zero_under_a_rate_that_underflows_is_certain():
+    fn = bm.likelihoods.Poisson().distribution(torch.full((1, 1, 1), -110.0))
+    assert fn.log_prob(torch.zeros(1, 1)) == 0

@@ -419,3 +419,118 @@ def test_an_adaptation_that_diverged_is_named():
         posterior.predictive(batch.query)
     with pytest.raises(errors.NonFiniteDataError, match="task 0"):
         posterior.predict(batch.query)
+
+
+def test_each_inner_step_takes_its_own_rates():
+    batch = a_batch()
+    method = bm.MetaSGD(neural(), inner_steps=2, inner_lr=0.05, per_step=True)
+    method.prepare(batch)
+    with torch.no_grad():
+        method.factors[1] = 3.0
+    first = bm.MAML(neural(), inner_steps=1, inner_lr=0.05)
+    middle = first.adapt(batch.support).u
+    second = bm.MAML(neural(), inner_steps=1, inner_lr=0.15)
+    u = middle.clone().requires_grad_()
+    step = second.inner_gradient(u, batch.support, None, False) * 0.15 / batch.support.shots
+    torch.testing.assert_close(method.adapt(batch.support).u, middle + step, rtol=1e-10, atol=1e-12)
+    method.inner_steps = 3  # beyond those trained: the last rates
+    u = method.adapt(batch.support).u
+    method.factors.data[1] = 2.0
+    assert not torch.equal(method.adapt(batch.support).u, u)
+
+
+def test_without_support_a_task_stays_also_away_from_the_priors_mode():
+    batch = a_batch(ragged=True)
+    mask = batch.support.mask.clone()
+    mask[1] = False
+    support = bm.Observations(batch.support.x, batch.support.y, mask)
+    model = bm.NeuralTaskModel(network(), bm.Gaussian(0.5), bm.priors.Mixture(2, 0.3, spread=1.0)).double()
+    for objective in ("joint", "likelihood"):
+        moved = bm.MAML(model, inner_steps=3, inner_lr=0.1, objective=objective).adapt(support).u[0]
+        assert torch.equal(moved[1], model.prior.loc)  # where the mixture has a slope
+        assert (moved[0] != model.prior.loc).any()
+
+
+def test_reptiles_mini_batches_leave_padding_out():
+    observations = batch_of(2, 6, dtype=F64)
+    mask = torch.arange(6) < torch.tensor([[2], [5]])
+    wild = torch.where(mask, observations.y, 1e6)
+    batch = bm.TaskBatch(bm.Observations(observations.x, wild, mask), a_batch(2).query.tasks(slice(0, 2)))
+    batch = bm.TaskBatch(batch.support, bm.Observations(batch.query.x[:, :0], batch.query.y[:, :0]))
+    method = bm.Reptile(neural(), inner_steps=2, inner_lr=0.05, shots_per_step=2)
+    for seed in range(20):
+        assert method.loss(batch, generator=seed) < 1e3
+    # more than there are: both real ones, each step, as without mini-batches
+    alone = bm.Reptile(neural(), inner_steps=2, inner_lr=0.05).loss(batch.tasks([0]))
+    torch.testing.assert_close(method.loss(batch.tasks([0])), alone, rtol=1e-10, atol=1e-12)
+
+
+def test_fit_judges_reptile_by_the_query_and_trains_it_by_its_move():
+    batch = a_batch()
+    method = bm.Reptile(neural(), inner_steps=2, inner_lr=0.05)
+    method.eval()  # as after an earlier evaluation
+    result = bm.fit(
+        method,
+        bm.tasks.FixedTasks(batch),
+        steps=1,
+        tasks_per_step=3,
+        support=5,
+        query=6,
+        optimizer=lambda p: torch.optim.SGD(p, 1e-12),
+        validation=batch,
+        validate_every=1,
+        log_every=1,
+        progress=False,
+    )
+    maml = bm.MAML(neural(), inner_steps=2, inner_lr=0.05)
+    assert result.history[0]["validation"] == pytest.approx(maml.loss(batch).item(), rel=1e-6)
+    assert result.history[0]["loss"] < 1.0 < maml.loss(batch).item()
+
+
+def with_a_global(x, y=None, mask=None):
+    """A global shift in what the support says of φ."""
+    shift = pyro.sample("shift", dist.Normal(x.new_zeros(()), 1.0))
+    with bm.task_plate(x):
+        phi = pyro.sample("phi", dist.Normal(x.new_zeros(()), 1.0))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(phi + shift * x.squeeze(-1), x.new_ones(())), obs=y)
+
+
+def test_implicit_gradient_reaches_global_sites_and_says_how_far_it_is_exact():
+    batch = a_batch(ragged=True)
+    method = bm.ImplicitMAML(with_a_global, inner_steps=300, inner_lr=0.3, proximal=0.5, solve_steps=2).double()
+    method.prepare(batch)
+    with torch.no_grad():
+        method.theta_guide.loc.fill_(0.4)
+        method.start.fill_(-0.3)
+    method.loss(batch).backward()
+    slope = by_finite_differences(method, batch, method.theta_guide.loc, 0)
+    assert method.theta_guide.loc.grad.item() == pytest.approx(slope, rel=1e-6)
+    assert method.stationarity(batch.support).max() < 1e-10
+    method.inner_steps = 1
+    assert (method.stationarity(batch.support) > 0.3).all()
+    nothing = bm.Observations(batch.support.x[:, :0], batch.support.y[:, :0])
+    assert (method.stationarity(nothing) == 0).all()
+
+
+def test_a_program_starts_at_the_mean_of_its_prior():
+    def shifted(x, y=None, mask=None):
+        with bm.task_plate(x):
+            a = pyro.sample("a", dist.Normal(x.new_tensor(2.0), 0.5))
+            b = pyro.sample("b", dist.LogNormal(x.new_tensor(-1.0), 0.5))
+            with bm.shot_plate(x, mask):
+                pyro.sample("y", dist.Normal(a + b * x.squeeze(-1), x.new_ones(())), obs=y)
+
+    method = bm.MAML(shifted).double()
+    method.prepare(batch_of(3, 4, dtype=F64))
+    torch.testing.assert_close(method.start.detach(), torch.tensor([2.0, -1.0], dtype=F64))
+
+
+@pytest.mark.parametrize("inner_steps", [2.5, -1])
+def test_inner_steps_are_whole(inner_steps):
+    with pytest.raises(errors.OptionError, match="whole"):
+        bm.MAML(quartic, inner_steps=inner_steps)
+    with pytest.raises(errors.OptionError, match="finite"):
+        bm.MAML(quartic, inner_lr=float("inf"))
+    with pytest.raises(errors.OptionError, match="not all 0"):
+        bm.MAML(quartic, inner_steps=1, step_weights=[float("inf")])

@@ -383,3 +383,90 @@ def test_methods_that_need_a_gaussian_say_so():
             bm.BayesianLastLayer(model_with(name, task_modules="head"))
     with pytest.raises(errors.UnsupportedError, match="density"):
         bm.ABML(model_with("point"))
+
+
+def test_scales_of_the_global_sites_are_those_that_were_asked_for():
+    observations = data()
+    model = model_with("horseshoe").prepare(observations)
+    model.prior.slab = 0.5
+    theta = draw_theta(model, (3,))
+    sites = model.named_theta(theta, observations)
+    product = sites["phi_global_scale"][:, None] * sites["phi_local_scale"]
+    expected = 0.5 * product / (0.25 + product.square()).sqrt()
+    torch.testing.assert_close(model.prior_moments(observations, theta)[1][:, 0], expected)
+    network = bm.nets.mlp(1, [3], 1)
+    model = bm.NeuralTaskModel(network, bm.Gaussian(0.5), bm.priors.LayerScales(0.3, spread=0.4)).double()
+    model.prepare(observations)
+    theta = draw_theta(model, (3,))
+    scales = model.named_theta(theta, observations)["phi_scale"]
+    expected = scipy.stats.lognorm(s=0.4, scale=0.3).logpdf(scales).sum(-1)
+    torch.testing.assert_close(model.log_theta(theta, observations, jacobian=False), torch.as_tensor(expected))
+
+
+def test_moments_of_an_unusual_prior_are_robust_ones_of_a_normal():
+    """For draws that are normal in unconstrained space the scaled median deviation is the standard deviation."""
+
+    def program(x, y=None, mask=None):
+        with bm.task_plate(x):
+            # a StudentT of many degrees of freedom is a normal by another name
+            a = pyro.sample("a", dist.StudentT(1e4, x.new_tensor(1.0), x.new_tensor(2.0)))
+            with bm.shot_plate(x, mask):
+                pyro.sample("y", dist.Normal(a + 0 * x.squeeze(-1), x.new_ones(())), obs=y)
+
+    observations = batch_of(400, 2, dtype=F64)
+    loc, scale = bm.TaskProgram(program).prepare(observations).prior_moments(observations)
+    # 400 tasks × 256 draws; the median deviation has an efficiency of 0.37
+    assert abs(scale.mean() - 2.0) < 5 * 2.0 / math.sqrt(2 * 0.37 * 400 * 256)
+    assert abs(loc.mean() - 1.0) < 5 * 2.0 * 1.26 / math.sqrt(400 * 256)
+
+
+def half_normal(x, y=None, mask=None):
+    with bm.task_plate(x):
+        a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 2.0))
+        s = pyro.sample("s", dist.HalfNormal(x.new_tensor(1.0)))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(a + 0 * x.squeeze(-1), s), obs=y)
+
+
+def test_what_cannot_be_rewritten_is_left_alone_unless_named():
+    program = bm.noncentred(half_normal).prepare(data())
+    assert [site.name for site in program.layout.local] == ["a_decentered", "s"]
+    with pytest.raises(errors.SiteError, match="no non-centred form"):
+        bm.noncentred(half_normal, ["s"]).prepare(data())
+
+
+def alphas(x, y=None, mask=None):
+    scale = pyro.param("scale", lambda: x.new_tensor(1.0))
+    with bm.task_plate(x):
+        base = pyro.sample("alpha_base", dist.Normal(x.new_tensor(0.0), scale))
+        other = pyro.sample("other", dist.Normal(x.new_tensor(1.0), 2.0))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(base + other * x.squeeze(-1), 1.0), obs=y)
+
+
+def test_noncentred_twice_shares_parameters_and_adds_sites():
+    observations = data()
+    first = bm.TaskProgram(alphas).double().prepare(observations)
+    with torch.no_grad():
+        first.scope.values[0].fill_(9.0)  # trained
+    second = bm.noncentred(first, ["alpha_base"]).prepare(observations)
+    assert second.scope.constrained()["scale"] == 9.0
+    assert set(second.sample_prior(2, observations)[0].shape) == {2, 4}
+    named = second.named(torch.ones(1, 4, 2, dtype=F64), observations)
+    assert set(named) == {"alpha_base_decentered", "other", "alpha_base"}
+    torch.testing.assert_close(named["alpha_base"], torch.full((1, 4), 9.0, dtype=F64))
+    third = bm.noncentred(second, ["other"]).prepare(observations)
+    assert {site.name for site in third.layout.local} == {"alpha_base_decentered", "other_decentered"}
+    assert bm.noncentred(second).sites is None
+
+
+def test_noncentred_networks_check_what_networks_check():
+    model = bm.NeuralTaskModel(bm.nets.mlp(1, [3], 1), bm.likelihoods.Poisson(exposure=-1), "normal").double()
+    x = torch.ones(2, 3, 2, dtype=F64)
+    good = bm.Observations(x, torch.ones(2, 3, dtype=F64))
+    method = bm.MAML(bm.noncentred(model), inner_lr=1e-3).double()
+    method.adapt(good)
+    bad = x.clone()
+    bad[1, 2, 1] = 0.0
+    with pytest.raises(errors.DataError, match="task 1, shot 2"):
+        method.adapt(bm.Observations(bad, good.y))

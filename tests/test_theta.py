@@ -7,7 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 
 import bayesmeta as bm
 from bayesmeta import errors
@@ -107,7 +113,7 @@ def test_a_saved_autoguide_comes_back():
     assert first.config()["global_guide"] == "AutoMultivariateNormal"
 
 
-@pytest.mark.parametrize("kind", ["full", 3, AutoNormal, torch.nn.Linear])
+@pytest.mark.parametrize("kind", ["full", 3, AutoNormal, AutoLaplaceApproximation, torch.nn.Linear])
 def test_what_is_no_guide_of_global_sites(kind):
     with pytest.raises(errors.OptionError, match="global_guide"):
         bm.ABML(TwoSites(), global_guide=kind)

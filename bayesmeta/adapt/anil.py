@@ -20,6 +20,11 @@ from bayesmeta.errors import UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
 
 
+def in_module(parameter: str, module: str) -> bool:
+    """Whether a parameter belongs to a module of that name; the root has the name ""."""
+    return module == "" or parameter.startswith(f"{module}.")
+
+
 class PartialMAML(MAML):
     """MAML whose inner steps move some of the task parameters; the others stay at the start, and are trained there.
 
@@ -89,4 +94,4 @@ class ANIL(PartialMAML):
 
     @staticmethod
     def _moves(block: str, head: str | None) -> bool:
-        return head is not None and block.rpartition(".")[0] == head
+        return head is not None and in_module(block, head)

@@ -101,6 +101,14 @@ class Method(nn.Module):
         self._created = True
 
     def _check_device(self, observations: Observations) -> None:
+        for name in ("y", "w"):
+            value = getattr(observations, name)
+            if value is None or not (value.is_floating_point() and observations.x.is_floating_point()):
+                continue
+            if value.dtype != observations.x.dtype:
+                raise DeviceMismatchError(
+                    f"x has dtype {observations.x.dtype} but {name} {value.dtype}; cast one: observations.to(dtype=…)."
+                )
         parameter = next(self.parameters(), None)
         if parameter is None:
             return
@@ -157,6 +165,9 @@ class Method(nn.Module):
         if not isinstance(batch, TaskBatch):
             raise OptionError(f"loss takes a TaskBatch of support and query; got {type(batch).__name__}.")
         self.prepare(batch)
+        for part in (batch.support, batch.query):
+            self._check_device(part)
+            self.program.check(part)
         generator = as_generator(generator, batch.support.device, "loss")
         wants_graph = torch.is_grad_enabled()
         with torch.enable_grad():  # inner steps need gradients, also where the caller wants none

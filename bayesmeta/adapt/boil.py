@@ -8,7 +8,7 @@ Departures: those of MAML.
 
 from __future__ import annotations
 
-from bayesmeta.adapt.anil import PartialMAML
+from bayesmeta.adapt.anil import PartialMAML, in_module
 from bayesmeta.adapt.base import MethodCard
 
 
@@ -32,4 +32,4 @@ class BOIL(PartialMAML):
 
     @staticmethod
     def _moves(block: str, head: str | None) -> bool:
-        return block.rpartition(".")[0] != head
+        return head is None or not in_module(block, head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from bayesmeta.adapt.base import Method
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.theta import GlobalKind
+from bayesmeta.posteriors.base import TaskPosterior
 from bayesmeta.posteriors.delta import DeltaPosterior
 
 Objective = Literal["likelihood", "joint"]
@@ -92,8 +94,10 @@ class GradientMethod(PointMethod):
         super().__init__(model, global_guide=global_guide)
         if objective not in ("likelihood", "joint"):
             raise OptionError(f"Unknown objective {objective!r}; expected 'likelihood' or 'joint'.")
-        if inner_steps < 0 or not inner_lr > 0:
-            raise OptionError(f"inner_steps must be ≥ 0 and inner_lr > 0; got {inner_steps} and {inner_lr}.")
+        if not isinstance(inner_steps, int) or inner_steps < 0 or not 0 < inner_lr < math.inf:
+            raise OptionError(
+                f"inner_steps must be a whole number ≥ 0 and inner_lr > 0 and finite; got {inner_steps} and {inner_lr}."
+            )
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
         self.objective = objective
@@ -122,7 +126,7 @@ class GradientMethod(PointMethod):
             return [0.0] + [1.0 / steps] * steps
         if isinstance(weights, str):
             raise OptionError(f"Unknown step_weights {weights!r}; expected 'last', 'uniform', or a number a step.")
-        if len(weights) != steps or min(weights, default=0.0) < 0 or not sum(weights) > 0:
+        if len(weights) != steps or min(weights, default=0.0) < 0 or not 0 < sum(weights) < math.inf:
             raise OptionError(
                 f"step_weights={list(weights)}; expected {steps} numbers ≥ 0, one for each inner step, not all 0."
             )
@@ -173,7 +177,7 @@ class GradientMethod(PointMethod):
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
-    ) -> DeltaPosterior:
+    ) -> TaskPosterior:
         return self._delta(self._steps(support, theta, create_graph), support, theta, create_graph)
 
     # -- loss ---------------------------------------------------------------------------------------------------

@@ -102,6 +102,28 @@ class ImplicitMAML(PointMethod):
             u = u + self.inner_lr * self._slope(u, start, support, theta, create_graph=False)
         return u.detach().requires_grad_()
 
+    def stationarity(self, support: Observations, theta: Tensor | None = None) -> Tensor:
+        """How far the inner steps are from the optimum that the meta-gradient assumes: ‖∇F(φ_K)‖ / ‖∇F(θ)‖.
+
+        0 is the optimum; where it is not small, take more ``inner_steps``, a higher ``inner_lr`` or a larger
+        ``proximal``.
+
+        Args:
+            support: what to adapt to.
+            theta: draws of the global sites, ``[G, E]``; None: the middle of their posterior.
+
+        Returns:
+            ``[tasks]``, the mean over draws of the global sites; 0 for a task without support.
+        """
+        self.prepare(support)
+        if theta is None and self.theta_guide is not None:
+            theta = self.theta_guide.centre().detach()[None]
+        with torch.enable_grad():
+            start = self._start_for(support, theta, create_graph=False)
+            end = self._optimum(support, theta)
+            norms = [self._slope(u, start, support, theta, create_graph=False).norm(dim=-1) for u in (end, start)]
+        return torch.where(norms[1] > 0, norms[0] / norms[1], 0.0).mean(0).detach()
+
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
     ) -> DeltaPosterior:

@@ -75,19 +75,21 @@ class ContextTaskModel(NetworkProgram):
             seed: of the new weights; None means seed 0.
 
         Raises:
-            UnsupportedError: when no Linear comes first, to which inputs could be added.
+            UnsupportedError: for anything but a Sequential that begins with a Linear.
         """
         network = model.central_network()
-        first = next((m for m in network.modules() if next(m.children(), None) is None), None)
-        if not isinstance(first, nn.Linear):
+        # in another module x may be used elsewhere too, and the context with it
+        first = network[0] if type(network) is nn.Sequential and len(network) else network
+        if type(first) is not nn.Linear:
             kind = type(first).__name__
             raise UnsupportedError(
-                f"A context is appended to the inputs of the first Linear, but the network begins with {kind}. Give a "
-                "network that takes [x, context] to bayesmeta.ContextTaskModel."
+                "A context is appended to the inputs of a Sequential that begins with a Linear, but the network begins "
+                f"with {kind}. Give a network that takes [x, context] to bayesmeta.ContextTaskModel."
             )
         if context_size > 0:
             _widen(first, context_size, as_generator(seed, first.weight.device, "context"))
-        return cls(network, model.likelihood, context_size, covariates=model.prior.covariates)
+        likelihood = copy.deepcopy(model.likelihood)  # like the weights
+        return cls(network, likelihood, context_size, covariates=model.prior.covariates)
 
     def _forward(self, u: Tensor, x: Tensor) -> Tensor:
         shape = (*u.shape[:-2], *x.shape[:-1])

@@ -45,6 +45,7 @@ class NetworkProgram(TaskProgram):
         self.likelihood = likelihood
         self.prior = prior
         self.prior.set_up(initial, parts, covariates)
+        self._discrete: Any = None  # the likelihood's support where it is discrete, which every batch is held against
 
     def _forward(self, u: Tensor, x: Tensor) -> Tensor:
         """Network outputs ``[…, tasks, shots, outputs]`` for u ``[…, tasks, D]`` and its own inputs x, no exposure."""
@@ -97,6 +98,9 @@ class NetworkProgram(TaskProgram):
             self._check_covariates(observations)
             self._try_network(observations)
             self.check_targets(observations)
+            with torch.no_grad():
+                support = self.predictive(self.prior.loc[None], observations).support
+            self._discrete = support if support.is_discrete else None
         super().prepare(observations)
         self._needs_w = self.prior.covariates > 0
         return self
@@ -109,12 +113,19 @@ class NetworkProgram(TaskProgram):
             DataError: for an exposure that is not positive, naming task and shot.
         """
         super().check(observations)
+        self.check_inputs(observations)
+
+    def check_inputs(self, observations: Observations) -> None:
+        """What :meth:`check` asks beyond the width: exposure, covariates, and targets that the likelihood admits."""
         self._check_exposure(observations)
         self._check_covariates(observations)
+        if self._discrete is not None and observations.y is not None and observations.shots > 0:
+            refuse_outside(self._discrete, observations.y, observations.full_mask())
 
     def _check_covariates(self, observations: Observations) -> None:
-        with torch.no_grad():
-            self.prior.centre(observations.w)
+        if self.prior.covariates:
+            with torch.no_grad():
+                self.prior.centre(observations.w)
 
     def _check_exposure(self, observations: Observations) -> None:
         exposure = self.likelihood.split(observations.x)[1].get("exposure")

@@ -51,6 +51,12 @@ class NeuralTaskModel(NetworkProgram):
         task_modules: str | Sequence[str] = "all",
         covariates: int = 0,
     ) -> None:
+        recurrent = [name or "(root)" for name, m in network.named_modules() if isinstance(m, nn.RNNBase)]
+        if recurrent:
+            raise ModelError(
+                f"The network has recurrent modules ({', '.join(recurrent)}), which torch cannot run with one set of "
+                "weights a task. Write the recurrence with Linear layers, or use attention."
+            )
         bad = unsafe_modules(network)
         if bad:
             raise ModelError(
@@ -122,22 +128,21 @@ class NeuralTaskModel(NetworkProgram):
 
     @property
     def noise_scale(self) -> Tensor:
-        """Standard deviation of a Gaussian likelihood.
+        """Standard deviation of a Gaussian likelihood, a scalar or ``[outputs]``.
 
         Raises:
-            UnsupportedError: for another likelihood, and for one with a scale of its own for each output.
+            UnsupportedError: for another likelihood.
         """
         if type(self.likelihood) is not Gaussian:  # a subclass may be another distribution
             raise UnsupportedError(
                 f"A closed form needs a Gaussian likelihood; this model has {type(self.likelihood).__name__}."
             )
-        scale = self.likelihood.scale
-        if scale.dim():
-            raise UnsupportedError(
-                f"A closed form needs one scale for all outputs; this Gaussian has {scale.shape[0]}. Give it one "
-                "number, and bring the outputs into units in which it is shared."
-            )
-        return scale
+        return self.likelihood.scale
+
+    def noise_rows(self, shots: int) -> Tensor:
+        """The scale of the noise for each row of :meth:`last_layer_design`: a scalar, or ``[shots × outputs]``."""
+        scale = self.noise_scale
+        return scale.repeat(shots) if scale.dim() else scale
 
     def last_layer_design(self, x: Tensor) -> Tensor:
         """The matrix A with outputs = A φ, ``[tasks, shots × outputs, D]``, for a last layer that is task-specific.
@@ -151,20 +156,9 @@ class NeuralTaskModel(NetworkProgram):
                 f"Linear, with task_modules='head'. This model has task_modules={self.task_modules!r}."
             )
         assert isinstance(self.network, nn.Sequential)
-        features = self.network[:-1](self.likelihood.split(x)[0])
         head = self.network[-1]
         assert isinstance(head, nn.Linear)
-        if head.bias is not None:
-            features = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
-        outputs = head.out_features
-        if outputs == 1:  # weight [1, F] then bias [1]: the flat order is that of the columns
-            return features
-        weight, ones = features[..., : head.in_features], features[..., head.in_features :]
-        eye = torch.eye(outputs, dtype=x.dtype, device=x.device)
-        blocks = torch.einsum("...f,op->...opf", weight, eye).flatten(-2)
-        if head.bias is not None:
-            blocks = torch.cat([blocks, ones.unsqueeze(-1) * eye], -1)
-        return blocks.flatten(-3, -2)
+        return head_design(self.network[:-1](self.likelihood.split(x)[0]), head.out_features, head.bias is not None)
 
     def log_likelihood_gradient(
         self, u: Tensor, observations: Observations, theta: Tensor | None = None, *, create_graph: bool = False
@@ -195,6 +189,27 @@ class NeuralTaskModel(NetworkProgram):
         return self.flat.views(u)
 
 
+def head_design(features: Tensor, outputs: int, bias: bool) -> Tensor:
+    """The matrix A with A φ the outputs of a Linear whose weight and bias, flattened one after the other, are φ.
+
+    Args:
+        features: ``[…, shots, F]``.
+        outputs: width of the Linear.
+        bias: whether it has one.
+
+    Returns:
+        ``[…, shots × outputs, D]``, the outputs of a shot side by side.
+    """
+    ones = features.new_ones(*features.shape[:-1], 1)
+    if outputs == 1:  # weight [1, F] then bias [1]: the flat order is that of the columns
+        return torch.cat([features, ones], -1) if bias else features
+    eye = torch.eye(outputs, dtype=features.dtype, device=features.device)
+    blocks = torch.einsum("...f,op->...opf", features, eye).flatten(-2)
+    if bias:
+        blocks = torch.cat([blocks, ones.unsqueeze(-1) * eye], -1)
+    return blocks.flatten(-3, -2)
+
+
 def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> list[str]:
     """Names of the task-specific parameters, in the network's order."""
     everything = [name for name, _ in network.named_parameters()]
@@ -207,6 +222,8 @@ def _task_parameters(network: nn.Module, task_modules: str | Sequence[str]) -> l
         head = _head(network)
         if head is None:
             raise OptionError("task_modules='head' means the last Linear, and this network has none; name the modules.")
+        if head == "":  # the network is a Linear
+            return everything
         task_modules = [head]
     chosen = [task_modules] if isinstance(task_modules, str) else list(task_modules)
     unknown = [name for name in chosen if name not in modules]

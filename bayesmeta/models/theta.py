@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoNormalizingFlow, init_to_value
+from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation, AutoNormalizingFlow, init_to_value
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
@@ -31,7 +31,8 @@ def check_global_kind(kind: GlobalKind) -> None:
     """
     if isinstance(kind, str) and kind in KINDS:
         return
-    if inspect.isclass(kind) and issubclass(kind, AutoContinuous):
+    laplace = inspect.isclass(kind) and issubclass(kind, AutoLaplaceApproximation)  # a point until it is read after SVI
+    if inspect.isclass(kind) and issubclass(kind, AutoContinuous) and not laplace:
         return
     if callable(kind) and not inspect.isclass(kind):
         return

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+
+class Sine(nn.Module):
+    """sin(x): behind a Linear, a layer of sinusoids with learned frequencies and phases."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return x.sin()
+
+
 #: Modules that act on each number alone, so that one call serves every task.
 ELEMENTWISE = (
     nn.ReLU, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Softplus, nn.Identity,
-    nn.LeakyReLU, nn.Mish, nn.Softsign, nn.Hardtanh,
+    nn.LeakyReLU, nn.Mish, nn.Softsign, nn.Hardtanh, Sine,
 )  # fmt: skip
 
 
@@ -40,8 +49,17 @@ class FlatParameters:
 
 
 def is_plain_mlp(network: nn.Module) -> bool:
-    """True for a Sequential of Linear and elementwise layers, which :class:`BatchedMLP` serves."""
-    return isinstance(network, nn.Sequential) and all(isinstance(m, (nn.Linear, *ELEMENTWISE)) for m in network)
+    """True for a Sequential of Linear and elementwise layers, which :class:`BatchedMLP` serves.
+
+    Subclasses, parametrised layers and hooks may do other things, and take the general path.
+    """
+    if type(network) is not nn.Sequential or _has_hooks(network):
+        return False
+    return all(type(m) in (nn.Linear, *ELEMENTWISE) and not _has_hooks(m) for m in network)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class BatchedModule:
@@ -107,6 +125,7 @@ def unsafe_modules(network: nn.Module) -> Sequence[str]:
         norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
         drop = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        drop = drop or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0)
         if norm or batch or drop:
             bad.append(f"{name or '(root)'} ({type(module).__name__})")
     return bad

@@ -4,7 +4,7 @@ The two are independent ways to the same numbers; tests hold one against the oth
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,14 +33,86 @@ class LinearGaussianFit(NamedTuple):
         return self.root @ self.root.mT
 
 
+class MatrixNormalFit(NamedTuple):
+    """Posterior of Φ and Σ in ``Y = A Φ + noise``, rows of the noise N(0, Σ).
+
+    Φ | Σ has mean ``mean`` and covariance ``R Rᵀ`` between the rows, Σ between the columns; Σ is inverse-Wishart.
+
+    Attributes:
+        mean: ``[..., D, P]``.
+        root: R, ``[..., D, M]``.
+        df: degrees of freedom ν, ``[...]``.
+        scatter: Ψ, ``[..., P, P]``.
+        log_evidence: log p(Y), ``[...]``.
+    """
+
+    mean: Tensor
+    root: Tensor
+    df: Tensor
+    scatter: Tensor
+    log_evidence: Tensor
+
+
+class _Whitened(NamedTuple):
+    """The posterior of z ~ N(0, I) given r = B z + noise ~ N(0, I), for P right sides r.
+
+    mean ``[..., M, P]``; root W with covariance W Wᵀ ``[..., M, M]``; square rᵀ (I + B Bᵀ)⁻¹ r ``[..., P, P]``;
+    half_log_det ½ log |I + B Bᵀ| ``[...]``.
+    """
+
+    mean: Tensor
+    root: Tensor
+    square: Tensor
+    half_log_det: Tensor
+
+
+def _solve_information(design: Tensor, residual: Tensor) -> _Whitened:
+    """By the M × M precision I + BᵀB, whose eigenvalues are at least 1."""
+    eye = torch.eye(design.shape[-1], dtype=design.dtype, device=design.device)
+    cholesky = _cholesky(eye + design.mT @ design)
+    mean = torch.cholesky_solve(design.mT @ residual, cholesky)
+    misfit = residual - design @ mean
+    root = torch.linalg.solve_triangular(cholesky, eye.expand_as(cholesky), upper=False).mT
+    log_det = cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return _Whitened(mean, root, misfit.mT @ misfit + mean.mT @ mean, log_det)
+
+
+def _solve_covariance(design: Tensor, residual: Tensor) -> _Whitened:
+    """By the N × N covariance S = I + B Bᵀ = C Cᵀ: for few observations, as they come online.
+
+    The root is W = I − Bᵀ C⁻ᵀ (C + I)⁻¹ B, so that W Wᵀ = I − Bᵀ S⁻¹ B (A. Andrews, "A square root formulation of the
+    Kalman covariance equations", AIAA Journal 6, 1968, https://doi.org/10.2514/3.4693): a root of the old posterior
+    becomes one of the new without a factorisation of size M.
+    """
+    rows = torch.eye(design.shape[-2], dtype=design.dtype, device=design.device)
+    cholesky = _cholesky(rows + design @ design.mT)
+    half = torch.linalg.solve_triangular(cholesky, residual, upper=False)
+    gain = torch.linalg.solve_triangular(cholesky, design, upper=False)
+    inner = torch.linalg.solve_triangular(cholesky + rows, design, upper=False)
+    columns = torch.eye(design.shape[-1], dtype=design.dtype, device=design.device)
+    log_det = cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return _Whitened(gain.mT @ half, columns - gain.mT @ inner, half.mT @ half, log_det)
+
+
+#: Two ways to the same posterior: ``"information"`` factorises D × D, ``"covariance"`` N × N.
+Form = Literal["information", "covariance"]
+_FORMS = {"information": _solve_information, "covariance": _solve_covariance}
+
+
 def fit_linear_gaussian(
-    design: Tensor, y: Tensor, mean: Tensor, root: Tensor, noise_scale: Tensor, mask: Tensor | None = None
+    design: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    root: Tensor,
+    noise_scale: Tensor,
+    mask: Tensor | None = None,
+    form: Form = "information",
 ) -> LinearGaussianFit:
     """Exact posterior and evidence of a linear-Gaussian model (Bishop 2006, eqs. 3.50, 3.51, 3.86).
 
     The prior is whitened first, φ = m + R z with z ~ N(0, I): the precision of z is I + BᵀB with B = A R / σ, whose
     eigenvalues are at least 1. Computed in float64 whatever the dtype given, since BᵀB squares the signal-to-noise
-    ratio, and given back in that dtype.
+    ratio, and given back in that dtype. With a posterior as mean and root it adds observations to it.
 
     Args:
         design: A, ``[..., N, D]``.
@@ -49,6 +121,7 @@ def fit_linear_gaussian(
         root: R with prior covariance ``R Rᵀ``, ``[..., D, M]``.
         noise_scale: σ, broadcastable to ``[..., N]``.
         mask: True where a row counts, ``[..., N]``; None means all do.
+        form: which way; ``"covariance"`` is cheaper for fewer rows than columns.
 
     Returns:
         The posterior; with no rows that count it is the prior and the log evidence is 0.
@@ -66,20 +139,68 @@ def fit_linear_gaussian(
         whitened = whitened * mask.unsqueeze(-1)
         residual = residual.masked_fill(~mask, 0.0)
         log_noise = log_noise.masked_fill(~mask, 0.0)
-    size = whitened.shape[-1]
-    precision = torch.eye(size, dtype=y.dtype, device=y.device) + whitened.mT @ whitened
-    cholesky = _cholesky(precision)
-    z = torch.cholesky_solve(whitened.mT @ residual.unsqueeze(-1), cholesky).squeeze(-1)
-    misfit = residual - (whitened @ z.unsqueeze(-1)).squeeze(-1)
+    solved = _FORMS[form](whitened, residual.unsqueeze(-1))
+    log_evidence = -0.5 * solved.square[..., 0, 0] - solved.half_log_det - log_noise.sum(-1)
+    posterior_mean = mean + (root @ solved.mean).squeeze(-1)
+    return LinearGaussianFit(posterior_mean.to(dtype), (root @ solved.root).to(dtype), log_evidence.to(dtype))
+
+
+def fit_matrix_normal(
+    design: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    root: Tensor,
+    df: Tensor,
+    scatter: Tensor,
+    mask: Tensor | None = None,
+    form: Form = "information",
+) -> MatrixNormalFit:
+    """Exact posterior and evidence of ``Y = A Φ + noise`` with unknown noise covariance Σ, in float64 inside.
+
+    Σ ~ inverse-Wishart(ν, Ψ), and Φ | Σ matrix normal with mean M, R Rᵀ between rows and Σ between columns (Gelman et
+    al., *Bayesian Data Analysis*, 3rd ed. 2013, section 3.6 and chapter 14; Minka, "Bayesian linear regression", 2000,
+    eqs. 22–29). For one output Σ is inverse-gamma with shape ν / 2 and rate Ψ / 2.
+
+    Args:
+        design: A, ``[..., N, D]``.
+        y: targets, ``[..., N, P]``.
+        mean: prior mean M, broadcastable to ``[..., D, P]``.
+        root: R, ``[..., D, M]``.
+        df: ν > P − 1, broadcastable to ``[...]``.
+        scatter: Ψ, broadcastable to ``[..., P, P]``.
+        mask: True where a row counts, ``[..., N]``; None means all do.
+        form: which way; ``"covariance"`` is cheaper for fewer rows than columns.
+
+    Returns:
+        The posterior; with no rows that count it is the prior and the log evidence is 0.
+
+    Raises:
+        DataError: when the posterior is singular to working precision.
+    """
+    dtype, outputs = y.dtype, y.shape[-1]
+    design, y, mean, root = design.double(), y.double(), mean.double(), root.double()
+    df, scatter = df.double(), scatter.double()
+    whitened, residual = design @ root, y - design @ mean
+    count = torch.full(residual.shape[:-2], float(y.shape[-2]), dtype=y.dtype, device=y.device)
+    if mask is not None:
+        whitened = whitened * mask.unsqueeze(-1)
+        residual = residual.masked_fill(~mask.unsqueeze(-1), 0.0)
+        count = mask.sum(-1).to(y.dtype).expand(residual.shape[:-2])
+    solved = _FORMS[form](whitened, residual)
+    new_df, new_scatter = df + count, scatter + solved.square
     log_evidence = (
-        -0.5 * (misfit.square().sum(-1) + z.square().sum(-1))
-        - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        - log_noise.sum(-1)
+        torch.mvlgamma(0.5 * new_df, outputs)
+        - torch.mvlgamma(0.5 * df, outputs)
+        + 0.5 * df * _log_det(scatter)
+        - 0.5 * new_df * _log_det(new_scatter)
+        - outputs * (solved.half_log_det + 0.5 * count * math.log(math.pi))
     )
-    # (L⁻¹ Rᵀ)ᵀ = R L⁻ᵀ, and R L⁻ᵀ L⁻¹ Rᵀ is the posterior covariance.
-    posterior_root = torch.linalg.solve_triangular(cholesky, root.mT.expand(*precision.shape[:-1], -1), upper=False).mT
-    posterior_mean = mean + (root @ z.unsqueeze(-1)).squeeze(-1)
-    return LinearGaussianFit(posterior_mean.to(dtype), posterior_root.to(dtype), log_evidence.to(dtype))
+    parts = (mean + root @ solved.mean, root @ solved.root, new_df, new_scatter, log_evidence)
+    return MatrixNormalFit(*(part.to(dtype) for part in parts))
+
+
+def _log_det(matrix: Tensor) -> Tensor:
+    return 2.0 * _cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def _cholesky(precision: Tensor) -> Tensor:
@@ -102,7 +223,8 @@ def lower_root(root: Tensor) -> Tensor:
     Returns:
         Lower triangular with a positive diagonal, ``[..., D, D]``.
     """
-    upper = torch.linalg.qr(root.mT, mode="r").R
+    # without Q it has no derivative
+    upper = torch.linalg.qr(root.mT, mode="reduced" if root.requires_grad else "r").R
     sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(root)
     return (upper * sign.unsqueeze(-1)).mT
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bayesmeta.ops.batched import FlatParameters
+from bayesmeta.ops.batched import FlatParameters, is_plain_mlp
 
 # f'(a) t or f''(a) t as a function of h = f(a), which is all that is kept, and t.
 _Slope = Callable[[Tensor, Tensor], Tensor]
@@ -60,8 +60,9 @@ class GaussianMLPGradient:
     @staticmethod
     def serves(network: nn.Module, flat: FlatParameters) -> bool:
         """Whether the network is of this kind and all of its parameters are in ``flat``."""
-        if not isinstance(network, nn.Sequential) or len(network) % 2 == 0:
+        if not is_plain_mlp(network) or len(network) % 2 == 0:  # type: ignore[arg-type]
             return False
+        assert isinstance(network, nn.Sequential)
         linear, between = list(network)[::2], list(network)[1::2]
         names = {f"{2 * i}.{part}" for i in range(len(linear)) for part in ("weight", "bias")}
         # a bias that is no parameter leaves its name out of flat

@@ -8,10 +8,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from bayesmeta.data import Observations
+from bayesmeta.data import Observations, union
+from bayesmeta.errors import DataError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.program import TaskProgram
-from bayesmeta.ops.gaussian import lower_root
+from bayesmeta.ops.gaussian import fit_linear_gaussian, lower_root
 from bayesmeta.ops.random import Seed, as_generator, normal_like
 from bayesmeta.posteriors.base import Draws, TaskPosterior
 
@@ -43,6 +44,32 @@ class ExactLinearPosterior(TaskPosterior):
     def covariance(self) -> Tensor:
         """Posterior covariance of the weights, ``[tasks, D, D]``."""
         return self.root @ self.root.mT
+
+    def update(self, observations: Observations) -> ExactLinearPosterior:
+        """Add observations of the same tasks: the posterior that all of them together would have given.
+
+        Online, by a factorisation of the size of the new observations; θ is that of now.
+
+        Args:
+            observations: ``[tasks, shots, …]`` with targets.
+
+        Raises:
+            ShapeError: for other tasks.
+            DataError: for observations without targets, or that are not finite.
+        """
+        if observations.y is None:
+            raise DataError("update needs the targets of the observations; these have y=None.")
+        self._same_tasks(observations.check())
+        program, mask = self.program, observations.mask
+        assert isinstance(program, NeuralTaskModel)
+        if mask is not None and observations.y.dim() == 3:
+            mask = mask.repeat_interleave(observations.y.shape[-1], -1)
+        with torch.no_grad():
+            design, noise = program.last_layer_design(observations.x), program.noise_rows(observations.shots)
+            y = observations.y.flatten(1)
+            fit = fit_linear_gaussian(design, y, self.loc, self.root, noise, mask, form="covariance")
+        evidence = self.log_evidence + fit.log_evidence
+        return ExactLinearPosterior(program, union(self.support, observations), fit.mean, fit.root, evidence)
 
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """Independent draws of the weights."""
@@ -80,10 +107,12 @@ class ExactLinearPosterior(TaskPosterior):
             design = program.last_layer_design(observations.x)
             mean = (design @ self.loc.unsqueeze(-1)).squeeze(-1)
             half = design @ self.root
-            noise = program.noise_scale
+            noise = program.noise_rows(observations.shots)
             if joint:
                 eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device).expand(*half.shape[:-1], -1)
-                return dist.MultivariateNormal(mean, scale_tril=lower_root(torch.cat([half, noise * eye], -1)))
+                return dist.MultivariateNormal(
+                    mean, scale_tril=lower_root(torch.cat([half, noise.unsqueeze(-1) * eye], -1))
+                )
             scale = (half.square().sum(-1) + noise.square()).sqrt()
             outputs = mean.shape[-1] // max(observations.shots, 1)
             if outputs <= 1:

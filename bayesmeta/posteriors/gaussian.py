@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -44,7 +45,7 @@ class NormalPosterior(Components):
         """log q(u), a mixture over the components, ``[…, tasks]``."""
         normal = torch.distributions.Normal(self.loc, self.scale)
         each = normal.log_prob(u.unsqueeze(-3)).sum(-1)
-        return each.logsumexp(-2) - torch.tensor(float(self.loc.shape[0])).log()
+        return each.logsumexp(-2) - math.log(self.loc.shape[0])
 
     def u_distribution(self) -> Any:
         """Independent Normals, batch shape ``[tasks, 1]``."""
@@ -90,7 +91,7 @@ class MultivariateNormalPosterior(Components):
         """log q(u), a mixture over the components, ``[…, tasks]``."""
         normal = torch.distributions.MultivariateNormal(self.loc, scale_tril=lower_root(self.root))
         each = normal.log_prob(u.unsqueeze(-3))
-        return each.logsumexp(-2) - torch.tensor(float(self.loc.shape[0])).log()
+        return each.logsumexp(-2) - math.log(self.loc.shape[0])
 
     def u_distribution(self) -> Any:
         """Multivariate normal, batch shape ``[tasks, 1]``."""

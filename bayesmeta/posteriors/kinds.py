@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bayesmeta.posteriors.base import TaskPosterior
+from bayesmeta.posteriors.conjugate import ConjugatePosterior
 from bayesmeta.posteriors.delta import DeltaPosterior
 from bayesmeta.posteriors.exact import ExactLinearPosterior
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
@@ -15,6 +16,7 @@ KINDS: dict[str, type[TaskPosterior]] = {
         NormalPosterior,
         MultivariateNormalPosterior,
         ExactLinearPosterior,
+        ConjugatePosterior,
         SamplesPosterior,
         ParticlesPosterior,
     )

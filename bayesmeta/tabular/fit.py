@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bayesmeta.adapt.base import Method
+from bayesmeta.data import Standardizer, TaskBatch
 from bayesmeta.errors import DataError, OptionError
 from bayesmeta.tabular.lines import Lines
-from bayesmeta.tabular.models import LIKELIHOODS, RECIPES, Settings, all_methods, build, choose, pick
-from bayesmeta.tabular.models import pick_likelihood, pick_prior
+from bayesmeta.tabular.models import (
+    LIKELIHOODS,
+    RECIPES,
+    Settings,
+    all_methods,
+    build,
+    choose,
+    pick,
+    pick_likelihood,
+    pick_prior,
+)
 from bayesmeta.tabular.run import FORMAT, LINES, TASKS
 from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks.files import read_csv
@@ -30,12 +41,13 @@ TRAINING: dict[str, Any] = {
     "activation": "tanh",
     "tasks_per_step": 16,
     "query": 20,
-    "weight_decay": 1e-3,
+    "weight_decay": 1.0,
     "clip": 100.0,
     "validate_every": 25,
     "patience": 20,
 }
-_MOST_VALIDATION = 200
+#: Validation tasks that are looked at, and classes that a text target is taken to have unasked, at most.
+_MOST_VALIDATION, _MOST_CLASSES = 200, 50
 
 
 def fit_csv(
@@ -97,48 +109,29 @@ def fit_csv(
     method = None if method is None else _pick_method(method)
     prior = None if prior is None else pick_prior(prior)
     roles = TableSchema.of(
-        task=task, x=x, y=list(y), w=w, categorical=categorical, exposure=exposure, order_by=order_by
-    )
-    frame = read_csv(csv, columns=roles.columns, separator=separator)
-    likelihood, chosen = _choose_likelihood(frame, roles.y, likelihood, exposure)
-    order = order or ("first" if order_by is not None else "random")
-    table = TableTasks.from_dataframe(
-        frame,
         task=task,
         x=x,
         y=list(y),
         w=w,
         categorical=categorical,
         exposure=exposure,
-        target=LIKELIHOODS[likelihood].target,
         missing=missing,  # type: ignore[arg-type]  # checked there
-        order=order,  # type: ignore[arg-type]  # checked there
         order_by=order_by,
     )
-    parts = _split(table, validation, holdout, seed)
-    train = parts["train"]
-    units = train.fit_standardizer()
-    train = train.with_standardizer(units)
-    settings = choose(
-        train.schema,
-        method=method,
-        likelihood=likelihood,
-        prior=prior,
-        hidden=hidden,
-        activation=TRAINING["activation"],
-        seed=seed,
-    )
+    frame = read_csv(csv, columns=roles.columns, separator=separator)
+    likelihood, chosen = _choose_likelihood(frame, roles.y, likelihood, exposure)
+    order = order or ("first" if order_by is not None else "random")
+    roles = replace(roles, target=LIKELIHOODS[likelihood].target)
+    parts = _split(_read(frame, roles, order), validation, holdout, seed)
+    units = parts["train"].fit_standardizer()
+    train = parts["train"].with_standardizer(units)
+    names = {"method": method, "likelihood": likelihood, "prior": prior, "activation": TRAINING["activation"]}
+    settings = choose(train, hidden=hidden, seed=seed, **names)
     learner = build(settings)
-    say(_what_was_read(csv, table, parts, len(frame)))
+    say(_what_was_read(csv, parts, units, len(frame)))
     say(_what_is_trained(settings, learner, chosen, support, order))
-    held_back = None
-    if "validation" in parts:
-        some = parts["validation"].with_standardizer(units)
-        if some.num_tasks > _MOST_VALIDATION:
-            some = some.subset(list(range(_MOST_VALIDATION)))
-        sizes = sorted({0, min(1, support), support})
-        held_back = [b for k in sizes for b in every_task(some, k, query=TRAINING["query"], seed=seed)]
-    rate = RECIPES[settings.method].rate
+    if overwrite and not resume:
+        (Path(out) / TASKS).unlink(missing_ok=True)  # an unfinished run must not be read with the old one's tasks
     result = fit(
         learner,
         VariedSupports(train),
@@ -146,12 +139,12 @@ def fit_csv(
         tasks_per_step=TRAINING["tasks_per_step"],
         support=support,
         query=TRAINING["query"],
-        optimizer=lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=TRAINING["weight_decay"]),
+        optimizer=lambda p: _optimizer(learner, list(p)),
         schedule=cosine(steps),
         clip=TRAINING["clip"],
-        validation=held_back,
+        validation=_held_back(parts, units, support, seed),
         validate_every=min(TRAINING["validate_every"], steps),
-        patience=None if held_back is None else TRAINING["patience"],
+        patience=TRAINING["patience"] if "validation" in parts else None,
         seed=seed,
         device=device,
         out=out,
@@ -200,9 +193,45 @@ def _choose_likelihood(
         return pick_likelihood(likelihood), "as asked"
     if exposure is not None:
         return "poisson", "there is an exposure; else give --likelihood"
-    if len(y) == 1 and frame[y[0]].dtype.kind not in "iufmM":
+    if len(y) == 1 and frame[y[0]].dtype.kind not in "iufmM" and not _mostly_numbers(frame[y[0]]):
+        classes = frame[y[0]].nunique()
+        if classes > _MOST_CLASSES:
+            raise OptionError(
+                f"The target {y[0]!r} is text of {classes} different values. If these are classes, say so "
+                "(--likelihood categorical); if they are dates, turn them into numbers first."
+            )
         return "categorical", f"{y[0]} is text; else give --likelihood"
     return "gaussian", f"{', '.join(y)}: numbers; for counts or classes give --likelihood"
+
+
+def _mostly_numbers(column: pd.Series) -> bool:
+    """Whether text is a column of numbers with some odd cell, which reading it as numbers will name."""
+    import pandas as pd
+
+    if column.dtype.kind == "b":
+        return False
+    given = column.dropna()
+    return bool(len(given)) and float(pd.to_numeric(given.astype(str), errors="coerce").notna().mean()) > 0.5
+
+
+def _read(frame: pd.DataFrame, roles: TableSchema, order: str) -> TableTasks:
+    return TableTasks.from_dataframe(frame, schema=None, order=order, **_options(roles))  # type: ignore[arg-type]
+
+
+def _options(roles: TableSchema) -> dict[str, Any]:
+    names = ("task", "x", "y", "w", "categorical", "exposure", "target", "missing", "order_by")
+    return {name: getattr(roles, name) for name in names}
+
+
+def _held_back(parts: dict[str, TableTasks], units: Standardizer, support: int, seed: int) -> list[TaskBatch] | None:
+    """The validation tasks with no row seen, with one, and with ``support``."""
+    if "validation" not in parts:
+        return None
+    table = parts["validation"].with_standardizer(units)
+    if table.num_tasks > _MOST_VALIDATION:
+        table = table.subset(list(range(_MOST_VALIDATION)))
+    sizes = sorted({0, min(1, support), support}) if max(table.lengths) > 1 else [0]
+    return [b for k in sizes for b in every_task(table, k, query=TRAINING["query"], seed=seed)]
 
 
 def _split(table: TableTasks, validation: float, holdout: float, seed: int) -> dict[str, TableTasks]:
@@ -219,6 +248,17 @@ def _split(table: TableTasks, validation: float, holdout: float, seed: int) -> d
     return dict(zip(sizes, table.split(list(sizes.values()), seed=seed)))
 
 
+def _optimizer(learner: Method, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW whose decay pulls the shared weights of the network alone: no prior, no noise, no start point."""
+    shared = {id(p) for name, p in learner.named_parameters() if ".network." in name and p.dim() > 1}
+    groups = [
+        {"params": [p for p in parameters if id(p) not in shared], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in shared], "weight_decay": TRAINING["weight_decay"]},
+    ]
+    rate = RECIPES[type(learner).__name__].rate
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+
+
 def _keep(out: Path, train: TableTasks, parts: dict[str, TableTasks], settings: Settings) -> None:
     if LIKELIHOODS[settings.likelihood].target == "real":
         Lines.fit(train).save(out / LINES)
@@ -229,12 +269,12 @@ def _keep(out: Path, train: TableTasks, parts: dict[str, TableTasks], settings: 
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def _what_was_read(csv: Path, table: TableTasks, parts: dict[str, TableTasks], rows: int) -> str:
-    schema, train, lengths = parts["train"].schema, parts["train"], sorted(table.lengths)
-    units = train.fit_standardizer()
+def _what_was_read(csv: Path, parts: dict[str, TableTasks], units: Standardizer, rows: int) -> str:
+    schema, train = parts["train"].schema, parts["train"]
+    lengths = sorted(length for part in parts.values() for length in part.lengths)
     used = sum(lengths)
     lines = [
-        f"{csv}: {used} rows of {table.num_tasks} tasks ({schema.task}), {lengths[0]} to {lengths[-1]} rows each, half "
+        f"{csv}: {used} rows of {len(lengths)} tasks ({schema.task}), {lengths[0]} to {lengths[-1]} rows each, half "
         f"of them {lengths[len(lengths) // 2]} or more"
         + (f"; {rows - used} row(s) without a target or input left out" if rows > used else "")
     ]
@@ -282,9 +322,7 @@ def _what_is_trained(settings: Settings, learner: Method, chosen: str, support: 
     )
 
 
-def _what_next(
-    out: Path, csv: Path, result: FitResult, parts: dict[str, TableTasks], schema: TableSchema
-) -> str:
+def _what_next(out: Path, csv: Path, result: FitResult, parts: dict[str, TableTasks], schema: TableSchema) -> str:
     best = "" if result.best_step is None else f", best on the validation tasks at step {result.best_step}"
     target = ", ".join(schema.y)
     again = csv if "held out" in parts else "NEW.csv"

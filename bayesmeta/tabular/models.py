@@ -16,8 +16,9 @@ from bayesmeta.models import likelihoods
 from bayesmeta.models.likelihoods import Likelihood
 from bayesmeta.models.nets import mlp
 from bayesmeta.models.neural import NeuralTaskModel
-from bayesmeta.models.priors import PRIORS
-from bayesmeta.tasks.schema import TableSchema, Target, did_you_mean
+from bayesmeta.models.priors import PRIORS, Normal
+from bayesmeta.tasks.schema import Target, did_you_mean
+from bayesmeta.tasks.table import TableTasks
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,24 @@ class Recipe:
 
     Attributes:
         task_modules, prior: of the network model; another prior can be asked for.
+        prior_scale: first standard deviation of a normal prior, where it is not the prior's own default.
         options: of the method, beside its defaults.
         rate: learning rate of θ.
     """
 
     task_modules: str = "all"
     prior: str = "point"
+    prior_scale: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 3e-3
 
 
+_CURVATURE = 4.0
 _STEPS = {"inner_steps": 5, "inner_lr": 0.05}
 #: The methods that fit a table, by class name. Chosen on validation tasks; see docs/command-line.md.
 RECIPES: dict[str, Recipe] = {
-    "BayesianLastLayer": Recipe("head", "normal", {"objective": "marginal"}, rate=1e-2),
-    "ABML": Recipe("all", "normal", _STEPS | {"num_particles": 4, "objective": "predictive"}),
+    "BayesianLastLayer": Recipe("head", "normal", 0.3, {"objective": "evidence"}, rate=1e-2),
+    "ABML": Recipe("all", "normal", None, _STEPS | {"num_particles": 4, "objective": "predictive"}),
     "MAML": Recipe(options=_STEPS),
     "MetaSGD": Recipe(options=_STEPS),
     "ANIL": Recipe("head", options=_STEPS),
@@ -81,6 +85,10 @@ class Settings:
         hidden, activation: of the network.
         features, covariates, targets, classes: widths of x (the exposure among them), w and y; number of classes.
         exposure: whether the last column of x is one.
+        start: biases of the network's last layer to begin with: the outputs at which the likelihood fits the training
+            tasks as a whole.
+        curvature: how large the second derivative of −log p(y | output) must be expected to be; inner rates are
+            divided by it.
         seed: of the first weights.
     """
 
@@ -94,20 +102,22 @@ class Settings:
     targets: int
     classes: int
     exposure: bool
+    start: tuple[float, ...]
+    curvature: float
     seed: int
 
     def state(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self) | {"hidden": list(self.hidden)}
+        return asdict(self) | {"hidden": list(self.hidden), "start": list(self.start)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Settings:
         """The inverse of :meth:`state`."""
-        return cls(**{**state, "hidden": tuple(state["hidden"])})
+        return cls(**{**state, "hidden": tuple(state["hidden"]), "start": tuple(state["start"])})
 
 
 def choose(
-    schema: TableSchema,
+    table: TableTasks,
     *,
     method: str | None,
     likelihood: str,
@@ -116,12 +126,12 @@ def choose(
     activation: str,
     seed: int,
 ) -> Settings:
-    """The settings for a table, with defaults where nothing was asked for.
+    """The settings for a table of training tasks, with defaults where nothing was asked for.
 
     Raises:
         OptionError: for unknown names, and for what does not go together.
     """
-    kind = LIKELIHOODS[likelihood]
+    schema, kind = table.schema, LIKELIHOODS[likelihood]
     if method is None:
         method = "BayesianLastLayer" if likelihood == "gaussian" and prior in (None, "normal") else "ABML"
     recipe = RECIPES[method]
@@ -156,8 +166,36 @@ def choose(
         targets=len(schema.y),
         classes=len(schema.classes),
         exposure=schema.exposure is not None,
+        start=_start(table, likelihood),
+        curvature=_curvature(table),
         seed=seed,
     )
+
+
+def _start(table: TableTasks, likelihood: str) -> tuple[float, ...]:
+    """The outputs at the rate, or the shares of the classes, of all rows; nothing where these are 0 anyway."""
+    flat, schema = table.flat(), table.schema
+    y = flat.y.double().reshape(len(flat.x), -1)
+    if schema.target == "count":
+        exposure = flat.x[:, -1].double().sum() if schema.exposure is not None else len(y)
+        return tuple(((y.sum(0) + 0.5) / exposure).log().tolist())
+    if schema.target == "class":
+        share = (torch.bincount(y.flatten().long(), minlength=len(schema.classes)) + 0.5).log()
+        return (float(share[1] - share[0]),) if likelihood == "bernoulli" else tuple((share - share.mean()).tolist())
+    return ()
+
+
+def _curvature(table: TableTasks) -> float:
+    """4, that of real targets with noise of half a standard deviation; with counts the largest mean of a task, where
+    that is more: the mean of a Poisson count is the second derivative itself. Classes, whose is at most 1, share the 4.
+    """
+    if table.schema.target != "count":
+        return _CURVATURE
+    flat = table.flat()
+    owner = torch.arange(len(flat.lengths)).repeat_interleave(flat.lengths)
+    total = torch.zeros(len(flat.lengths), dtype=torch.float64)
+    total.index_add_(0, owner, flat.y.double().reshape(len(owner), -1).amax(-1))
+    return max(float((total / flat.lengths).max()), _CURVATURE)
 
 
 def build(settings: Settings) -> Method:
@@ -173,10 +211,20 @@ def build(settings: Settings) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         network = mlp(inputs, settings.hidden, outputs or settings.targets, activation=settings.activation)
+    if settings.start:
+        with torch.no_grad():
+            last = network[-1]
+            assert isinstance(last, torch.nn.Linear)
+            last.bias.copy_(torch.tensor(settings.start))
+    scale = recipe.prior_scale
+    prior = Normal(scale) if settings.prior == "normal" and scale is not None else settings.prior
     model = NeuralTaskModel(
-        network, likelihood, settings.prior, task_modules=recipe.task_modules, covariates=settings.covariates
+        network, likelihood, prior, task_modules=recipe.task_modules, covariates=settings.covariates
     )
-    made: Method = method_class(settings.method)(model, **recipe.options)
+    options = dict(recipe.options)
+    if "inner_lr" in options:
+        options["inner_lr"] /= settings.curvature
+    made: Method = method_class(settings.method)(model, **options)
     return made
 
 

@@ -78,9 +78,7 @@ def load_run(folder: Path, device: str = "cpu") -> Run:
     where = pick_device(device)
     method = load_method(folder, build(settings), _example(settings)).to(where).eval()
     lines = Lines.load(folder / LINES) if schema.target == "real" else None
-    return Run(
-        folder, settings, method, standardizer, schema, support, order, separator, tasks, lines, where
-    )
+    return Run(folder, settings, method, standardizer, schema, support, order, separator, tasks, lines, where)
 
 
 def _example(settings: Settings) -> Observations:

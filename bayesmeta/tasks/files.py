@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def read_csv(path: str | Path, *, columns: Sequence[str] | None = None, separator: str = ",") -> pd.DataFrame:
+def read_csv(
+    path: str | Path, *, columns: Sequence[str] | None = None, separator: str = ",", text: bool = False
+) -> pd.DataFrame:
     """A CSV file as a DataFrame, its first line the names of the columns.
 
     Cells that are empty, or hold NA, NaN, null or None, are missing. Unlike ``pandas.read_csv``, a name that stands
@@ -24,6 +26,7 @@ def read_csv(path: str | Path, *, columns: Sequence[str] | None = None, separato
         path: the file, in UTF-8; compressed ones (``.gz`` and the like) are read too.
         columns: keep these alone; None for all.
         separator: what stands between two cells.
+        text: leave every cell as the text that it is.
 
     Raises:
         DataError: for a file that is not there, cannot be read, is no such table, or lacks a column or has it twice.
@@ -43,7 +46,8 @@ def read_csv(path: str | Path, *, columns: Sequence[str] | None = None, separato
             names = header.iloc[0].tolist()
             _check_header(path, names, columns, separator)
             # All columns are read: with usecols, pandas would let a row with a stray separator shift its cells.
-            frame = pd.read_csv(path, header=0, low_memory=False, **options)  # type: ignore[call-overload]
+            as_is = {"dtype": str, "keep_default_na": False} if text else {"low_memory": False}
+            frame = pd.read_csv(path, header=0, **as_is, **options)  # type: ignore[call-overload]
     except DataError:
         raise
     except pd.errors.EmptyDataError as error:

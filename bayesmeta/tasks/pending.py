@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +52,7 @@ def to_predict(
         raise OptionError("This standardizer comes from no table; expected that of train.fit_standardizer().")
     if max_tasks < 1 or max_elements < 1:
         raise OptionError(f"max_tasks={max_tasks} and max_elements={max_elements}; expected at least 1.")
-    schema = TableSchema.from_state(standardizer.schema)
+    schema = replace(TableSchema.from_state(standardizer.schema), order_by=None)
     columns = list(frame.columns)
     if not any(name in columns for name in schema.y):
         frame = frame.assign(**dict.fromkeys(schema.y, float("nan")))

@@ -223,7 +223,10 @@ class TableTasks:
         return Observations(flat.x[rows], flat.y[rows], mask, flat.w)
 
     def flat(self) -> Flat:
-        """All rows one after the other in the units of the batches, on the CPU: x ``[R, F]``, y ``[R]``, w ``[N, W]``."""
+        """All rows one after the other in the units of the batches, on the CPU: x ``[R, F]``, y ``[R]``, w ``[N, W]``.
+
+        Starts and lengths of the tasks are there too. Errors are those of :meth:`all` but for short tasks.
+        """
         return self._flat(torch.device("cpu"))
 
     # -- units --------------------------------------------------------------------------------------------------------

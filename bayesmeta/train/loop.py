@@ -74,8 +74,9 @@ class Loop:
         }
 
     def set_up(self, optimizer: OptimizerFactory, schedule: ScheduleFactory | None) -> None:
-        """Create parameters from a first batch that training does not use, then the optimizer."""
+        """Create parameters from a first batch (drawn apart, so that it does not move the run), then the optimizer."""
         plan = self.plan
+        self.method.train()
         self.method.to(device=self.device, dtype=plan.dtype)
         first = self.sample(torch.Generator(device=self.device).manual_seed(plan.seed))
         first.check()

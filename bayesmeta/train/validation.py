@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class Validation:
                     "The training tasks and the validation tasks are not in the same units: their standardizers "
                     "differ. Give both tables the one learned on the training tasks: table.with_standardizer(…)."
                 )
-            batch = given.to(device, dtype).check()
+            # no hyperprior: its share grows with how few the held-out tasks are, and says nothing of them
+            batch = replace(given.to(device, dtype), population=None).check()
             if self.chunk is not None or len(self.batches) > 1:
                 batch = batch.without_padding()  # a piece counts as its number of tasks
             self.pieces += [batch] if self.chunk is None else batch.split(self.chunk)

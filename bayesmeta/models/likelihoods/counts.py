@@ -44,7 +44,9 @@ class _Poisson(dist.Poisson):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return _poisson_log_prob(self.rate.log(), value).to(self.rate.dtype)
+        rate, value = self.rate.double(), value.double()
+        # xlogy: a count of 0 under a rate that has underflown to 0 is certain
+        return (torch.xlogy(value, rate) - rate - torch.lgamma(value + 1.0)).to(self.rate.dtype)
 
 
 class _NegativeBinomial(dist.NegativeBinomial):

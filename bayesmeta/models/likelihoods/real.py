@@ -106,6 +106,25 @@ class HeteroscedasticGaussian(Likelihood):
         return sum_event(value, output.shape[-1] // 2)
 
 
+def _student_constant(log_df: Tensor) -> Tensor:
+    """log of the density's constant for scale 1, float64: for many degrees of freedom the two lgamma nearly cancel."""
+    log_df = log_df.double()
+    df = log_df.exp()
+    return torch.lgamma(0.5 * (df + 1.0)) - torch.lgamma(0.5 * df) - 0.5 * (log_df + math.log(math.pi))
+
+
+class _StudentT(dist.StudentT):
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        square = ((value - self.loc) / self.scale).square()
+        constant = _student_constant(self.df.log()).to(square.dtype)
+        return constant - self.scale.log() - 0.5 * (self.df + 1.0) * torch.log1p(square / self.df)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _StudentT:
+        return super().expand(batch_shape, _instance=self._get_checked_instance(_StudentT, _instance))
+
+
 class StudentT(Independent):
     """Student-t noise: like a Gaussian in the middle, but single outliers do not pull.
 
@@ -148,13 +167,12 @@ class StudentT(Independent):
     def distribution(self, output: Tensor, exposure: Tensor | None = None) -> Any:
         """Student-t around the output."""
         df, scale = for_width(self.df, output), for_width(self.scale, output)
-        return as_event(dist.StudentT(df, as_targets(output), scale), output.shape[-1])
+        return as_event(_StudentT(df, as_targets(output), scale), output.shape[-1])
 
     def log_prob(self, output: Tensor, y: Tensor, exposure: Tensor | None = None) -> Tensor:
         """The Student-t log-density."""
-        log_df, log_scale = for_width(self.log_df, output).double(), for_width(self.log_scale, output)
-        df = log_df.exp()  # float64: for many degrees of freedom the two lgamma nearly cancel
-        constant = torch.lgamma(0.5 * (df + 1.0)) - torch.lgamma(0.5 * df) - 0.5 * (log_df + math.log(math.pi))
+        log_df, log_scale = for_width(self.log_df, output), for_width(self.log_scale, output)
+        constant = _student_constant(log_df).to(output.dtype)
         square = ((y - as_targets(output)) * (-log_scale).exp()).square()
-        df, constant = df.to(output.dtype), constant.to(output.dtype)
+        df = log_df.exp()
         return sum_event(constant - log_scale - 0.5 * (df + 1.0) * torch.log1p(square / df), output.shape[-1])
