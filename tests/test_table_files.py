@@ -147,7 +147,7 @@ def test_mixed_flips_a_coin_for_each_skewed_task():
 # -- size ---------------------------------------------------------------------------------------------------------
 
 LARGE = """
-import resource, sys
+import sys
 import numpy as np, pandas as pd, torch
 torch.set_num_threads(1)
 from bayesmeta.tasks import TableTasks
@@ -160,8 +160,9 @@ frame = pd.DataFrame({"g": task, "a": rng.normal(size=rows), "b": rng.normal(siz
                       "c": rng.integers(0, 4, rows), "y": rng.normal(size=rows)})
 warm = TableTasks.from_dataframe(frame[:100], task="g", x=["a", "b"], categorical=["c"], y="y", order="first")
 warm.with_standardizer(warm.fit_standardizer()).sample(1, support=0, query=1)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this process: ru_maxrss starts with that of the parent, which may have been larger
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 def reached(begin):
     return (peak() - begin) / rows
 begin = peak()
