@@ -6,8 +6,8 @@ likelihood has scale 1/√2, so that a negative log-likelihood is a squared erro
 :data:`RUNS` what it trains and at how many inner steps it is then scored. References: for MAML and CAVIA the CAVIA
 paper (Zintgraf et al. 2019: 0.33 ± 0.02 and 0.19–0.21 ± 0.02), for Meta-SGD its own (Li et al. 2017: 0.53 ± 0.09).
 
-The last rows show what happens beyond the inner steps that were trained: at a rate of 0.1 five steps diverge, and with
-rates learned for one step ten do; with rates learned under losses at all of five steps (multi-step) they do not.
+The last rows show what happens beyond the inner steps that were trained: at a rate of 0.1, trained for one step, five
+steps diverge; with rates learned under losses at all of five steps (multi-step) five and ten do not.
 
 Scored on fresh tasks, 100 noiseless query points each; the standard error is over tasks (of one training run: it leaves
 out how runs differ, for which give several seeds). A 95% interval is ±1.96 of it.
@@ -61,7 +61,7 @@ RUNS = {
         (
             ("meta_sgd_1_step_mse", 1, 0.53, at_most(0.26)),
             ("meta_sgd_5_steps_mse", 5, None, None),
-            ("meta_sgd_10_steps_mse", 10, None, at_least(1.0)),
+            ("meta_sgd_10_steps_mse", 10, None, None),
         ),
     ),
     "cavia": Run(
