@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         _run(command)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough; what Python still holds goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BayesMetaError as error:
         print(f"bayesmeta: {error}", file=sys.stderr)
         sys.exit(2)

@@ -208,3 +208,10 @@ def test_a_stranger_forecasts_radon(tmp_path, capsys):
     z = {line: np.mean(v) / (np.std(v, ddof=1) / np.sqrt(len(v))) for line, v in gains.items()}
     assert z["unpooled"] > 2
     assert z["pooled"] > -2
+
+
+def test_a_reader_who_stops_early_is_no_error():
+    command = f"{sys.executable} -m bayesmeta methods | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert "METHOD" in result.stdout
+    assert result.stderr == ""
