@@ -29,18 +29,24 @@ _NAMES = {
     "BMAML": "bayesmeta.adapt.bmaml",
     "BOIL": "bayesmeta.adapt.boil",
     "CAVIA": "bayesmeta.adapt.cavia",
+    "ChainDiagnostics": "bayesmeta.posteriors.chains",
+    "ChainsPosterior": "bayesmeta.posteriors.chains",
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
     "ConjugateModel": "bayesmeta.models.conjugate",
     "ConjugatePosterior": "bayesmeta.posteriors.conjugate",
     "ContextTaskModel": "bayesmeta.models.context",
+    "DeepKernel": "bayesmeta.adapt.deep_kernel",
+    "DeepKernelModel": "bayesmeta.models.deep_kernel",
     "DeltaPosterior": "bayesmeta.posteriors.delta",
     "Draws": "bayesmeta.posteriors.base",
     "ExactLinearPosterior": "bayesmeta.posteriors.exact",
     "fit": "bayesmeta.train.fit",
     "FitResult": "bayesmeta.train.fit",
     "Gaussian": "bayesmeta.models.likelihoods",
+    "GPPosterior": "bayesmeta.posteriors.gp",
     "ImplicitMAML": "bayesmeta.adapt.implicit_maml",
+    "Laplace": "bayesmeta.adapt.laplace",
     "load_method": "bayesmeta.train.checkpoint",
     "load_netcdf": "bayesmeta.diagnostics.datatree",
     "load_posterior": "bayesmeta.posteriors.base",
@@ -56,6 +62,7 @@ _NAMES = {
     "NeuralTaskModel": "bayesmeta.models.neural",
     "noncentred": "bayesmeta.models.reparam",
     "NormalPosterior": "bayesmeta.posteriors.gaussian",
+    "NUTS": "bayesmeta.adapt.nuts",
     "Observations": "bayesmeta.data",
     "ParticlesPosterior": "bayesmeta.posteriors.samples",
     "Platipus": "bayesmeta.adapt.platipus",
@@ -103,12 +110,15 @@ if TYPE_CHECKING:
     from bayesmeta.adapt.bmaml import BMAML
     from bayesmeta.adapt.boil import BOIL
     from bayesmeta.adapt.cavia import CAVIA
+    from bayesmeta.adapt.deep_kernel import DeepKernel
     from bayesmeta.adapt.implicit_maml import ImplicitMAML
+    from bayesmeta.adapt.laplace import Laplace
     from bayesmeta.adapt.last_layer import BayesianLastLayer
     from bayesmeta.adapt.last_layer_mixture import BayesianLastLayerMixture
     from bayesmeta.adapt.maml import MAML
     from bayesmeta.adapt.meta_sgd import MetaSGD
     from bayesmeta.adapt.multi_task import MultiTask
+    from bayesmeta.adapt.nuts import NUTS
     from bayesmeta.adapt.platipus import Platipus
     from bayesmeta.adapt.reptile import Reptile
     from bayesmeta.data import (
@@ -125,6 +135,7 @@ if TYPE_CHECKING:
     from bayesmeta.models import likelihoods, nets, priors
     from bayesmeta.models.conjugate import ConjugateModel
     from bayesmeta.models.context import ContextTaskModel
+    from bayesmeta.models.deep_kernel import DeepKernelModel
     from bayesmeta.models.likelihoods import Gaussian
     from bayesmeta.models.neural import NeuralTaskModel
     from bayesmeta.models.plates import shot_plate, task_plate
@@ -132,10 +143,12 @@ if TYPE_CHECKING:
     from bayesmeta.models.program import TaskProgram
     from bayesmeta.models.reparam import noncentred
     from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
+    from bayesmeta.posteriors.chains import ChainDiagnostics, ChainsPosterior
     from bayesmeta.posteriors.conjugate import ConjugatePosterior
     from bayesmeta.posteriors.delta import DeltaPosterior
     from bayesmeta.posteriors.exact import ExactLinearPosterior
     from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
+    from bayesmeta.posteriors.gp import GPPosterior
     from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
     from bayesmeta.protocols import TaskDistribution
     from bayesmeta.train import schedules

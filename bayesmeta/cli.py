@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,6 +243,26 @@ def _function(command: Command) -> Any:
     return run_demo
 
 
+#: How the library's own words for its arguments are said on the command line.
+_OPTIONS = (
+    (r"categorical=\[([^\]]*)\]", lambda m: "--categorical " + re.sub(r"[',]", "", m[1])),
+    (r"missing='(\w+)'", r"--missing \1"),
+    (r"separator=('[^']*')", r"--separator \1"),
+    (r"target='real'", "--likelihood gaussian"),
+    (r"target='count'", "--likelihood poisson"),
+    (r"target='class'", "--likelihood categorical"),
+    (r"order='(\w+)'", r"--order \1"),
+    (r"(?:finite )?numbers of torch\.float(32|64)", "finite numbers"),
+)
+
+
+def _as_options(message: str) -> str:
+    """A message of the library with its arguments as the command line names them."""
+    for pattern, option in _OPTIONS:
+        message = re.sub(pattern, option, message)
+    return message
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``bayesmeta``. Typed errors are printed without a traceback and exit with status 2."""
     commands = (
@@ -263,11 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader (head, less) has seen enough; what Python still holds goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BayesMetaError as error:
-        print(f"bayesmeta: {error}", file=sys.stderr)
+        print(f"bayesmeta: {_as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         kept = isinstance(command, Fit | Demo) and (command.out / "checkpoint.pt").exists()
-        what = "the last checkpoint is kept (go on with --resume)" if kept else "nothing was written yet"
+        what = "the last checkpoint is kept (go on with --resume)" if kept else "there is no checkpoint yet"
         print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 

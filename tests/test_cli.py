@@ -215,3 +215,10 @@ def test_a_reader_who_stops_early_is_no_error():
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert "METHOD" in result.stdout
     assert result.stderr == ""
+
+
+def test_messages_speak_of_options():
+    from bayesmeta.cli import _as_options
+
+    said = _as_options("see missing='drop', categorical=['soil', 'plot'] and target='real'; say so (separator=';')")
+    assert said == "see --missing drop, --categorical soil plot and --likelihood gaussian; say so (--separator ';')"

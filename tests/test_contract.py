@@ -62,6 +62,35 @@ METHODS = {
     "abml_horseshoe": Case(
         bm.ABML, {"inner_lr": 0.01, "num_particles": 2, "global_guide": "normal"}, prior="horseshoe", is_point=False
     ),
+    "abml_full": Case(
+        bm.ABML,
+        {"inner_lr": 0.01, "num_particles": 2, "posterior": "full"},
+        prior="normal",
+        task_modules="0",
+        is_point=False,
+    ),
+    "abml_low_rank": Case(
+        bm.ABML,
+        {"inner_lr": 0.01, "num_particles": 2, "posterior": "low_rank", "rank": 2, "kl_weight": 0.5},
+        prior="normal",
+        is_point=False,
+    ),
+    "laplace": Case(
+        bm.Laplace,
+        {"inner_steps": 1, "inner_lr": 1.0, "solver": "newton"},
+        {"inner_lr": 0.5},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+    ),
+    "laplace_evidence": Case(
+        bm.Laplace,
+        {"inner_steps": 1, "inner_lr": 1.0, "solver": "newton", "curvature": "full", "objective": "evidence"},
+        {"inner_steps": 5, "inner_lr": 0.05, "solver": "gradient", "curvature": "diagonal_ggn"},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+    ),
     "last_layer": Case(bm.BayesianLastLayer, prior="normal", task_modules="head", is_point=False),
     "last_layer_low_rank": Case(bm.BayesianLastLayer, prior="low_rank", task_modules="head", is_point=False),
     "last_layer_gamma": Case(
@@ -77,14 +106,22 @@ METHODS = {
         task_modules="head",
         is_point=False,
     ),
+    "deep_kernel": Case(bm.DeepKernel, is_point=False),
+    "deep_kernel_both": Case(bm.DeepKernel, {"inputs": "both", "kernel": "matern52"}, is_point=False),
+}
+#: they give posteriors and train nothing; and what one task draws depends on how the others' chains move
+REFERENCES = {
+    "nuts": Case(
+        bm.NUTS, {"num_samples": 4, "warmup": 3, "num_chains": 2, "max_tree_depth": 2}, prior="normal", is_point=False
+    ),
 }
 #: their loss has noise in it
-NOISY = (bm.ABML, bm.Platipus)
+NOISY = (bm.ABML, bm.Laplace, bm.Platipus)
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
 def on_network(name, dtype=F32, device="cpu"):
-    case = METHODS[name]
+    case = (METHODS | REFERENCES)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = bm.nets.mlp(1, [16, 16], 1, activation="tanh")
@@ -94,7 +131,7 @@ def on_network(name, dtype=F32, device="cpu"):
 
 def on_program(name, dtype=F32):
     """The method on a user's program; a typed refusal is a skip."""
-    case = METHODS[name]
+    case = (METHODS | REFERENCES)[name]
     if case.prior not in ("point", "normal"):
         pytest.skip("another prior of the network is no other method for a program")
     try:
@@ -283,7 +320,9 @@ def test_one_task_alone(name, kind):
         return  # draws its noise in the shape of the batch
     each = {key: value for key, value in posterior.state().items() if key != "theta"}
     together = method.adapt(batch.support).state()
-    dim = 0 if "last_layer" in name else 1  # a point and a Normal have a dimension for draws of θ first
+    dim = (
+        0 if "last_layer" in name or "deep_kernel" in name else 1
+    )  # a point and a Normal have a dimension for draws of θ first
     for key, value in each.items():
         torch.testing.assert_close(value, together[key].index_select(dim, torch.tensor([2])), rtol=1e-9, atol=1e-10)
 
@@ -356,9 +395,32 @@ def test_dtypes_and_devices(name, kind, device):
         torch.testing.assert_close(slope, expected, rtol=5e-3, atol=5e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("kind", ["network", "program"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_reference_posterior(name, kind, dtype):
+    """What holds of a method without a loss: shapes, seeds, dtype, padding, and a refusal to train."""
+    method, batch = on_either(name, kind, dtype), ragged_batch().to(dtype=dtype)
+    posterior = method.adapt(batch.support, generator=3)
+    assert posterior.is_point == REFERENCES[name].is_point
+    assert numbers(posterior).dtype == dtype
+    assert not numbers(posterior).requires_grad
+    assert torch.equal(numbers(posterior), numbers(method.adapt(batch.support, generator=3)))
+    assert torch.equal(posterior.u, method.adapt(with_other_padding(batch.support), generator=3).u)
+    y = torch.where(batch.support.mask, batch.support.y + 1.0, batch.support.y)  # control: what is real does count
+    assert not torch.equal(posterior.u, method.adapt(batch.support.with_y(y), generator=3).u)
+    assert posterior.predict(batch.query, 7).shape == (7, 5, 5)
+    assert posterior.log_likelihood(batch.query, draws=posterior.draws(3)).shape == (3, 5, 5)
+    assert all(value.shape[:2] == (4, 5) and value.isfinite().all() for value in posterior.sample(4).values())
+    with pytest.raises(errors.UnsupportedError, match="has no loss"):
+        method.loss(batch)
+    assert method.card.assumes
+    assert method.card.source
+
+
 def test_every_method_is_in_the_table():
     from bayesmeta import _NAMES
 
     objects = {name: getattr(bm, name) for name, module in _NAMES.items() if module.startswith("bayesmeta.adapt.")}
     there = {name for name, value in objects.items() if isinstance(value, type) and issubclass(value, bm.Method)}
-    assert there - {"Method"} == {case.make.__name__ for case in METHODS.values()}
+    assert there - {"Method"} == {case.make.__name__ for case in (METHODS | REFERENCES).values()}

@@ -182,7 +182,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path):
         train(make(), 5, out=tmp_path, resume=True, overwrite=True)
     train(make(), 5, out=tmp_path, overwrite=True, seed=9)
     assert (tmp_path / "checkpoint.pt").read_bytes() != before
-    with pytest.raises(errors.RunFolderError, match="no checkpoint to resume"):
+    with pytest.raises(errors.RunFolderError, match="no run to resume"):
         train(make(), 5, out=tmp_path / "new", resume=True)
     with pytest.raises(errors.RunFolderError, match="is a file"):
         train(make(), 5, out=tmp_path / "checkpoint.pt")
@@ -331,3 +331,22 @@ def test_what_is_no_method_or_tasks():
         bm.fit(make(), VALIDATION, steps=1)
     with pytest.raises(errors.OptionError, match="loss takes a TaskBatch"):
         make().loss(VALIDATION.support)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path):
+    """Its folder has a configuration and a log, and nothing to go on with."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "log.jsonl").write_text('{"step": 3}\n')
+    options = {"steps": 2, "out": out, "progress": False}
+
+    def method():
+        torch.manual_seed(0)
+        return bm.MAML(bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.5), "point"))
+
+    with pytest.raises(errors.RunFolderError, match="already holds a run"):
+        bm.fit(method(), bm.tasks.Sinusoid(), **options)
+    assert bm.fit(method(), bm.tasks.Sinusoid(), resume=True, **options).steps == 2
+    assert (out / "checkpoint.pt").exists()
+    assert '"step": 3' not in (out / "log.jsonl").read_text()

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import bayesmeta as bm
 from bayesmeta.data import Observations, Standardizer, TaskBatch
 from bayesmeta.diagnostics.plots import GRID_POINTS, plot_forecast
 from bayesmeta.errors import EmptyTaskError, NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
@@ -184,3 +185,18 @@ def test_errors_are_typed(batch, tmp_path):
     named = replace(batch, names=("ada", "bob", "cem", "dee", "eve"))
     with pytest.raises(NonFiniteDataError, match="cem"):
         plot_forecast(Line(batch.support, bad_task=2), named)
+
+
+def test_several_inputs_are_not_joined_by_a_line():
+    """Points that differ in another input too are no curve: each has its own mean and intervals."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 2, generator=generator)
+    batch = bm.TaskBatch(bm.Observations(x[:, :6], x[:, :6].sum(-1)), bm.Observations(x[:, 6:], x[:, 6:].sum(-1)))
+    for width, style in ((2, "None"), (1, "-")):
+        narrow = bm.TaskBatch(
+            bm.Observations(batch.support.x[..., :width], batch.support.y),
+            bm.Observations(batch.query.x[..., :width], batch.query.y),
+        )
+        method = bm.MultiTask(bm.NeuralTaskModel(bm.nets.mlp(width, [4], 1), bm.Gaussian(0.5), "point"))
+        figure = bm.plot_forecast(method.adapt(narrow.support), narrow)
+        assert figure.axes[0].lines[0].get_linestyle() == style

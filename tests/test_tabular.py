@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 import bayesmeta as bm
+from bayesmeta import errors
 from bayesmeta.data import Observations
 from bayesmeta.errors import BayesMetaError, CheckpointError, DataError, EmptyTaskError, OptionError, RunFolderError
 from bayesmeta.protocols import TaskDistribution
@@ -23,6 +24,7 @@ from bayesmeta.tabular.predict import predict_csv
 from bayesmeta.tabular.run import load_run
 from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks import TableTasks
+from bayesmeta.tasks.files import read_csv
 
 COLUMNS = {"task": "town", "x": ["age"], "categorical": ["kind"], "w": ["size"], "y": ["bill"]}
 QUICK = {"steps": 30, "hidden": [8], "device": "cpu", "progress": False, "say": lambda text: None}
@@ -448,7 +450,7 @@ def test_the_table_of_methods_has_every_card():
 
 
 ERRORS = {
-    "method": (OptionError, "'laplas'.*Known are: BayesianLastLayer, ABML", {"method": "laplas"}),
+    "method": (OptionError, "'gibberish'.*Known are: BayesianLastLayer, ABML", {"method": "gibberish"}),
     "near method": (OptionError, "did you mean 'MAML'", {"method": "mamal"}),
     "likelihood": (OptionError, "did you mean 'poisson'", {"likelihood": "poison"}),
     "prior": (OptionError, "Unknown prior 'wide'", {"prior": "wide"}),
@@ -547,3 +549,24 @@ def test_folders_and_files_that_cannot_be_used_are_refused(csv, folder, tmp_path
     make_frame().assign(bill=None, kind="squat").to_csv(tmp_path / "odd.csv", index=False)
     with pytest.raises(DataError, match="'kind' is 'squat' in task 't0', a category that no training"):
         predict_csv(folder, tmp_path / "odd.csv")
+
+
+# -- what a newcomer met ------------------------------------------------------------------------------------------
+
+
+def test_a_task_column_that_is_unique_in_each_row_is_refused(tmp_path):
+    csv = tmp_path / "rows.csv"
+    csv.write_text("id,x,y\n" + "".join(f"{i},{i % 3},{i % 5}\n" for i in range(40)))
+    with pytest.raises(errors.DataError, match="single row"):
+        fit_csv(csv, tmp_path / "run", task="id", x=["x"], y=["y"], progress=False, say=lambda line: None)
+    with pytest.raises(errors.OptionError, match="--categorical"):
+        fit_csv(csv, tmp_path / "run", task="id", y=["y"], progress=False, say=lambda line: None)
+
+
+def test_tabs_have_three_names(tmp_path):
+    csv = tmp_path / "rows.tsv"
+    csv.write_text("a\tb\n1\t2\n")
+    for name in ("\t", "\\t", "tab"):
+        assert list(read_csv(csv, separator=name).columns) == ["a", "b"]
+    with pytest.raises(errors.OptionError, match="one character"):
+        read_csv(csv, separator="")

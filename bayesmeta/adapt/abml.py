@@ -1,44 +1,63 @@
-"""ABML: a mean-field Gaussian over φ by a few gradient steps on the ELBO, started at the prior.
+"""ABML: a Gaussian over φ by a few gradient steps on the ELBO, started at the prior.
 
 Source: S. Ravi, A. Beatson, "Amortized Bayesian Meta-Learning", ICLR 2019,
 https://openreview.net/forum?id=rkgpy3C5tX, eqs. 4–6 and algorithm 1.
 
 Departures: the inner objective is divided by the number of support observations; θ is a point in the parameters of
 the prior, without the paper's Normal–Gamma hyperprior on them (a program's global sites carry one if it has them);
-the KL is exact for a network's Gaussian prior and estimated from the same draws for a user's program.
+the KL is exact for a network's Gaussian prior and estimated from the same draws for a user's program. The paper's
+Gaussian is diagonal; a full covariance and one of low rank are ours (as in V. Ong, D. Nott, M. Smith, "Gaussian
+Variational Approximation With a Factor Covariance Structure", JCGS 27, 2018, https://arxiv.org/abs/1701.03208, eq. 6),
+and so are the weight of the KL and its warm-up (S. Bowman et al., "Generating Sentences from a Continuous Space", CoNLL
+2016, https://arxiv.org/abs/1511.06349, section 3.1). Draws of φ are shared by all shots of a task: there is no local
+reparameterisation.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import OptionError, UnsupportedError
+from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.priors import Point
 from bayesmeta.models.theta import GlobalKind
-from bayesmeta.ops.random import normal_like
-from bayesmeta.posteriors.gaussian import NormalPosterior
+from bayesmeta.ops.random import Seed, as_generator, normal_like
+from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
+
+PosteriorKind = Literal["diagonal", "full", "low_rank"]
+#: What share of the prior's variance the factor of a low-rank posterior has at first: at 0 it has no gradient.
+_FIRST_SHARE = 0.01
 
 
 class ABML(Method):
-    """Amortised Bayesian meta-learning (Ravi & Beatson 2019): Normal posterior by ``inner_steps`` on the ELBO.
+    """Amortised Bayesian meta-learning (Ravi & Beatson 2019): Gaussian posterior by ``inner_steps`` on the ELBO.
 
     Args:
         model: a :class:`~bayesmeta.NeuralTaskModel` with a Gaussian prior, or any Pyro program. The posterior starts
             at the prior's mean and standard deviation in unconstrained space.
-        inner_steps: gradient steps on mean and log standard deviation.
+        inner_steps: gradient steps on mean and log standard deviation (and what else the posterior has).
         inner_lr: step size of the mean, for an objective that is divided by the number of observations.
-        inner_lr_scale: step size of the log standard deviation; by default ``inner_lr``.
+        inner_lr_scale: step size of the log standard deviation and of W (see ``posterior``); by default ``inner_lr``.
         num_particles: draws of φ for each estimate of an inner gradient.
         num_outer_particles: draws of φ for the outer loss; by default ``num_particles``.
         objective: outer loss: ``"elbo"``, the paper's: −E_q[log p(S, Q | φ)] + KL(q ‖ p); or ``"predictive"``:
             −log E_q[p(Q | φ)].
+        posterior: covariance of q: ``"diagonal"``: diag(s²), the paper's; ``"full"``: R Rᵀ with R = diag(s) (I + W), W
+            lower triangular with zeros on the diagonal, at first 0; ``"low_rank"``: diag(s) (I + W Wᵀ) diag(s), whose
+            variances are the prior's at first and whose correlations are small ones of a fixed random draw (at W = 0
+            the gradient is 0). A task without support has the prior itself.
+        rank: columns of a low-rank W.
+        kl_weight: of the KL in the inner objective and in the ELBO as a loss: 1 is the ELBO; below 1 the posterior is
+            a cold one, narrower.
+        kl_warmup: the KL of the loss (not of the inner steps) has, at the n-th call of ``loss`` with gradients in
+            training mode, min(1, n / kl_warmup) of its weight; in evaluation mode all of it. The count is part of the
+            state that checkpoints hold. 0: none.
         global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
@@ -47,7 +66,7 @@ class ABML(Method):
 
     card = MethodCard(
         assumes="a prior with a density: Gaussian weights, or a program's own",
-        posterior="diagonal Gaussian: K gradient steps on the ELBO from the prior",
+        posterior="Gaussian (diagonal, full or low rank): K gradient steps on the ELBO from the prior",
         cost="adapt K gradients of num_particles draws; train 2–3 × that",
         source="Ravi, Beatson 2019",
     )
@@ -62,9 +81,14 @@ class ABML(Method):
         num_particles: int = 5,
         num_outer_particles: int | None = None,
         objective: Literal["elbo", "predictive"] = "elbo",
+        posterior: PosteriorKind = "diagonal",
+        rank: int = 1,
+        kl_weight: float = 1.0,
+        kl_warmup: int = 0,
         global_guide: GlobalKind = "point",
     ) -> None:
         super().__init__(model, global_guide=global_guide)
+        _check_kind(posterior, rank, kl_weight, kl_warmup)
         if objective not in ("elbo", "predictive"):
             raise OptionError(f"Unknown objective {objective!r}; expected 'elbo' or 'predictive'.")
         scale_lr = inner_lr if inner_lr_scale is None else inner_lr_scale
@@ -85,9 +109,25 @@ class ABML(Method):
         self.num_particles = num_particles
         self.num_outer_particles = outer
         self.objective = objective
+        self.posterior: PosteriorKind = posterior
+        self.rank = rank
+        self.kl_weight = float(kl_weight)
+        self.kl_warmup = kl_warmup
+        self.num_losses: Tensor
+        if kl_warmup:  # part of the state only where it counts, so that other checkpoints stay as they were
+            self.register_buffer("num_losses", torch.zeros((), dtype=torch.long))
 
     def config(self) -> dict[str, Any]:
         """Options that change the result."""
+        added: dict[str, Any] = {}  # those that earlier checkpoints do not have, where they are not the default
+        if self.posterior != "diagonal":
+            added["posterior"] = self.posterior
+        if self.posterior == "low_rank":
+            added["rank"] = self.rank
+        if self.kl_weight != 1.0:
+            added["kl_weight"] = self.kl_weight
+        if self.kl_warmup:
+            added["kl_warmup"] = self.kl_warmup
         return {
             "inner_steps": self.inner_steps,
             "inner_lr": self.inner_lr,
@@ -96,7 +136,7 @@ class ABML(Method):
             "num_outer_particles": self.num_outer_particles,
             "objective": self.objective,
             "global_guide": self.global_kind,
-        }
+        } | added
 
     # -- adapt --------------------------------------------------------------------------------------------------
 
@@ -107,65 +147,172 @@ class ABML(Method):
         observations: Observations,
         theta: Tensor | None,
         noise: Tensor,
+        factor: Tensor | None = None,
+        kl_weight: float | None = None,
     ) -> Tensor:
-        """ELBO of each task under q = N(loc, exp(log_scale)²), ``[G, tasks]``.
+        """ELBO of each task under q = N(loc, R Rᵀ), ``[G, tasks]``.
 
         Args:
-            loc, log_scale: ``[G, tasks, D]``.
+            loc: ``[G, tasks, D]``.
+            log_scale: log s, ``[G, tasks, D]``.
             observations: of the same tasks.
             theta: global sites, ``[G, E]`` or None.
-            noise: standard normal, ``[particles, G, tasks, D]``.
+            noise: standard normal, ``[particles, G, tasks, D]``, and ``D + rank`` for a low-rank posterior.
+            factor: W: of a full posterior ``[G, tasks, D, D]``, with R = diag(s) (I + W), of which what is not below
+                the diagonal is ignored; of a low-rank one ``[G, tasks, D, rank]``, with R = diag(s) [I, W].
+            kl_weight: of the KL; by default the method's own.
         """
-        u = loc + log_scale.exp() * noise
+        weight = self.kl_weight if kl_weight is None else kl_weight
+        u = loc + self._spread(log_scale, factor, noise)
         prior = self.program.gaussian_prior(observations, theta)
         if prior is not None:
             log_likelihood = self.program.log_likelihood(u, observations, theta).sum(-1).mean(0)
-            return log_likelihood - _kl_normal(loc, log_scale, *prior)
-        entropy = (log_scale + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-        return self.program.log_joint(u, observations, theta).mean(0) + entropy
+            return log_likelihood - weight * self._kl(loc, log_scale, factor, *prior)
+        entropy = (log_scale + 0.5 * math.log(2 * math.pi * math.e)).sum(-1) + self._extra_log_det(factor)
+        if weight == 1.0:
+            return self.program.log_joint(u, observations, theta).mean(0) + entropy
+        log_likelihood = self.program.log_likelihood(u, observations, theta).sum(-1).mean(0)
+        return log_likelihood + weight * (self.program.log_prior(u, observations, theta).mean(0) + entropy)
+
+    def _spread(self, log_scale: Tensor, factor: Tensor | None, noise: Tensor) -> Tensor:
+        """R noise, ``[particles, G, tasks, D]``."""
+        size = log_scale.shape[-1]
+        mixed = noise[..., :size]
+        if factor is not None:
+            tail = noise if self.posterior == "full" else noise[..., size:]
+            mixed = mixed + (self._rest(factor) @ tail.unsqueeze(-1)).squeeze(-1)
+        return log_scale.exp() * mixed
+
+    def _rest(self, factor: Tensor) -> Tensor:
+        return factor.tril(-1) if self.posterior == "full" else factor
+
+    def _extra_log_det(self, factor: Tensor | None) -> Tensor | float:
+        """½ log |R Rᵀ| less the sum of the log scales: ½ log |I + WᵀW| of a low-rank posterior."""
+        if factor is None or self.posterior == "full":
+            return 0.0
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        try:
+            cholesky = torch.linalg.cholesky(eye + factor.mT @ factor)
+        except torch.linalg.LinAlgError as error:  # it is positive definite if it is finite
+            raise NonFiniteDataError(
+                "The low-rank factor of the posterior is no longer finite: the inner steps have diverged. Take fewer "
+                "of them, a lower inner_lr or inner_lr_scale, or more particles."
+            ) from error
+        return cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def _kl(
+        self, loc: Tensor, log_scale: Tensor, factor: Tensor | None, prior_loc: Tensor, prior_scale: Tensor
+    ) -> Tensor:
+        """KL(q ‖ prior), ``[G, tasks]``: that of the diagonal, and what the rest of R adds to trace and determinant."""
+        kl = _kl_normal(loc, log_scale, prior_loc, prior_scale)
+        if factor is None:
+            return kl
+        ratio = (2 * log_scale).exp() / prior_scale.square()
+        trace = (ratio * self._rest(factor).square().sum(-1)).sum(-1)
+        return kl + 0.5 * trace - self._extra_log_det(factor)
+
+    def _width(self) -> int:
+        """Columns of R."""
+        return self.program.layout.dim + (self.rank if self.posterior == "low_rank" else 0)
+
+    def _noise(self, loc: Tensor, particles: int, generator: torch.Generator) -> Tensor:
+        return normal_like(loc, (particles, *loc.shape[:-1], self._width()), generator)
+
+    def _begin(self, log_scale: Tensor, has_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """First log scale and factor of q; of a task without support, the prior's diagonal and a factor of zeros."""
+        if self.posterior == "diagonal":
+            return log_scale, None
+        if self.posterior == "full":
+            return log_scale, log_scale.new_zeros(*log_scale.shape, log_scale.shape[-1])
+        seed = as_generator(0, log_scale.device, "low-rank factor")
+        directions = normal_like(log_scale, (log_scale.shape[-1], self.rank), seed)
+        directions = directions / directions.norm(dim=-1, keepdim=True)
+        factor = (math.sqrt(_FIRST_SHARE / (1 - _FIRST_SHARE)) * directions).expand(*log_scale.shape, self.rank)
+        smaller = log_scale + 0.5 * math.log1p(-_FIRST_SHARE)
+        if has_data is None:
+            return smaller, factor
+        return torch.where(has_data, smaller, log_scale), torch.where(has_data.unsqueeze(-1), factor, 0.0)
 
     def _steps(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Tensor]:
+        """loc, log scale and, where there is one, factor after the inner steps."""
         groups = 1 if theta is None else theta.shape[0]
         loc, scale = self.program.prior_moments(support, theta)
         shape = (groups, support.num_tasks, self.program.layout.dim)
         loc, log_scale = loc.expand(shape), scale.log().expand(shape)
         if not create_graph:
             loc, log_scale = loc.detach(), log_scale.detach()
-        loc, log_scale = _needs_grad(loc), _needs_grad(log_scale)
-        if support.shots == 0:
-            return loc, log_scale
-        counts = support.counts().clamp(min=1.0)
         has_data = None if support.mask is None else support.mask.any(-1)[:, None]
+        if support.shots == 0:
+            has_data = torch.zeros(support.num_tasks, 1, dtype=torch.bool, device=loc.device)
+        log_scale, factor = self._begin(log_scale, has_data)
+        state = [_needs_grad(part) for part in (loc, log_scale, factor) if part is not None]
+        if support.shots == 0:
+            return state
+        counts = support.counts().clamp(min=1.0)
+        rates = (self.inner_lr, self.inner_lr_scale, self.inner_lr_scale)
         for _ in range(self.inner_steps):
-            noise = normal_like(loc, (self.num_particles, *loc.shape), generator)
-            value = self.elbo(loc, log_scale, support, theta, noise) / counts
-            gradients = torch.autograd.grad(value.sum(), (loc, log_scale), create_graph=create_graph)
+            noise = self._noise(loc, self.num_particles, generator)
+            factor = state[2] if len(state) > 2 else None
+            value = self.elbo(state[0], state[1], support, theta, noise, factor) / counts
+            gradients = torch.autograd.grad(value.sum(), state, create_graph=create_graph)
             if has_data is not None:  # a task without support stays at the prior
-                gradients = tuple(torch.where(has_data, g, 0.0) for g in gradients)
-            loc = loc + self.inner_lr * gradients[0]
-            log_scale = log_scale + self.inner_lr_scale * gradients[1]
-        return loc, log_scale
+                keep = (has_data, has_data, has_data.unsqueeze(-1))
+                gradients = tuple(torch.where(k, g, 0.0) for k, g in zip(keep, gradients, strict=False))
+            state = [part + rate * g for part, rate, g in zip(state, rates, gradients, strict=False)]
+        return state
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
-    ) -> NormalPosterior:
-        loc, log_scale = self._steps(support, theta, generator, create_graph)
+    ) -> NormalPosterior | MultivariateNormalPosterior:
+        state = self._steps(support, theta, generator, create_graph)
         if not create_graph:
-            loc, log_scale = loc.detach(), log_scale.detach()
-        return NormalPosterior(self.program, support, loc, log_scale.exp(), theta)
+            state = [part.detach() for part in state]
+        loc, scale = state[0], state[1].exp()
+        if self.posterior == "diagonal":
+            return NormalPosterior(self.program, support, loc, scale, theta)
+        eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device).expand(*loc.shape, -1)
+        rest = self._rest(state[2])
+        root = eye + rest if self.posterior == "full" else torch.cat([eye, rest], -1)
+        root = scale.unsqueeze(-1) * root
+        return MultivariateNormalPosterior(self.program, support, loc, root, theta)
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
+    def loss(self, batch: TaskBatch, *, generator: Seed = None) -> Tensor:
+        """Meta-training loss, in nats a task; counts its calls in training where the KL has a warm-up."""
+        value = super().loss(batch, generator=generator)
+        if self.kl_warmup and self.training and torch.is_grad_enabled():
+            self.num_losses += 1
+        return value
+
+    def _outer_weight(self) -> float:
+        if not self.kl_warmup or not self.training:
+            return self.kl_weight
+        return self.kl_weight * min(1.0, (int(self.num_losses) + 1) / self.kl_warmup)
+
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
-        loc, log_scale = self._steps(batch.support, theta, generator, create_graph=True)
-        noise = normal_like(loc, (self.num_outer_particles, *loc.shape), generator)
+        loc, log_scale, *factor = self._steps(batch.support, theta, generator, create_graph=True)
+        noise = self._noise(loc, self.num_outer_particles, generator)
         if self.objective == "elbo":
-            return -self.elbo(loc, log_scale, batch.union(), theta, noise)[0]
-        u = loc + log_scale.exp() * noise
+            rest = factor[0] if factor else None
+            return -self.elbo(loc, log_scale, batch.union(), theta, noise, rest, self._outer_weight())[0]
+        u = loc + self._spread(log_scale, factor[0] if factor else None, noise)
         each = self.program.log_likelihood(u, batch.query, theta).sum(-1)
         return -(each.logsumexp(0) - math.log(self.num_outer_particles))[0]
+
+
+def _check_kind(posterior: str, rank: int, kl_weight: float, kl_warmup: int) -> None:
+    if posterior not in get_args(PosteriorKind):
+        names = ", ".join(map(repr, get_args(PosteriorKind)))
+        raise OptionError(f"Unknown posterior {posterior!r}; expected one of {names}.")
+    whole = isinstance(rank, int) and isinstance(kl_warmup, int)
+    if not whole or rank < 1 or kl_warmup < 0 or not 0 <= kl_weight < math.inf:
+        raise OptionError(
+            "rank must be a whole number ≥ 1, kl_warmup one ≥ 0, and kl_weight ≥ 0 and finite; got "
+            f"rank={rank}, kl_warmup={kl_warmup}, kl_weight={kl_weight}."
+        )
 
 
 def _needs_grad(tensor: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class _Panel:
     support: tuple[Tensor, Tensor] | None
     query: tuple[Tensor, Tensor] | None
     classes: bool
+    joined: bool  # whether the grid is a line in x; with several inputs each point has others of its own
 
 
 def _check_range(name: str, value: int, count: int) -> None:
@@ -211,7 +212,8 @@ def _panel(
     lines = [target(band[task][keep]) for band in bands]
     title = task_names(batch)[task]
     title = title if batch.names is not None else f"task {title}"
-    return _Panel(title, axis(inputs.x[task][keep]), lines, dots(batch.support), dots(batch.query), classes)
+    joined = batch.support.num_features == 1
+    return _Panel(title, axis(inputs.x[task][keep]), lines, dots(batch.support), dots(batch.query), classes, joined)
 
 
 def _pick(value: Tensor, output: int) -> Tensor:
@@ -280,6 +282,12 @@ def _rug(axis: Any, dots: tuple[Tensor, Tensor], name: str, style: dict[str, Any
 def _intervals(axis: Any, panel: _Panel) -> dict[str, Any]:
     """The predictive mean and the intervals around it."""
     x, (mean, low, mid_low, mid_high, high) = panel.grid.numpy(), (band.numpy() for band in panel.bands)
+    if not panel.joined:
+        return {
+            "predictive mean": axis.plot(x, mean, linestyle="none", marker="_", color=_BLUE, markersize=8, zorder=2)[0],
+            "50% interval": axis.vlines(x, mid_low, mid_high, color=_BLUE, alpha=0.5, linewidth=4, zorder=1),
+            "90% interval": axis.vlines(x, low, high, color=_BLUE, alpha=0.3, linewidth=1.5, zorder=0),
+        }
     (line,) = axis.plot(x, mean, color=_BLUE, linewidth=1.5, zorder=2)
     return {
         "predictive mean": line,
@@ -293,7 +301,8 @@ def _class_lines(axis: Any, panel: _Panel) -> dict[str, Any]:
     first = 1 if len(panel.bands) == 1 else 0
     handles = {}
     for k, band in enumerate(panel.bands, first):
-        (line,) = axis.plot(panel.grid.numpy(), band.numpy(), color=_CLASS_COLOURS[k], linewidth=1.5, zorder=2)
+        style = {"linewidth": 1.5} if panel.joined else {"linestyle": "none", "marker": "_", "markersize": 8}
+        (line,) = axis.plot(panel.grid.numpy(), band.numpy(), color=_CLASS_COLOURS[k], zorder=2, **style)
         handles[f"class {k}"] = line
     return handles
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bayesmeta.posteriors.base import TaskPosterior
+from bayesmeta.posteriors.chains import ChainsPosterior
 from bayesmeta.posteriors.conjugate import ConjugatePosterior
 from bayesmeta.posteriors.delta import DeltaPosterior
 from bayesmeta.posteriors.exact import ExactLinearPosterior
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
+from bayesmeta.posteriors.gp import GPPosterior
 from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
 
 KINDS: dict[str, type[TaskPosterior]] = {
@@ -19,5 +21,7 @@ KINDS: dict[str, type[TaskPosterior]] = {
         ConjugatePosterior,
         SamplesPosterior,
         ParticlesPosterior,
+        ChainsPosterior,
+        GPPosterior,
     )
 }

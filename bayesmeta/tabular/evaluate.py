@@ -14,13 +14,11 @@ from torch import Tensor
 from bayesmeta.data import TaskBatch
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import OptionError
-from bayesmeta.tabular.run import Run, load_run
+from bayesmeta.tabular.run import SCORES, Run, load_run
 from bayesmeta.tabular.supports import every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.table import TableTasks
 
-#: Where the scores go in the run's folder.
-SCORES = "scores.json"
 _REAL = {"nll": "NLL", "crps": "CRPS", "rmse": "RMSE", "coverage_90": "90% covers", "width_90": "90% width"}
 _CLASS = {"nll": "NLL", "brier": "Brier", "accuracy": "accuracy"}
 _LABELS = {"pooled": "pooled line", "unpooled": "line per task"}
@@ -166,9 +164,10 @@ def _report(
 ) -> str:
     seen = f"{result['support']} row(s) of each task seen" + (f" (fewer in {few} short tasks)" if few else "")
     lines = [f"{result['csv']}: {result['tasks']} tasks, {seen}, {result['rows']} forecast.", *([note] if note else [])]
-    lines.append("\n" + f"{'':<20}" + "".join(f"{label:>18}" for label in names.values()))
+    width = 2 + max(16, *(len(_cell(*each[name])) for each in summary.values() for name in names))
+    lines.append("\n" + f"{'':<20}" + "".join(f"{label:>{width}}" for label in names.values()))
     for model, each in summary.items():
-        cells = "".join(f"{_cell(*each[name]):>18}" for name in names)
+        cells = "".join(f"{_cell(*each[name]):>{width}}" for name in names)
         lines.append(f"{_LABELS.get(model, model):<20}{cells}")
     units = f"in units of {', '.join(run.schema.y)}"
     lines.append(

@@ -25,7 +25,7 @@ from bayesmeta.tabular.models import (
     pick_likelihood,
     pick_prior,
 )
-from bayesmeta.tabular.run import FORMAT, LINES, TASKS
+from bayesmeta.tabular.run import FORMAT, LINES, PREDICTIONS, SCORES, TASKS
 from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.schema import TableSchema
@@ -105,6 +105,11 @@ def fit_csv(
         BayesMetaError: its kinds, for whatever cannot be used.
     """
     _check(support, steps, validation, holdout, seed)
+    if not x and not categorical:
+        raise OptionError(
+            "No input was named: --x (numbers) or --categorical needs at least one column that varies within tasks. "
+            "Where there is none, add a column of ones to the file."
+        )
     pick_device(device)
     method = None if method is None else _pick_method(method)
     prior = None if prior is None else pick_prior(prior)
@@ -132,6 +137,9 @@ def fit_csv(
     say(_what_is_trained(settings, learner, chosen, support, order))
     if overwrite and not resume:
         (Path(out) / TASKS).unlink(missing_ok=True)  # an unfinished run must not be read with the old one's tasks
+    if overwrite:  # what was written about the run that is replaced would look like results of the new one
+        for name in (SCORES, PREDICTIONS):
+            (Path(out) / name).unlink(missing_ok=True)
     result = fit(
         learner,
         VariedSupports(train),
@@ -244,6 +252,11 @@ def _split(table: TableTasks, validation: float, holdout: float, seed: int) -> d
             f"The table has {table.num_tasks} task(s): too few to learn from at least two and hold back "
             f"{', '.join(f'{n} for {name}' for name, n in sizes.items() if name != 'train') or 'none'}. Is the task "
             "column the right one? A smaller --validation (0: none) or --holdout leaves more."
+        )
+    if max(table.lengths) == 1:
+        raise DataError(
+            f"Each of the {table.num_tasks} tasks has a single row, so there is nothing to adapt to and forecast. Is "
+            "the task column the right one? It says which rows belong together."
         )
     return dict(zip(sizes, table.split(list(sizes.values()), seed=seed)))
 

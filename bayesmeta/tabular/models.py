@@ -258,7 +258,7 @@ def pick(name: str, known: Iterable[str], what: str) -> str:
     for candidate in known:
         if plain(candidate) == plain(name):
             return candidate
-    raise OptionError(f"Unknown {what} {name!r}{did_you_mean(name, known)} Known are: {', '.join(known)}.")
+    raise OptionError(f"Unknown {what} {name!r}{did_you_mean(name, known).rstrip('?')}. Known are: {', '.join(known)}.")
 
 
 def pick_likelihood(name: str) -> str:

@@ -14,15 +14,17 @@ import torch
 from bayesmeta.data import TaskBatch
 from bayesmeta.diagnostics.forecasts import NormalForecast, Predictor
 from bayesmeta.errors import DataError, OptionError
-from bayesmeta.tabular.run import Run, load_run
+from bayesmeta.tabular.run import PREDICTIONS, Run, load_run
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.pending import to_predict
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Where forecasts go in the run's folder.
-PREDICTIONS = "predictions.csv"
+
+def _dropped(run: Run) -> str:
+    """What became of rows that lack an input, for the message that nothing is left."""
+    return "; rows that lack an input were left out, as in training" if run.schema.missing == "drop" else ""
 
 
 def _warn(text: str) -> None:
@@ -92,7 +94,8 @@ def predict_csv(
         count, tasks = count + int(real.sum()), tasks + batch.num_tasks
     if count == 0:
         raise DataError(
-            f"Every row of {csv} has its target {', '.join(run.schema.y)}, so there is nothing to forecast. Leave it "
+            f"Every row of {csv} that could be used has its target {', '.join(run.schema.y)}, so there is nothing to "
+            f"forecast{_dropped(run)}. Leave it "
             "empty in the rows to forecast; to compare forecasts with targets use bayesmeta evaluate."
         )
     filled = as_text.assign(**values)
@@ -100,7 +103,7 @@ def predict_csv(
         filled.to_csv(file, index=False, sep=separator)
     except OSError as error:
         raise OptionError(
-            f"The forecasts cannot be written to {file}: {error.strerror}. Give another --out."
+            f"The forecasts cannot be written to {file}: {error.strerror or error}. Give another --out."
         ) from error
     if unknown:
         shown = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")

@@ -21,6 +21,8 @@ from bayesmeta.train.folder import CONFIG
 
 FORMAT = 1
 LINES, TASKS = "lines.pt", "tasks.json"
+#: Where scores and forecasts go, unless another place is given.
+SCORES, PREDICTIONS = "scores.json", "predictions.csv"
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bayesmeta.errors import DataError, EmptyTaskError
+from bayesmeta.errors import DataError, EmptyTaskError, OptionError
 from bayesmeta.tasks.frames import check_columns
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ def read_csv(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a row longer than the first line would lose cells with a mere warning
-            options = {"sep": separator, "encoding": "utf-8-sig", "index_col": False}
+            options = {"sep": _separator(separator), "encoding": "utf-8-sig", "index_col": False}
             header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options)  # type: ignore[call-overload]
             names = header.iloc[0].tolist()
             _check_header(path, names, columns, separator)
             # All columns are read: with usecols, pandas would let a row with a stray separator shift its cells.
             as_is = {"dtype": str, "keep_default_na": False} if text else {"low_memory": False}
             frame = pd.read_csv(path, header=0, **as_is, **options)  # type: ignore[call-overload]
-    except DataError:
+    except (DataError, OptionError):
         raise
     except pd.errors.EmptyDataError as error:
         raise EmptyTaskError(f"The file {path} is empty; expected a CSV file with a line of column names.") from error
@@ -62,6 +62,18 @@ def read_csv(
     if len(frame) == 0:
         raise EmptyTaskError(f"The file {path} has a line of column names but no row; expected at least one.")
     return frame
+
+
+def _separator(text: str) -> str:
+    """One character; a tab may be written as such, as ``\\t`` or as ``tab``.
+
+    Raises:
+        OptionError: for anything else.
+    """
+    mark = "\t" if text in ("\\t", "tab") else text
+    if len(mark) != 1:
+        raise OptionError(f"separator={text!r}; expected one character, such as ';', or tab.")
+    return mark
 
 
 def _check_header(path: Path, names: list[str], columns: Sequence[str] | None, separator: str) -> None:

@@ -138,7 +138,9 @@ def check_columns(columns: Sequence[Any], wanted: Sequence[str]) -> None:
         if name in columns:
             raise DataError(f"The table has more than one column {name!r}; rename or drop one of them.")
         shown = ", ".join(map(str, columns[:40])) + (", …" if len(columns) > 40 else "")
-        raise DataError(f"The table has no column {name!r}; its columns are: {shown}{did_you_mean(name, columns)}.")
+        raise DataError(
+            f"The table has no column {name!r}; its columns are: {shown}{did_you_mean(name, columns) or '.'}"
+        )
 
 
 def _list(names: Sequence[str]) -> str:

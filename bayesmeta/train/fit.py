@@ -14,7 +14,7 @@ from torch import nn
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.protocols import TaskDistribution
-from bayesmeta.train import events
+from bayesmeta.train import checkpoint, events
 from bayesmeta.train.folder import claim
 from bayesmeta.train.loop import Loop, OptimizerFactory, Plan, ScheduleFactory
 from bayesmeta.train.record import Record
@@ -170,6 +170,7 @@ def fit(
     loop = Loop(method, tasks, plan, held_out, pick_device(device), clip)
     loop.set_up(optimizer, schedule)
     folder = None if out is None else claim(out, overwrite=overwrite, resume=resume)
+    resume = resume and folder is not None and (folder / checkpoint.LAST).exists()  # else it begins again
     if folder is not None and resume:
         loop.restore(folder, config)
     begin = time.perf_counter()

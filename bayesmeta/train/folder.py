@@ -22,7 +22,7 @@ def claim(out: str | Path, *, overwrite: bool, resume: bool) -> Path:
     Args:
         out: the folder; created when it is missing.
         overwrite: delete the run that it holds.
-        resume: go on with the run that it holds.
+        resume: go on with the run that it holds, from the beginning if it ended before its first checkpoint.
 
     Raises:
         RunFolderError: when it holds a run and neither was asked for, when both were, when there is nothing to
@@ -38,11 +38,11 @@ def claim(out: str | Path, *, overwrite: bool, resume: bool) -> Path:
         raise RunFolderError(
             f"{path} already holds a run. Go on with it (--resume), replace it (--overwrite), or choose another folder."
         )
-    if resume and not (path / LAST).exists():
-        raise RunFolderError(f"{path} holds no checkpoint to resume from; start without resume.")
+    if resume and not holds_run:
+        raise RunFolderError(f"{path} holds no run to resume; start without resume.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if overwrite:
+        if overwrite or not (path / LAST).exists():  # a run that ended before its first checkpoint begins again
             for file in [*(path / name for name in _OURS), *(path / EVENTS).glob(EVENT_FILES)]:
                 file.unlink(missing_ok=True)
         probe = path / ".writable"
