@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from torch import nn
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, between, main
+from benchmarks.runs import add_run_arguments, run_all
 
 SHOTS = (5, 10, 20)
 #: published best of the mean squared error, by shots
@@ -187,27 +186,14 @@ def measure(name: str, seed: int, steps: int, num_tasks: int, threads: int, full
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """All runs that were asked for, ``--jobs`` at a time."""
-    unknown = [name for name in args.runs if name not in RUNS]
-    if unknown:
-        raise SystemExit(f"unknown run {', '.join(unknown)}; expected some of {', '.join(RUNS)}")
-    jobs = []
-    for name in args.runs:
-        steps = args.steps or (max(RUNS[name].steps // 20, 1) if args.quick else RUNS[name].steps)
-        jobs.append((name, args.seed, steps, args.tasks, args.threads, not args.quick and not args.steps))
-    if args.jobs == 1:
-        return [row for job in jobs for row in measure(*job)]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
+    """All runs that were asked for."""
+    steps = {name: settings.steps for name, settings in RUNS.items()}
+    return run_all(args, steps, lambda name: RUNS[name].steps // 20, measure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), help=f"which trainings (default: {' '.join(RUNS)})")
-    parser.add_argument("--tasks", type=int, default=2000, help="test tasks (default: 2000)")
-    parser.add_argument("--steps", type=int, default=0, help="training steps (default: the run's own)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    add_run_arguments(parser, RUNS, 2000)
 
 
 if __name__ == "__main__":

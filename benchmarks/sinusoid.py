@@ -19,15 +19,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_least, at_most, main
+from benchmarks.runs import add_run_arguments, run_all
 
 SCALE = 2**-0.5
 
@@ -160,28 +159,14 @@ def measure(name: str, seed: int, steps: int, num_tasks: int, threads: int, full
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """All runs that were asked for, ``--jobs`` at a time."""
-    unknown = [name for name in args.runs if name not in RUNS]
-    if unknown:
-        raise SystemExit(f"unknown run {', '.join(unknown)}; expected some of {', '.join(RUNS)}")
-    jobs = []
-    for name in args.runs:
-        quick = max(int(1000 * RUNS[name].quick_share), 1)
-        steps = args.steps or (quick if args.quick else RUNS[name].steps)
-        jobs.append((name, args.seed, steps, args.tasks, args.threads, not args.quick and not args.steps))
-    if args.jobs == 1:
-        return [row for job in jobs for row in measure(*job)]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
+    """All runs that were asked for."""
+    steps = {name: settings.steps for name, settings in RUNS.items()}
+    return run_all(args, steps, lambda name: int(1000 * RUNS[name].quick_share), measure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), help=f"which trainings (default: {' '.join(RUNS)})")
-    parser.add_argument("--tasks", type=int, default=4000, help="test tasks (default: 4000)")
-    parser.add_argument("--steps", type=int, default=0, help="training steps (default: the run's own, quick 1000)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    add_run_arguments(parser, RUNS, 4000)
 
 
 if __name__ == "__main__":
