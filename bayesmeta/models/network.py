@@ -45,7 +45,7 @@ class NetworkProgram(TaskProgram):
         self.likelihood = likelihood
         self.prior = prior
         self.prior.set_up(initial, parts, covariates)
-        self._discrete: Any = None  # the likelihood's support where it is discrete, which every batch is held against
+        self._support: Any = None  # the likelihood's, read once
 
     def _forward(self, u: Tensor, x: Tensor) -> Tensor:
         """Network outputs ``[…, tasks, shots, outputs]`` for u ``[…, tasks, D]`` and its own inputs x, no exposure."""
@@ -97,10 +97,9 @@ class NetworkProgram(TaskProgram):
             self._check_exposure(observations)
             self._check_covariates(observations)
             self._try_network(observations)
-            self.check_targets(observations)
             with torch.no_grad():
-                support = self.predictive(self.prior.loc[None], observations).support
-            self._discrete = support if support.is_discrete else None
+                self._support = self.predictive(self.prior.loc[None], observations).support
+            self.check_targets(observations)
         super().prepare(observations)
         self._needs_w = self.prior.covariates > 0
         return self
@@ -119,8 +118,8 @@ class NetworkProgram(TaskProgram):
         """What :meth:`check` asks beyond the width: exposure, covariates, and targets that the likelihood admits."""
         self._check_exposure(observations)
         self._check_covariates(observations)
-        if self._discrete is not None and observations.y is not None and observations.shots > 0:
-            refuse_outside(self._discrete, observations.y, observations.full_mask())
+        if self._support is not None and self._support.is_discrete:
+            self.check_targets(observations)
 
     def _check_covariates(self, observations: Observations) -> None:
         if self.prior.covariates:
@@ -177,11 +176,8 @@ class NetworkProgram(TaskProgram):
 
     def check_targets(self, observations: Observations, theta: Tensor | None = None) -> None:
         """Check that the likelihood admits the targets."""
-        if observations.y is None or observations.shots == 0:
-            return
-        with torch.no_grad():
-            support = self.predictive(self.prior.loc[None], observations).support
-        refuse_outside(support, observations.y, observations.full_mask())
+        if observations.y is not None and observations.shots > 0:
+            refuse_outside(self._support, observations.y, observations.full_mask())
 
     def log_likelihood(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
         """log p(y | x, φ) of each observation, ``[…, tasks, shots]``; 0 where masked."""
