@@ -204,6 +204,23 @@ def test_predictive_meta_gradient_by_finite_differences(prior):
         torch.testing.assert_close(parameter.grad.view(-1)[: len(indices)], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_marginal_loss_scores_each_query_point_under_the_mixture():
+    model, batch = network("normal"), task_batch()
+    method = bm.BMAML(model, num_particles=3, inner_steps=2, inner_lr=0.3, objective="marginal")
+    method.prepare(batch)
+    u, query = method.adapt(batch.support).u, batch.query
+    each = model.predictive(u, query).log_prob(query.y)  # by Pyro's distribution, [particles, tasks, shots]
+    points = -(each.exp().mean(0).log() * query.full_mask()).sum(-1)
+    assert method.loss(batch).item() == pytest.approx(points.mean().item(), rel=1e-10)
+    jointly = -((each * query.full_mask()).sum(-1).exp().mean(0).log()).mean()
+    assert method.loss(batch).item() != pytest.approx(jointly.item(), rel=1e-4)  # the predictive loss
+    method.loss(batch).backward()
+    for parameter in method.parameters():
+        indices = range(min(parameter.numel(), 4))
+        expected = slopes(lambda: method.loss(batch).detach(), parameter, indices)
+        torch.testing.assert_close(parameter.grad.view(-1)[: len(indices)], expected, rtol=1e-6, atol=1e-6)
+
+
 def chaser(**options):
     model, batch = network(bm.priors.Normal(0.3)), task_batch()
     method = bm.BMAML(model, num_particles=3, inner_steps=2, inner_lr=0.3, leader_steps=2, **options)
@@ -281,7 +298,7 @@ def test_evaluation_loss_is_predictive():
 def test_options_out_of_range():
     with pytest.raises(errors.OptionError, match=r"at least 2 particles; got num_particles=1.*use MAML"):
         bm.BMAML(TwoSites(), num_particles=1)
-    with pytest.raises(errors.OptionError, match="'chaser' or 'predictive'"):
+    with pytest.raises(errors.OptionError, match="'chaser', 'predictive' or 'marginal'"):
         bm.BMAML(TwoSites(), objective="elbo")
     for options in ({"inner_steps": -1}, {"leader_steps": 0}, {"inner_lr": 0.0}, {"spread": 0.0}):
         with pytest.raises(errors.OptionError, match=f"{next(iter(options))}={next(iter(options.values()))}"):

@@ -6,6 +6,7 @@ algorithm 2), and section 2.2 for SVGD, on which :mod:`bayesmeta.ops.svgd` state
 
     φ_m ← φ_m + (α / n) (1/M) Σ_j [ k(φ_j, φ_m) ∇ log p(S, φ_j) + ∇_{φ_j} k(φ_j, φ_m) ]     n observations in S
     predictive = −log (1/M) Σ_m p(Q | φ_m)
+    marginal   = −Σ_q log (1/M) Σ_m p(y_q | x_q, φ_m)
     chaser     = Σ_m ‖φ_m − sg(leader_m)‖²,   leader: some more steps from φ on S ∪ Q, sg: without a gradient
 
 Departures:
@@ -21,12 +22,15 @@ Departures:
   sites), of which the paper has none, follows the predictive loss through the same inner steps: the distance to the
   leader could be made 0 by a likelihood that nothing can be learned from.
 - The leader has the chaser's step size, divided by the size of S ∪ Q.
+- The marginal loss is ours. The predictive one scores a query's points jointly: particles specialise, since each task
+  is credited to the one that fits all of its points best, and the mean over equally weighted particles is worse than
+  it could be. The marginal loss scores the mixture at each point, as forecasts are scored.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +45,15 @@ from bayesmeta.ops.random import as_generator, normal_like
 from bayesmeta.ops.svgd import svgd_direction
 from bayesmeta.posteriors.samples import ParticlesPosterior
 
+Objective = Literal["chaser", "predictive", "marginal"]
+
 
 class BMAML(Method):
     """Bayesian MAML (Yoon, Kim et al. 2018): particles after ``inner_steps`` of SVGD from learned starts.
 
     With ``objective="chaser"``, ``loss`` in training mode is a squared distance between sets of particles, no
     log-likelihood. In evaluation mode (``method.eval()``, as :func:`~bayesmeta.fit` sets for validation) ``loss`` is
-    always the predictive one, −log (1/M) Σ p(Q | φ_m).
+    then the predictive one, −log (1/M) Σ p(Q | φ_m).
 
     Args:
         model: a :class:`~bayesmeta.NeuralTaskModel`, :class:`~bayesmeta.PrecisionTaskModel`, or any Pyro program.
@@ -55,7 +61,8 @@ class BMAML(Method):
         inner_steps: SVGD steps on the support.
         inner_lr: step size. Particles that are far apart share a step, so that each moves 1/M of what it would alone:
             take about M times the rate of MAML.
-        objective: the loss in training: ``"chaser"`` or ``"predictive"``.
+        objective: the loss in training: ``"chaser"``, ``"predictive"``: −log (1/M) Σ p(Q | φ_m), all query points
+            jointly; or ``"marginal"``: the sum over query points of −log (1/M) Σ p(y_q | x_q, φ_m).
         leader_steps: further steps, on support and query, that the leader is ahead of the chaser.
         spread: standard deviation of the first particles, as a multiple of the prior's (1: draws from a Gaussian
             prior); for a Point prior, of the root mean square of each tensor of the network. None: 1, or 0.5 for Point.
@@ -80,7 +87,7 @@ class BMAML(Method):
         num_particles: int = 5,
         inner_steps: int = 1,
         inner_lr: float = 0.05,
-        objective: Literal["chaser", "predictive"] = "chaser",
+        objective: Objective = "chaser",
         leader_steps: int = 1,
         spread: float | None = None,
         global_guide: GlobalKind = "point",
@@ -91,8 +98,8 @@ class BMAML(Method):
                 f"BMAML needs at least 2 particles; got num_particles={num_particles}. One particle under SVGD is "
                 "plain gradient ascent on the joint: use MAML(model, objective='joint')."
             )
-        if objective not in ("chaser", "predictive"):
-            raise OptionError(f"Unknown objective {objective!r}; expected 'chaser' or 'predictive'.")
+        if objective not in get_args(Objective):
+            raise OptionError(f"Unknown objective {objective!r}; expected 'chaser', 'predictive' or 'marginal'.")
         if inner_steps < 0 or leader_steps < 1 or not inner_lr > 0 or not (spread is None or spread > 0):
             raise OptionError(
                 "inner_steps must be ≥ 0, leader_steps ≥ 1, inner_lr and spread > 0; got "
@@ -214,9 +221,11 @@ class BMAML(Method):
         return loss
 
     def _predictive(self, u: Tensor, batch: TaskBatch, theta: Tensor | None) -> Tensor:
-        """−log (1/M) Σ_m p(Q | φ_m) of each task, the query's points jointly, ``[tasks]``."""
-        each = self.program.log_likelihood(u, batch.query, theta).sum(-1)
-        return -(each.logsumexp(0) - math.log(self.num_particles))[0]
+        """−log (1/M) Σ_m p(Q | φ_m) of each task, the query's points jointly or, if so asked, one by one, ``[tasks]``."""
+        each = self.program.log_likelihood(u, batch.query, theta)
+        if self.objective != "marginal":
+            each = each.sum(-1, keepdim=True)
+        return -(each.logsumexp(0) - math.log(self.num_particles)).sum(-1)[0]
 
     def _has_more_than_starts(self) -> bool:
         """Whether θ has trained parameters besides those that the starts are made of, or that are also the prior's."""
