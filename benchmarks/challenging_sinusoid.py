@@ -5,9 +5,11 @@ deviation 0.01 A, in support and query alike; endless training tasks; fresh test
 support and 50 noisy query points each. One training serves all three. Each run says in :data:`RUNS` what it trains.
 
 Rows, for k = 5, 10, 20 shots: ``METHOD_kN_mse`` (squared error of the predictive mean, of noisy targets; mean over
-tasks), ``…_median_mse`` (median over tasks of the task's own), ``…_nll`` (nats a point), ``…_crps``, ``…_coverage90``;
-and ``METHOD_seconds`` (of CPU time, training alone). Standard errors are over tasks, of one training: they leave out
-how trainings differ, for which give several seeds.
+tasks), ``…_median_mse`` (median over tasks of the task's own), ``…_nll`` (nats a point), ``…_joint_nll`` (of a task's
+query together, a point), ``…_crps``, ``…_coverage90``; and ``METHOD_seconds`` (of CPU time, training alone). Of one
+training, standard errors are over tasks; with ``--trainings N`` figures are means over N seeds and the errors are
+between trainings. ``METHOD_against_maml_kN_mse`` and ``…_nll`` are differences to MAML, which has seen the same
+training tasks and is scored on the same test tasks.
 
 What can be had: a predictor that is linear in y, as one Bayesian last layer is, reaches 1.08 / 0.119 / 0.009 at best;
 the Bayes-optimal one about 0.0065 / 0.0012 / 0.0010 (the noise itself is 0.00085 of it). Published: 0.867 / 0.061 /
@@ -17,7 +19,6 @@ the Bayes-optimal one about 0.0065 / 0.0012 / 0.0010 (the noise itself is 0.0008
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from torch import nn
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, between, main
-from benchmarks.runs import add_run_arguments, run_all
+from benchmarks.runs import add_run_arguments, run_all, score_tasks, train_method
 
 SHOTS = (5, 10, 20)
 #: published best of the mean squared error, by shots
@@ -84,14 +85,34 @@ def _network() -> nn.Sequential:
     return bm.nets.mlp(1, [40, 40, 40], 1)
 
 
+def _point() -> bm.NeuralTaskModel:
+    return bm.NeuralTaskModel(_network(), bm.Gaussian(0.5, learn_scale=True), prior="point")
+
+
 def _maml() -> bm.MAML:
-    model = bm.NeuralTaskModel(_network(), bm.Gaussian(0.5, learn_scale=True), prior="point")
-    return bm.MAML(model, inner_steps=5, inner_lr=0.005)
+    return bm.MAML(_point(), inner_steps=5, inner_lr=0.01)
+
+
+def _platipus() -> bm.Platipus:
+    return bm.Platipus(_point(), inner_steps=5, inner_lr=0.01)
+
+
+def _bmaml() -> bm.BMAML:
+    return bm.BMAML(_point(), num_particles=5, inner_steps=5, inner_lr=0.03, objective="marginal", spread=0.05)
 
 
 def _abml() -> bm.ABML:
-    model = bm.NeuralTaskModel(_network(), bm.Gaussian(0.5, learn_scale=True), bm.priors.Normal(0.1))
-    return bm.ABML(model, inner_steps=5, inner_lr=0.005, num_particles=3)
+    # a cold posterior: at a weight of 1 the KL to so narrow a prior holds the inner steps back
+    model = bm.NeuralTaskModel(_network(), bm.Gaussian(0.5, learn_scale=True), bm.priors.Normal(0.01))
+    return bm.ABML(
+        model,
+        inner_steps=5,
+        inner_lr=0.01,
+        objective="predictive",
+        num_particles=1,
+        num_outer_particles=2,
+        kl_weight=0.01,
+    )
 
 
 COVERAGE = {f"k{shots}_coverage90": between(0.87, 0.94) for shots in SHOTS}
@@ -107,59 +128,35 @@ RUNS = {
         bars=_mse_bars(0.25, 0.006, 0.003)
         | {"k5_nll": at_most(-1.5), "k10_nll": at_most(-2.05), "k20_nll": at_most(-2.2), "seconds": at_most(240)},
     ),
-    "maml": Run(_maml, 60_000),
-    "abml": Run(_abml, 30_000),
+    "maml": Run(_maml, 15_000, tasks_per_step=8, bars=_mse_bars(2.896, 1.634, 0.901)),
+    "bmaml": Run(_bmaml, 15_000, tasks_per_step=8, bars=_mse_bars(2.042, 1.371, 0.844)),
+    "platipus": Run(_platipus, 15_000, tasks_per_step=8),
+    "abml": Run(_abml, 15_000, tasks_per_step=8),
 }
+#: held to MAML's error and log score; they see as many tasks
+NOT_WORSE_THAN_MAML = ("bmaml", "platipus", "abml")
 
 
 def train(name: str, seed: int, steps: int) -> tuple[Any, float]:
     """The trained method of a run, and the seconds of CPU time that it took."""
     settings = RUNS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        method = settings.make()
-    begin = time.process_time()
-    bm.fit(
-        method,
+    return train_method(
+        settings.make,
         bm.tasks.ChallengingSinusoid(),
-        steps=steps,
+        seed,
+        steps,
+        rate=settings.rate,
+        clip=settings.clip,
         tasks_per_step=settings.tasks_per_step,
         support=settings.support,
         query=settings.query,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, settings.rate),
-        schedule=bm.schedules.cosine(steps),
-        clip=settings.clip,
-        seed=seed,
-        device="cpu",
-        progress=False,
     )
-    method.eval()
-    return method, time.process_time() - begin
 
 
-def score(method: Any, shots: int, num_tasks: int, seed: int, draws: int, chunk: int = 100) -> dict[str, torch.Tensor]:
-    """Scores of each of fresh test tasks, ``[num_tasks]`` each: mse, nll, crps, coverage90."""
-    batch = bm.tasks.ChallengingSinusoid().sample(
-        num_tasks, support=shots, query=50, generator=1_000_000 + 100 * seed + shots
-    )
-    found: dict[str, list[torch.Tensor]] = {}
-    for start in range(0, num_tasks, chunk):
-        part = batch.tasks(slice(start, start + chunk))
-        posterior = method.adapt(part.support, generator=seed)
-        each = bm.scores(posterior, part, num_samples=draws, generator=seed).per_task
-        values = {"mse": _squared_error(posterior, part, each), "nll": each["nll"], "crps": each["crps"]}
-        for key, value in (values | {"coverage90": each["coverage_90"]}).items():
-            found.setdefault(key, []).append(value)
-    return {key: torch.cat(values) for key, values in found.items()}
-
-
-def _squared_error(posterior: Any, batch: bm.TaskBatch, each: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the exact predictive mean where there is one, else of the mean of the draws."""
-    try:
-        mean = posterior.predictive(batch.query).mean
-    except bm.errors.NoClosedFormError:
-        return each["rmse"].square()
-    return (mean - batch.query.y).square().mean(-1).double()
+def fresh_tasks(shots: int, num_tasks: int, seed: int) -> bm.TaskBatch:
+    """Fresh tasks of a seed of their own."""
+    generator = 1_000_000 + 100 * seed + shots
+    return bm.tasks.ChallengingSinusoid().sample(num_tasks, support=shots, query=50, generator=generator)
 
 
 def measure(name: str, seed: int, steps: int, num_tasks: int, threads: int, full: bool) -> list[Row]:
@@ -176,7 +173,8 @@ def measure(name: str, seed: int, steps: int, num_tasks: int, threads: int, full
         rows.append(Row(f"{name}_{row}", value, reference, None, difference, error, **judged))
 
     for shots in SHOTS:
-        for key, value in score(method, shots, num_tasks, seed, settings.draws).items():
+        found = score_tasks(method, fresh_tasks(shots, num_tasks, seed), seed, settings.draws)
+        for key, value in found.items():
             reference = REFERENCE[shots] if key == "mse" else None
             add(f"k{shots}_{key}", float(value.mean()), float(value.std() / len(value) ** 0.5), reference)
             if key == "mse":
@@ -186,14 +184,55 @@ def measure(name: str, seed: int, steps: int, num_tasks: int, threads: int, full
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """All runs that were asked for."""
+    """All runs that were asked for, each as often as was asked for, and how they compare with MAML."""
     steps = {name: settings.steps for name, settings in RUNS.items()}
-    return run_all(args, steps, lambda name: RUNS[name].steps // 20, measure)
+    trainings = []
+    for seed in range(args.seed, args.seed + args.trainings):
+        each = argparse.Namespace(**{**vars(args), "seed": seed})
+        trainings.append(run_all(each, steps, lambda name: RUNS[name].steps // 20, measure))
+    full = not args.quick and not args.steps
+    return over_trainings(trainings, full) + against_maml(trainings, full)
+
+
+def over_trainings(trainings: list[list[Row]], full: bool) -> list[Row]:
+    """Means over trainings, with the standard error between them; of one training, its own rows."""
+    if len(trainings) == 1:
+        return trainings[0]
+    bars = {f"{name}_{row}": bar for name, settings in RUNS.items() for row, bar in settings.bars.items()}
+    rows = []
+    for same in zip(*trainings, strict=True):
+        name, reference = same[0].name, same[0].reference
+        values = torch.tensor([row.ours for row in same], dtype=torch.float64)
+        mean, error = float(values.mean()), float(values.std() / len(same) ** 0.5)
+        judged = bars[name].judge(mean) if full and name in bars else {}
+        difference = None if reference is None else mean - reference
+        rows.append(Row(name, mean, reference, None, difference, error, **judged))
+    return rows
+
+
+def against_maml(trainings: list[list[Row]], full: bool) -> list[Row]:
+    """Differences in error and log score to MAML, trained and tested on the same tasks, seed by seed."""
+    tables = [{row.name: row.ours for row in rows} for rows in trainings]
+    rows = []
+    for name in NOT_WORSE_THAN_MAML:
+        for ending in (f"k{shots}_{score}" for shots in SHOTS for score in ("mse", "nll")):
+            ours, theirs = f"{name}_{ending}", f"maml_{ending}"
+            if not {ours, theirs} <= set(tables[0]):
+                continue
+            pairs = torch.tensor([[table[ours], table[theirs]] for table in tables], dtype=torch.float64)
+            gap = pairs[:, 0] - pairs[:, 1]
+            error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else None
+            value, reference = pairs.mean(0).tolist()
+            judged = at_most(0.0).judge(float(gap.mean())) if full else {}
+            row = f"{name}_against_maml_{ending}"
+            rows.append(Row(row, value, reference, None, float(gap.mean()), error, **judged))
+    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     add_run_arguments(parser, RUNS, 2000)
+    parser.add_argument("--trainings", type=int, default=1, help="of each run, seeds SEED, SEED+1, … (default: 1)")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What benchmarks that train several methods share: which runs, how many steps, and several processes at a time."""
+"""What benchmarks that train several methods share: which runs, how long, training, scoring, several processes."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
+import torch
+
+import bayesmeta as bm
 from benchmarks.harness import Row
 
 #: Trains and scores one run: name, seed, steps, test tasks, threads, and whether it is a full run, held to its bars.
@@ -44,3 +49,70 @@ def add_run_arguments(parser: argparse.ArgumentParser, runs: Mapping[str, object
     parser.add_argument("--steps", type=int, default=0, help="training steps (default: the run's own)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+
+
+def train_method(
+    make: Callable[[], Any], tasks: Any, seed: int, steps: int, *, rate: float, clip: float | None, **options: Any
+) -> tuple[Any, float]:
+    """Make a method under the seed and train it by Adam, whose rate falls to 0 as a cosine.
+
+    Args:
+        make: the method, freshly drawn from torch's global random state.
+        tasks: what it is trained on.
+        seed: of its first values and of the tasks.
+        steps: training steps.
+        rate: the first rate.
+        clip: largest norm of the gradient.
+        options: of :func:`bayesmeta.fit`, such as ``support``.
+
+    Returns:
+        The trained method, in evaluation mode, and the seconds of CPU time of the training.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        method = make()
+    begin = time.process_time()
+    bm.fit(
+        method,
+        tasks,
+        steps=steps,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, rate),
+        schedule=bm.schedules.cosine(steps),
+        clip=clip,
+        seed=seed,
+        device="cpu",
+        progress=False,
+        **options,
+    )
+    method.eval()
+    return method, time.process_time() - begin
+
+
+def score_tasks(method: Any, batch: bm.TaskBatch, seed: int, draws: int, chunk: int = 100) -> dict[str, torch.Tensor]:
+    """Scores of each task, ``[tasks]`` each: mse (of the predictive mean), nll, joint_nll, crps, coverage90.
+
+    Args:
+        method: adapts to the batch's support, ``chunk`` tasks at a time.
+        batch: noisy targets in support and query.
+        seed: of the draws.
+        draws: how many, for what has no closed form.
+        chunk: bounds the memory.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    for start in range(0, batch.num_tasks, chunk):
+        part = batch.tasks(slice(start, start + chunk))
+        posterior = method.adapt(part.support, generator=seed)
+        each = bm.scores(posterior, part, num_samples=draws, generator=seed).per_task
+        values = {"mse": _squared_error(posterior, part, each), "nll": each["nll"], "joint_nll": each["nll_joint"]}
+        for key, value in (values | {"crps": each["crps"], "coverage90": each["coverage_90"]}).items():
+            found.setdefault(key, []).append(value)
+    return {key: torch.cat(values) for key, values in found.items()}
+
+
+def _squared_error(posterior: Any, batch: bm.TaskBatch, each: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of the exact predictive mean where there is one, else of the mean of the draws."""
+    try:
+        mean = posterior.predictive(batch.query).mean
+    except bm.errors.NoClosedFormError:
+        return each["rmse"].square()
+    return (mean - batch.query.y).square().mean(-1).double()

@@ -9,6 +9,8 @@ import torch
 
 import bayesmeta as bm
 from benchmarks import challenging_sinusoid as benchmark
+from benchmarks.harness import Row
+from benchmarks.runs import score_tasks
 
 
 class BestLinear:
@@ -39,29 +41,34 @@ class BestLinear:
         return torch.distributions.Normal(mean, covariance.diagonal(dim1=-2, dim2=-1).sqrt())
 
 
+def score(method, shots, num_tasks, seed, draws=10, **options):
+    return score_tasks(method, benchmark.fresh_tasks(shots, num_tasks, seed), seed, draws, **options)
+
+
 def test_the_best_linear_predictor_has_its_known_error():
     """1.08 / 0.119 / 0.009 at 5 / 10 / 20 shots, as stated; the last is a mean with a heavy tail, and near 0.01."""
     for shots, known in ((5, 1.08), (10, 0.119)):
-        found = benchmark.score(BestLinear(), shots, 400, 0, 10)
+        found = score(BestLinear(), shots, 400, 0, 10)
         mse = found["mse"]
         assert abs(mse.mean() - known) < 4 * mse.std() / 400**0.5
         assert mse.std() / 400**0.5 < 0.2 * known, "the check can see a difference"
-        assert set(found) == {"mse", "nll", "crps", "coverage90"}
+        assert set(found) == {"mse", "nll", "joint_nll", "crps", "coverage90"}
         assert all(value.shape == (400,) for value in found.values())
-    assert benchmark.score(BestLinear(), 20, 200, 0, 10)["mse"].mean() < 0.03
+    assert score(BestLinear(), 20, 200, 0, 10)["mse"].mean() < 0.03
 
 
 def test_test_tasks_are_fresh():
     """No seed's tests are another's, and the order of the chunks does not matter."""
-    a, b = (benchmark.score(BestLinear(), 5, 40, 0, 10, chunk=chunk) for chunk in (40, 7))
+    a, b = (score(BestLinear(), 5, 40, 0, 10, chunk=chunk) for chunk in (40, 7))
     torch.testing.assert_close(a, b)
-    assert (benchmark.score(BestLinear(), 5, 40, 1, 10)["mse"] - a["mse"]).abs().min() > 0
+    assert (score(BestLinear(), 5, 40, 1, 10)["mse"] - a["mse"]).abs().min() > 0
 
 
 @pytest.mark.parametrize("name", list(benchmark.RUNS))
 def test_rows_of_a_short_run(name):
     rows = {row.name: row for row in benchmark.measure(name, 0, 2, 4, 1, True)}
-    expected = {f"{name}_k{k}_{s}" for k in (5, 10, 20) for s in ("mse", "median_mse", "nll", "crps", "coverage90")}
+    kinds = ("mse", "median_mse", "nll", "joint_nll", "crps", "coverage90")
+    expected = {f"{name}_k{k}_{kind}" for k in (5, 10, 20) for kind in kinds}
     assert set(rows) == expected | {f"{name}_seconds"}
     judged = {row for row in rows if rows[row].bar is not None}
     assert judged == {f"{name}_{row}" for row in benchmark.RUNS[name].bars}
@@ -80,11 +87,36 @@ def test_flags():
         benchmark.run(args)
 
 
+def made_up(**figures):
+    return [Row(name, value, standard_error=1.0) for name, value in figures.items()]
+
+
+def test_trainings_are_averaged_and_paired_with_maml():
+    trainings = [
+        made_up(maml_k5_mse=2.0, maml_k5_nll=1.5, bmaml_k5_mse=1.8, bmaml_k5_nll=1.6),
+        made_up(maml_k5_mse=3.0, maml_k5_nll=1.5, bmaml_k5_mse=2.6, bmaml_k5_nll=1.6),
+    ]
+    rows = {row.name: row for row in benchmark.over_trainings(trainings, True)}
+    assert rows["maml_k5_mse"].ours == pytest.approx(2.5)
+    assert rows["maml_k5_mse"].standard_error == pytest.approx(0.5)
+    assert rows["maml_k5_mse"].passes is True
+    assert rows["bmaml_k5_mse"].passes is False
+    assert rows["maml_k5_nll"].bar is None
+    gaps = {row.name: row for row in benchmark.against_maml(trainings, True)}
+    assert set(gaps) == {"bmaml_against_maml_k5_mse", "bmaml_against_maml_k5_nll"}
+    gap = gaps["bmaml_against_maml_k5_mse"]
+    assert (gap.difference, gap.passes) == (pytest.approx(-0.3), True)
+    assert gap.standard_error == pytest.approx(0.1)
+    assert gaps["bmaml_against_maml_k5_nll"].passes is False
+    assert benchmark.over_trainings(trainings[:1], True) == trainings[0]
+    assert benchmark.against_maml(trainings[:1], True)[0].standard_error is None
+
+
 @pytest.mark.slow
 def test_a_short_mixture_beats_the_best_linear_predictor():
     """600 steps, half a minute, are enough where linear methods must fail: 10 shots."""
     method, _ = benchmark.train("last_layer_mixture", 3, 600)
-    mixture = benchmark.score(method, 10, 300, 5, 20)["mse"]
-    linear = benchmark.score(BestLinear(), 10, 300, 5, 20)["mse"]
+    mixture = score(method, 10, 300, 5, 20)["mse"]
+    linear = score(BestLinear(), 10, 300, 5, 20)["mse"]
     assert mixture.median() < 0.5 * linear.median()
     assert bm.BayesianLastLayerMixture is type(method)
