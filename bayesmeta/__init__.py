@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "diagnostics": "bayesmeta.diagnostics",
+    "encoders": "bayesmeta.models.encoders",
     "errors": "bayesmeta.errors",
     "likelihoods": "bayesmeta.models.likelihoods",
     "nets": "bayesmeta.models.nets",
@@ -23,6 +24,7 @@ _MODULES = {
 
 _NAMES = {
     "ABML": "bayesmeta.adapt.abml",
+    "Amortised": "bayesmeta.adapt.amortised",
     "ANIL": "bayesmeta.adapt.anil",
     "BayesianLastLayer": "bayesmeta.adapt.last_layer",
     "BayesianLastLayerMixture": "bayesmeta.adapt.last_layer_mixture",
@@ -33,6 +35,7 @@ _NAMES = {
     "ChainsPosterior": "bayesmeta.posteriors.chains",
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
+    "ConditionalNeuralProcess": "bayesmeta.adapt.neural_process",
     "ConjugateModel": "bayesmeta.models.conjugate",
     "ConjugatePosterior": "bayesmeta.posteriors.conjugate",
     "ContextTaskModel": "bayesmeta.models.context",
@@ -43,9 +46,12 @@ _NAMES = {
     "ExactLinearPosterior": "bayesmeta.posteriors.exact",
     "fit": "bayesmeta.train.fit",
     "FitResult": "bayesmeta.train.fit",
+    "FlowPosterior": "bayesmeta.posteriors.flow",
     "Gaussian": "bayesmeta.models.likelihoods",
+    "GPLabelsPosterior": "bayesmeta.posteriors.gp_labels",
     "GPPosterior": "bayesmeta.posteriors.gp",
     "ImplicitMAML": "bayesmeta.adapt.implicit_maml",
+    "KroneckerNormalPosterior": "bayesmeta.posteriors.kronecker",
     "Laplace": "bayesmeta.adapt.laplace",
     "load_method": "bayesmeta.train.checkpoint",
     "load_netcdf": "bayesmeta.diagnostics.datatree",
@@ -59,6 +65,7 @@ _NAMES = {
     "MethodCard": "bayesmeta.adapt.base",
     "MultiTask": "bayesmeta.adapt.multi_task",
     "MultivariateNormalPosterior": "bayesmeta.posteriors.gaussian",
+    "NeuralProcess": "bayesmeta.adapt.neural_process",
     "NeuralTaskModel": "bayesmeta.models.neural",
     "noncentred": "bayesmeta.models.reparam",
     "NormalPosterior": "bayesmeta.posteriors.gaussian",
@@ -105,6 +112,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from bayesmeta import diagnostics, errors, tasks
     from bayesmeta.adapt.abml import ABML
+    from bayesmeta.adapt.amortised import Amortised
     from bayesmeta.adapt.anil import ANIL
     from bayesmeta.adapt.base import Method, MethodCard
     from bayesmeta.adapt.bmaml import BMAML
@@ -118,6 +126,7 @@ if TYPE_CHECKING:
     from bayesmeta.adapt.maml import MAML
     from bayesmeta.adapt.meta_sgd import MetaSGD
     from bayesmeta.adapt.multi_task import MultiTask
+    from bayesmeta.adapt.neural_process import ConditionalNeuralProcess, NeuralProcess
     from bayesmeta.adapt.nuts import NUTS
     from bayesmeta.adapt.platipus import Platipus
     from bayesmeta.adapt.reptile import Reptile
@@ -132,7 +141,7 @@ if TYPE_CHECKING:
     from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
     from bayesmeta.diagnostics.plots import plot_forecast
     from bayesmeta.diagnostics.scores import Scores, scores
-    from bayesmeta.models import likelihoods, nets, priors
+    from bayesmeta.models import encoders, likelihoods, nets, priors
     from bayesmeta.models.conjugate import ConjugateModel
     from bayesmeta.models.context import ContextTaskModel
     from bayesmeta.models.deep_kernel import DeepKernelModel
@@ -147,8 +156,11 @@ if TYPE_CHECKING:
     from bayesmeta.posteriors.conjugate import ConjugatePosterior
     from bayesmeta.posteriors.delta import DeltaPosterior
     from bayesmeta.posteriors.exact import ExactLinearPosterior
+    from bayesmeta.posteriors.flow import FlowPosterior
     from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
     from bayesmeta.posteriors.gp import GPPosterior
+    from bayesmeta.posteriors.gp_labels import GPLabelsPosterior
+    from bayesmeta.posteriors.kronecker import KroneckerNormalPosterior
     from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
     from bayesmeta.protocols import TaskDistribution
     from bayesmeta.train import schedules

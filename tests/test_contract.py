@@ -58,6 +58,9 @@ METHODS = {
     "platipus": Case(bm.Platipus, {"inner_lr": 0.01, "learn": "parameter"}, is_point=False),
     "platipus_prior": Case(bm.Platipus, {"inner_lr": 0.01, "bound": "prior"}, is_point=False),
     "abml": Case(bm.ABML, {"inner_lr": 0.01, "num_particles": 2}, prior="normal", is_point=False),
+    "abml_local": Case(
+        bm.ABML, {"inner_lr": 0.01, "num_particles": 2, "noise": "local"}, prior="normal", is_point=False
+    ),
     "abml_laplace": Case(bm.ABML, {"inner_lr": 0.01, "num_particles": 2}, prior="laplace", is_point=False),
     "abml_horseshoe": Case(
         bm.ABML, {"inner_lr": 0.01, "num_particles": 2, "global_guide": "normal"}, prior="horseshoe", is_point=False
@@ -89,6 +92,12 @@ METHODS = {
         {"inner_steps": 5, "inner_lr": 0.05, "solver": "gradient", "curvature": "diagonal_ggn"},
         prior="normal",
         task_modules="head",
+        is_point=False,
+    ),
+    "laplace_kronecker": Case(
+        bm.Laplace,
+        {"inner_steps": 1, "inner_lr": 0.5, "solver": "newton", "curvature": "kronecker"},
+        prior="normal",
         is_point=False,
     ),
     "last_layer": Case(bm.BayesianLastLayer, prior="normal", task_modules="head", is_point=False),

@@ -375,7 +375,7 @@ def test_steps_that_diverge_are_named():
 @pytest.mark.parametrize(
     "options",
     [
-        {"curvature": "kronecker"},
+        {"curvature": "kfac"},
         {"solver": "lbfgs"},
         {"objective": "elbo"},
         {"inner_steps": -1},

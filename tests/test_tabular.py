@@ -19,7 +19,7 @@ from bayesmeta.tabular.evaluate import evaluate_csv
 from bayesmeta.tabular.fit import fit_csv
 from bayesmeta.tabular.lines import Lines
 from bayesmeta.tabular.methods import methods_table
-from bayesmeta.tabular.models import RECIPES, all_methods, method_class
+from bayesmeta.tabular.models import RECIPES, WITHOUT_COVARIATES, all_methods, method_class
 from bayesmeta.tabular.predict import predict_csv
 from bayesmeta.tabular.run import load_run
 from bayesmeta.tabular.supports import VariedSupports, every_task
@@ -331,9 +331,18 @@ def test_training_does_not_see_held_out_tasks(csv, folder, tmp_path):
     assert not all(torch.equal(original[name], value) for name, value in thetas[1].items())
 
 
+def test_a_newton_step_is_whole_whatever_the_curvature(csv, tmp_path):
+    rates = {}
+    for method in ("laplace", "maml"):
+        fit_csv(csv, tmp_path / method, **COLUMNS, **{**QUICK, "steps": 1}, method=method)
+        rates[method] = load_run(tmp_path / method).method.inner_lr
+    assert rates == {"laplace": 1.0, "maml": pytest.approx(0.05 / 4)}
+
+
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_fits_a_table(csv, tmp_path, method):
-    fit_csv(csv, tmp_path / "run", **COLUMNS, **{**QUICK, "steps": 3}, method=method)
+    columns = COLUMNS | ({"x": ["age", "size"], "w": []} if method in WITHOUT_COVARIATES else {})
+    fit_csv(csv, tmp_path / "run", **columns, **{**QUICK, "steps": 3}, method=method)
     result = evaluate_csv(tmp_path / "run", csv, say=lambda text: None, num_samples=50)
     assert math.isfinite(result["scores"][method]["nll"])
     frame = make_frame(tasks=3, seed=5, least=4)
@@ -459,6 +468,14 @@ ERRORS = {
         "closed form",
         {"method": "last-layer", "likelihood": "poisson", "y": ["visits"]},
     ),
+    "mixture of counts": (
+        OptionError,
+        "closed form",
+        {"method": "BayesianLastLayerMixture", "likelihood": "poisson", "y": ["visits"]},
+    ),
+    "kernel with w": (OptionError, r"w=\['size'\]; make it an input", {"method": "deep-kernel"}),
+    "mixture with w": (OptionError, "make it an input", {"method": "last-layer-mixture"}),
+    "kernel with a prior": (OptionError, "no prior on weights", {"method": "deep-kernel", "prior": "normal", "w": []}),
     "point": (OptionError, "prior with a density", {"method": "abml", "prior": "point"}),
     "exposure": (OptionError, "is for counts", {"likelihood": "gaussian", "exposure": "hours"}),
     "bernoulli": (OptionError, "has two classes", {"likelihood": "bernoulli", "y": ["id"], "x": ["size"], "w": []}),

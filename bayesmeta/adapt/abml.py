@@ -9,8 +9,8 @@ the KL is exact for a network's Gaussian prior and estimated from the same draws
 Gaussian is diagonal; a full covariance and one of low rank are ours (as in V. Ong, D. Nott, M. Smith, "Gaussian
 Variational Approximation With a Factor Covariance Structure", JCGS 27, 2018, https://arxiv.org/abs/1701.03208, eq. 6),
 and so are the weight of the KL and its warm-up (S. Bowman et al., "Generating Sentences from a Continuous Space", CoNLL
-2016, https://arxiv.org/abs/1511.06349, section 3.1). Draws of φ are shared by all shots of a task: there is no local
-reparameterisation.
+2016, https://arxiv.org/abs/1511.06349, section 3.1). Noise of their own for the shots of a task is an option; see
+:mod:`bayesmeta.ops.point_noise` for its sources.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.network import NetworkProgram
+from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.priors import Point
+from bayesmeta.models.program import TaskProgram
 from bayesmeta.models.theta import GlobalKind
+from bayesmeta.ops.point_noise import PointNoise
 from bayesmeta.ops.random import Seed, as_generator, normal_like
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
 
 PosteriorKind = Literal["diagonal", "full", "low_rank"]
+NoiseKind = Literal["weights", "local", "flipout"]
+#: What :meth:`ABML.elbo` takes as noise: of weights, or of another kind.
+Noise = Tensor | tuple[Tensor, ...]
 #: What share of the prior's variance the factor of a low-rank posterior has at first: at 0 it has no gradient.
 _FIRST_SHARE = 0.01
 
@@ -58,10 +64,16 @@ class ABML(Method):
         kl_warmup: the KL of the loss (not of the inner steps) has, at the n-th call of ``loss`` with gradients in
             training mode, min(1, n / kl_warmup) of its weight; in evaluation mode all of it. The count is part of the
             state that checkpoints hold. 0: none.
+        noise: what an estimate of the expected log-likelihood draws: ``"weights"``: φ, shared by all shots of a task;
+            ``"local"`` and ``"flipout"``: the same in expectation, with noise of its own for each shot (see
+            :class:`~bayesmeta.ops.point_noise.PointNoise`), and so less variance. For a NeuralTaskModel on a Linear or
+            a Sequential of Linear and elementwise layers, with a prior that is a diagonal Gaussian given θ, and for the
+            diagonal posterior. The loss ``"predictive"`` is no expectation of a sum, and draws weights in any case.
         global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
-        OptionError: for an unknown objective, or numbers out of range.
+        OptionError: for an unknown objective, numbers out of range, or noise that the posterior cannot have.
+        UnsupportedError: for a prior without a density, or a model that the noise cannot be drawn for.
     """
 
     card = MethodCard(
@@ -85,6 +97,7 @@ class ABML(Method):
         rank: int = 1,
         kl_weight: float = 1.0,
         kl_warmup: int = 0,
+        noise: NoiseKind = "weights",
         global_guide: GlobalKind = "point",
     ) -> None:
         super().__init__(model, global_guide=global_guide)
@@ -113,6 +126,8 @@ class ABML(Method):
         self.rank = rank
         self.kl_weight = float(kl_weight)
         self.kl_warmup = kl_warmup
+        self.noise: NoiseKind = noise
+        self._point_noise = _point_noise(self.program, noise, posterior)
         self.num_losses: Tensor
         if kl_warmup:  # part of the state only where it counts, so that other checkpoints stay as they were
             self.register_buffer("num_losses", torch.zeros((), dtype=torch.long))
@@ -128,6 +143,8 @@ class ABML(Method):
             added["kl_weight"] = self.kl_weight
         if self.kl_warmup:
             added["kl_warmup"] = self.kl_warmup
+        if self.noise != "weights":
+            added["noise"] = self.noise
         return {
             "inner_steps": self.inner_steps,
             "inner_lr": self.inner_lr,
@@ -146,7 +163,7 @@ class ABML(Method):
         log_scale: Tensor,
         observations: Observations,
         theta: Tensor | None,
-        noise: Tensor,
+        noise: Noise,
         factor: Tensor | None = None,
         kl_weight: float | None = None,
     ) -> Tensor:
@@ -157,12 +174,18 @@ class ABML(Method):
             log_scale: log s, ``[G, tasks, D]``.
             observations: of the same tasks.
             theta: global sites, ``[G, E]`` or None.
-            noise: standard normal, ``[particles, G, tasks, D]``, and ``D + rank`` for a low-rank posterior.
+            noise: standard normal, ``[particles, G, tasks, D]``, and ``D + rank`` for a low-rank posterior; for the
+                other kinds of noise what :meth:`PointNoise.draw <bayesmeta.ops.point_noise.PointNoise.draw>` gives.
             factor: W: of a full posterior ``[G, tasks, D, D]``, with R = diag(s) (I + W), of which what is not below
                 the diagonal is ignored; of a low-rank one ``[G, tasks, D, rank]``, with R = diag(s) [I, W].
             kl_weight: of the KL; by default the method's own.
         """
         weight = self.kl_weight if kl_weight is None else kl_weight
+        if not isinstance(noise, Tensor):
+            prior = self.program.gaussian_prior(observations, theta)
+            assert prior is not None
+            log_likelihood = self._log_likelihood(loc, log_scale, observations, noise).sum(-1).mean(0)
+            return log_likelihood - weight * self._kl(loc, log_scale, factor, *prior)
         u = loc + self._spread(log_scale, factor, noise)
         prior = self.program.gaussian_prior(observations, theta)
         if prior is not None:
@@ -215,8 +238,27 @@ class ABML(Method):
         """Columns of R."""
         return self.program.layout.dim + (self.rank if self.posterior == "low_rank" else 0)
 
-    def _noise(self, loc: Tensor, particles: int, generator: torch.Generator) -> Tensor:
+    def _log_likelihood(
+        self, loc: Tensor, log_scale: Tensor, observations: Observations, noise: tuple[Tensor, ...]
+    ) -> Tensor:
+        """log p(y | x, φ) with another φ for each observation, ``[particles, G, tasks, shots]``; 0 where masked."""
+        program, y = self.program, observations.y
+        assert self._point_noise is not None
+        assert isinstance(program, NetworkProgram)
+        assert y is not None
+        inputs, exposure = program.likelihood.split(observations.x, observations.mask)
+        outputs = self._point_noise(loc, log_scale.exp(), inputs, noise)
+        value = program.likelihood.log_prob(outputs, y, **exposure)
+        return value if observations.mask is None else torch.where(observations.mask, value, 0.0)
+
+    def _weight_noise(self, loc: Tensor, particles: int, generator: torch.Generator) -> Tensor:
         return normal_like(loc, (particles, *loc.shape[:-1], self._width()), generator)
+
+    def _noise(self, loc: Tensor, particles: int, shots: int, generator: torch.Generator) -> Noise:
+        """What :meth:`elbo` takes."""
+        if self._point_noise is None:
+            return self._weight_noise(loc, particles, generator)
+        return self._point_noise.draw(loc, particles, shots, generator)
 
     def _begin(self, log_scale: Tensor, has_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """First log scale and factor of q; of a task without support, the prior's diagonal and a factor of zeros."""
@@ -253,7 +295,7 @@ class ABML(Method):
         counts = support.counts().clamp(min=1.0)
         rates = (self.inner_lr, self.inner_lr_scale, self.inner_lr_scale)
         for _ in range(self.inner_steps):
-            noise = self._noise(loc, self.num_particles, generator)
+            noise = self._noise(loc, self.num_particles, support.shots, generator)
             factor = state[2] if len(state) > 2 else None
             value = self.elbo(state[0], state[1], support, theta, noise, factor) / counts
             gradients = torch.autograd.grad(value.sum(), state, create_graph=create_graph)
@@ -294,11 +336,12 @@ class ABML(Method):
 
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         loc, log_scale, *factor = self._steps(batch.support, theta, generator, create_graph=True)
-        noise = self._noise(loc, self.num_outer_particles, generator)
+        rest = factor[0] if factor else None
         if self.objective == "elbo":
-            rest = factor[0] if factor else None
-            return -self.elbo(loc, log_scale, batch.union(), theta, noise, rest, self._outer_weight())[0]
-        u = loc + self._spread(log_scale, factor[0] if factor else None, noise)
+            everything = batch.union()
+            noise = self._noise(loc, self.num_outer_particles, everything.shots, generator)
+            return -self.elbo(loc, log_scale, everything, theta, noise, rest, self._outer_weight())[0]
+        u = loc + self._spread(log_scale, rest, self._weight_noise(loc, self.num_outer_particles, generator))
         each = self.program.log_likelihood(u, batch.query, theta).sum(-1)
         return -(each.logsumexp(0) - math.log(self.num_outer_particles))[0]
 
@@ -313,6 +356,31 @@ def _check_kind(posterior: str, rank: int, kl_weight: float, kl_warmup: int) -> 
             "rank must be a whole number ≥ 1, kl_warmup one ≥ 0, and kl_weight ≥ 0 and finite; got "
             f"rank={rank}, kl_warmup={kl_warmup}, kl_weight={kl_weight}."
         )
+
+
+def _point_noise(program: TaskProgram, noise: str, posterior: str) -> PointNoise | None:
+    """What draws the noise of single observations; None for that of weights."""
+    if noise not in get_args(NoiseKind):
+        raise OptionError(f"Unknown noise {noise!r}; expected one of {', '.join(map(repr, get_args(NoiseKind)))}.")
+    if noise == "weights":
+        return None
+    if posterior != "diagonal":
+        raise OptionError(
+            f"noise={noise!r} is for weights that are independent, posterior='diagonal'; got posterior={posterior!r}, "
+            "which has correlations. Use noise='weights'."
+        )
+    if not isinstance(program, NeuralTaskModel) or not PointNoise.serves(program.network):
+        found = type(program.network if isinstance(program, NeuralTaskModel) else program).__name__
+        raise UnsupportedError(
+            f"noise={noise!r} is for a NeuralTaskModel on a Linear, or on a Sequential of Linear and elementwise "
+            f"layers without hooks, in which each weight acts once on each x; this is a {found}. Use noise='weights'."
+        )
+    if not program.prior.is_diagonal_gaussian:
+        raise UnsupportedError(
+            f"noise={noise!r} draws no φ from which a KL could be estimated, and the prior "
+            f"{type(program.prior).__name__} has none in closed form. Use prior='normal', or noise='weights'."
+        )
+    return PointNoise(program.network, program.flat, "local" if noise == "local" else "flipout")
 
 
 def _needs_grad(tensor: Tensor) -> Tensor:

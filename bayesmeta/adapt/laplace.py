@@ -4,14 +4,25 @@ Sources: E. Grant, C. Finn, S. Levine, J. Darrell, T. Griffiths, "Recasting Grad
 Bayes", ICLR 2018 (LLAMA), https://arxiv.org/abs/1801.08930, section 4; D. MacKay, "A Practical Bayesian Framework for
 Backpropagation Networks", Neural Computation 4, 1992, https://doi.org/10.1162/neco.1992.4.3.448 (posterior and
 evidence); J. Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 21, 2020,
-https://arxiv.org/abs/1412.1193 (the Gauss–Newton matrix as Fisher information).
+https://arxiv.org/abs/1412.1193 (the Gauss–Newton matrix as Fisher information); J. Martens, R. Grosse, "Optimizing
+Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, https://arxiv.org/abs/1503.05671, section 3
+(its factors); H. Ritter, A. Botev, D. Barber, "A Scalable Laplace Approximation for Neural Networks", ICLR 2018,
+https://openreview.net/forum?id=Skdvd2xAZ (they as a posterior); A. Immer, M. Bauer, V. Fortuin, G. Rätsch, M. E. Khan,
+"Scalable Marginal Likelihood Estimation for Model Selection in Deep Learning", ICML 2021,
+https://arxiv.org/abs/2104.04975 (and their evidence, the prior added in the eigenbasis).
 
 Departures from LLAMA: its curvature is a Kronecker-factored Fisher information, with an identity of learned weight for
-the prior's; here it is dense or diagonal, and the prior's is its own Hessian. Its loss is −log p(Q | φ̂) + η log |H|
-with a tuned η; here it is either −log ∫ p(Q | φ) q(φ | S) dφ by draws, or −log of the evidence of S ∪ Q with the factor
-½ that Laplace's method has. Gradients of θ are exact, through the inner steps and through the curvature. Inner steps
-climb the joint, divided by the number of the support's observations. The Gaussian is one in unconstrained space, of
-the density there, Jacobians included: what is integrated does not depend on the choice, but the mode does.
+the prior's; here it may also be dense or diagonal, and the prior's is its own Hessian. Its loss is −log p(Q | φ̂) +
+η log |H| with a tuned η; here it is either −log ∫ p(Q | φ) q(φ | S) dφ by draws, or −log of the evidence of S ∪ Q with
+the factor ½ that Laplace's method has. Gradients of θ are exact, through the inner steps and through the curvature.
+Inner steps climb the joint, divided by the number of the support's observations. The Gaussian is one in unconstrained
+space, of the density there, Jacobians included: what is integrated does not depend on the choice, but the mode does.
+
+Departures of the Kronecker curvature from Martens and Grosse: factors are of each task's own support and exact in the
+outputs, not by targets drawn from the model. The prior is added exactly where its variances are a product over a
+layer's outputs and inputs, as in Immer et al.; where they are not, tasks with data have the nearest prior that is, by
+least squares of the log scales, which keeps the determinant (Martens and Grosse, section 6.3, and Ritter et al. add a
+multiple of the identity to each factor instead). A task without data keeps the prior itself.
 """
 
 from __future__ import annotations
@@ -21,19 +32,22 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
+from bayesmeta.models.curvature import closed_kl, kronecker_precision, need_layers, network_fisher
 from bayesmeta.models.network import NetworkProgram
+from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.priors import Point
 from bayesmeta.models.theta import GlobalKind
-from bayesmeta.ops.curvature import factorise, hessian, jacobian
+from bayesmeta.ops.curvature import DiagonalPrecision, PrecisionFactor, factorise, hessian
+from bayesmeta.ops.kronecker import KroneckerPrecision, LinearLayers
 from bayesmeta.ops.random import normal_like
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
+from bayesmeta.posteriors.kronecker import KroneckerNormalPosterior, pack
 
-Curvature = Literal["full", "ggn", "diagonal", "diagonal_ggn"]
+Curvature = Literal["full", "ggn", "kronecker", "diagonal", "diagonal_ggn"]
 Objective = Literal["predictive", "evidence"]
 Solver = Literal["gradient", "newton"]
 
@@ -41,6 +55,8 @@ Solver = Literal["gradient", "newton"]
 MAX_GIB = 4.0
 _GAUSS_NEWTON = {"full": "ggn", "diagonal": "diagonal_ggn"}
 _LOG_2PI = math.log(2 * math.pi)
+#: Each has spread (R v with R Rᵀ = Λ⁻¹), solve (Λ⁻¹ v) and log_det (log |Λ|).
+_Factor = PrecisionFactor | DiagonalPrecision | KroneckerPrecision
 
 
 class Laplace(Method):
@@ -57,28 +73,30 @@ class Laplace(Method):
         solver: ``"gradient"`` or ``"newton"``: steps of Λ⁻¹ times the gradient, with the Λ of ``curvature``.
         curvature: ``"full"``: the Hessian, which is positive definite at a mode, and need not be before it;
             ``"ggn"``: the likelihood's part replaced by its Fisher information (the generalised Gauss–Newton matrix
-            where the outputs are natural parameters), never negative; ``"diagonal"`` and ``"diagonal_ggn"``: their
-            diagonals, for more φ than a D × D matrix can hold.
+            where the outputs are natural parameters), never negative; ``"kronecker"``: of that one block a layer, each
+            a Kronecker product, for networks of Linear layers with a diagonal Gaussian prior; ``"diagonal"`` and
+            ``"diagonal_ggn"``: the diagonals. The last three are for more φ than a D × D matrix can hold.
         objective: outer loss: ``"predictive"``: −log E_q[p(Q | φ)] by draws; ``"evidence"``: −log p(S, Q | θ) in
             Laplace's approximation, at the point adapted to S ∪ Q. Both are differentiated through the inner steps and
             the curvature.
         num_particles: draws of φ for the predictive loss.
-        jitter: a precision that is not positive definite is tried once more with this share of its mean absolute
-            diagonal added, which is for rounding: a direction in which neither data nor prior have curvature (a Laplace
-            prior has none) then has a variance of the inverse of that, which is large.
+        jitter: a precision that is not positive definite (Kronecker's always is) is tried once more with this share of
+            its mean absolute diagonal added, which is for rounding: a direction in which neither data nor prior have
+            curvature (a Laplace prior has none) then has a variance of the inverse of that, which is large.
         global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
 
     Raises:
         OptionError: for an unknown name, or numbers out of range.
-        UnsupportedError: for a prior without a density; for covariances of more than 4 GiB (tasks · draws of global
-            sites · D² · 8 bytes); in use, for a likelihood without a closed Fisher information (``"ggn"``) and for a
-            curvature that is not positive definite.
+        UnsupportedError: for a prior without a density; for ``"kronecker"`` where φ are not Linear layers or the prior
+            is no diagonal Gaussian; in use, for covariances of more than 4 GiB (tasks · draws of global sites · D² · 8
+            bytes, or the sum of squared layer sides in place of D²), for a likelihood without a closed Fisher
+            information (``"ggn"``, ``"kronecker"``) and for a curvature that is not positive definite.
         NonFiniteDataError: in use, when the inner steps have diverged.
     """
 
     card = MethodCard(
         assumes="a prior with a smooth density: Gaussian weights, or a program's own",
-        posterior="Gaussian: K steps to the mode, precision the curvature there (full, Gauss–Newton or diagonal)",
+        posterior="Gaussian: K steps to the mode, precision the curvature there (dense, Kronecker or diagonal)",
         cost="adapt K + D gradients (outputs instead of D for a network's Gauss–Newton); train 2–3 × that",
         source="Grant, Finn, Levine, Darrell, Griffiths 2018; MacKay 1992",
     )
@@ -114,6 +132,8 @@ class Laplace(Method):
             raise UnsupportedError(
                 "Laplace needs a prior with a density; this model has Point, a start without one. Use prior='normal'."
             )
+        if curvature == "kronecker":
+            need_layers(self.program)
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
         self.solver: Solver = solver
@@ -155,8 +175,23 @@ class Laplace(Method):
 
         Returns:
             ``[G, tasks, D, D]``, or ``[G, tasks, D]`` for a diagonal.
+
+        Raises:
+            UnsupportedError: as :meth:`adapt`, and for a Kronecker precision that is too large to be written out.
         """
+        found = self._curvature(u, observations, theta, create_graph)
+        if not isinstance(found, KroneckerPrecision):
+            return found
+        self._check_memory(u.shape[1], u.shape[0], self.program.layout.dim**2)
+        return found.dense()
+
+    def _curvature(
+        self, u: Tensor, observations: Observations, theta: Tensor | None, create_graph: bool
+    ) -> Tensor | KroneckerPrecision:
         with torch.enable_grad():
+            if self.curvature == "kronecker":
+                assert isinstance(self.program, NeuralTaskModel)  # by need_layers
+                return kronecker_precision(self.program, u, observations, theta, create_graph=create_graph)
             if not self.curvature.endswith("ggn"):
                 return hessian(
                     lambda v: -self.program.log_joint(v, observations, theta),
@@ -168,7 +203,9 @@ class Laplace(Method):
             if observations.shots == 0:
                 return prior
             if isinstance(self.program, NetworkProgram):
-                return prior + self._network_fisher(self.program, u, observations, create_graph)
+                return prior + network_fisher(
+                    self.program, u, observations, diagonal=self.is_diagonal, create_graph=create_graph
+                )
             fisher = hessian(
                 lambda v: self._divergence(u, v, observations, theta),
                 u,
@@ -197,45 +234,31 @@ class Laplace(Method):
         empty, mask = observations.with_y(None), observations.full_mask()
         here = self.program.evaluate(u, empty, theta).observed
         there = self.program.evaluate(v, empty, theta).observed
-        each = [_kl(here[name][0], there[name][0]) for name in here]
+        each = [closed_kl(here[name][0], there[name][0]) for name in here]
         return torch.stack([torch.where(mask, kl, 0.0).expand(*v.shape[:-1], -1).sum(-1) for kl in each]).sum(0)
 
-    def _network_fisher(
-        self, program: NetworkProgram, u: Tensor, observations: Observations, create_graph: bool
-    ) -> Tensor:
-        """Jᵀ F J, with J of the outputs in φ and F the Fisher information in each shot's outputs."""
-        inputs, exposure = program.likelihood.split(observations.x, observations.mask)
-        outputs = program._forward(u, inputs)  # [G, tasks, shots, P]
-        if not create_graph:
-            outputs = outputs.detach()
-        here = program.likelihood.distribution(outputs, **exposure)
-        fisher = hessian(
-            lambda f: _kl(here, program.likelihood.distribution(f, **exposure)), outputs, create_graph=create_graph
-        )
-        fisher = torch.where(observations.full_mask()[..., None, None], fisher, 0.0)
-        slopes = jacobian(lambda v: program._forward(v, inputs).flatten(-2), u, create_graph=create_graph)
-        slopes = slopes.unflatten(-2, outputs.shape[-2:])  # [G, tasks, shots, P, D]
-        weighted = fisher @ slopes
-        if self.is_diagonal:
-            return (slopes * weighted).sum((-3, -2))
-        return slopes.flatten(-3, -2).mT @ weighted.flatten(-3, -2)
-
-    def _factor(self, precision: Tensor) -> _Factor:
+    def _factor(self, precision: Tensor | KroneckerPrecision) -> _Factor:
         """Roots, solves and determinant of the precision.
 
         Raises:
             NonFiniteDataError: where it is not finite.
             UnsupportedError: where it is not positive definite, naming tasks and site.
         """
+        if isinstance(precision, KroneckerPrecision):
+            for block in precision.blocks:
+                _need_finite(block.inputs.flatten(2))
+                _need_finite(block.outputs.flatten(2))
+            _need_finite(precision.scale.log())
+            return precision
         _need_finite(precision.flatten(2))
         if not self.is_diagonal:
             factor = factorise(precision, self.jitter)
             self._need_positive(factor.failed, precision)
-            return _Factor(factor.root().to(precision.dtype), factor.solve, factor.log_det.to(precision.dtype))
+            return factor
         extra = self.jitter * precision.detach().abs().mean(-1, keepdim=True)
         tried = torch.where((precision <= 0).any(-1, keepdim=True), precision + extra, precision)
         self._need_positive((tried <= 0).any(-1), precision)
-        return _Factor(tried.rsqrt(), lambda right: right / tried, tried.log().sum(-1))
+        return DiagonalPrecision(tried)
 
     def _need_positive(self, failed: Tensor, precision: Tensor) -> None:
         if not bool(failed.any()):
@@ -252,16 +275,22 @@ class Laplace(Method):
             f"above all along the site {name!r}, also with a relative jitter of {self.jitter:g}. {advice}"
         )
 
-    def _check_memory(self, num_tasks: int, groups: int) -> None:
-        size = self.program.layout.dim
-        gib = num_tasks * groups * size**2 * 8 / 2**30
+    def _check_memory(self, num_tasks: int, groups: int, numbers: int | None = None) -> None:
+        """Refuse matrices of more than MAX_GIB: of so many numbers a task, by default those of this curvature."""
+        size, kronecker = self.program.layout.dim, self.curvature == "kronecker" and numbers is None
+        if kronecker:
+            assert isinstance(self.program, NeuralTaskModel)
+            numbers = LinearLayers(self.program.flat).num_factor_entries
+        gib = num_tasks * groups * (size**2 if numbers is None else numbers) * 8 / 2**30
         if self.is_diagonal or gib <= MAX_GIB:
             return
         draws = f" × {groups} draws of the global sites" if groups > 1 else ""
+        what, formula = ("The Kronecker factors", "Σ sides²") if kronecker else ("A covariance", "D²")
+        other = "" if self.curvature == "kronecker" else "'kronecker' (for Linear layers) or "
         raise UnsupportedError(
-            f"A covariance of {size} task parameters takes {gib:.3g} GiB for {num_tasks} tasks{draws} (tasks · D² · 8 "
-            f"bytes); the limit is {MAX_GIB:g} GiB. Use curvature='diagonal_ggn', adapt to fewer tasks at a time, or "
-            "let fewer parameters be task-specific (task_modules='head')."
+            f"{what} of {size} task parameters takes {gib:.3g} GiB for {num_tasks} tasks{draws} (tasks · {formula} · 8 "
+            f"bytes); the limit is {MAX_GIB:g} GiB. Use curvature={other}'diagonal_ggn', adapt to fewer tasks at a "
+            "time, or let fewer parameters be task-specific (task_modules='head')."
         )
 
     # -- adapt --------------------------------------------------------------------------------------------------
@@ -284,7 +313,7 @@ class Laplace(Method):
             total = self.program.log_joint(u, support, theta).sum()
             (direction,) = torch.autograd.grad(total, u, create_graph=create_graph)
             if self.solver == "newton":
-                factor = self._factor(self.precision(u, support, theta, create_graph=create_graph))
+                factor = self._factor(self._curvature(u, support, theta, create_graph))
                 direction = factor.solve(direction)
             u = u + share * direction
             _need_finite(u)
@@ -293,46 +322,38 @@ class Laplace(Method):
 
     def _fit(self, support: Observations, theta: Tensor | None, create_graph: bool) -> tuple[Tensor, _Factor]:
         u = self._steps(support, theta, create_graph)
-        return u, self._factor(self.precision(u, support, theta, create_graph=create_graph))
+        return u, self._factor(self._curvature(u, support, theta, create_graph))
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
-    ) -> NormalPosterior | MultivariateNormalPosterior:
+    ) -> NormalPosterior | MultivariateNormalPosterior | KroneckerNormalPosterior:
         u, factor = self._fit(support, theta, create_graph)
-        root = factor.root
-        if not create_graph:
-            u, root = u.detach(), root.detach()
-        kind = NormalPosterior if self.is_diagonal else MultivariateNormalPosterior
-        return kind(self.program, support, u, root, theta)
+        u = u if create_graph else u.detach()
+        if isinstance(factor, DiagonalPrecision):
+            scale = factor.precision.rsqrt()
+            return NormalPosterior(self.program, support, u, scale if create_graph else scale.detach(), theta)
+        if isinstance(factor, KroneckerPrecision):  # without a graph where there is to be none
+            inputs = pack([block.inputs for block in factor.blocks])
+            outputs = pack([block.outputs for block in factor.blocks])
+            return KroneckerNormalPosterior(self.program, support, u, factor.scale, inputs, outputs, theta)
+        root = factor.root().to(u.dtype)
+        return MultivariateNormalPosterior(self.program, support, u, root if create_graph else root.detach(), theta)
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
     def _log_evidence(self, observations: Observations, theta: Tensor | None) -> Tensor:
         """log p(S, φ*) + (D/2) log 2π − ½ log |Λ|, ``[G, tasks]`` (MacKay 1992, the evidence by Laplace's method)."""
         u, factor = self._fit(observations, theta, create_graph=True)
-        return self.program.log_joint(u, observations, theta) + 0.5 * (u.shape[-1] * _LOG_2PI - factor.log_det)
+        log_det = factor.log_det.to(u.dtype)
+        return self.program.log_joint(u, observations, theta) + 0.5 * (u.shape[-1] * _LOG_2PI - log_det)
 
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         if self.objective == "evidence":
             return -self._log_evidence(batch.union(), theta)[0]
         u, factor = self._fit(batch.support, theta, create_graph=True)
         noise = normal_like(u, (self.num_particles, *u.shape), generator)
-        moved = factor.root * noise if self.is_diagonal else (factor.root @ noise.unsqueeze(-1)).squeeze(-1)
-        each = self.program.log_likelihood(u + moved, batch.query, theta).sum(-1)
+        each = self.program.log_likelihood(u + factor.spread(noise), batch.query, theta).sum(-1)
         return -(each.logsumexp(0) - math.log(self.num_particles))[0]
-
-
-class _Factor:
-    """What a precision is needed for.
-
-    Attributes:
-        root: R with Λ⁻¹ = R Rᵀ, ``[G, tasks, D, D]``; for a diagonal the standard deviations, ``[G, tasks, D]``.
-        solve: v to Λ⁻¹ v.
-        log_det: log |Λ|, ``[G, tasks]``.
-    """
-
-    def __init__(self, root: Tensor, solve: Any, log_det: Tensor) -> None:
-        self.root, self.solve, self.log_det = root, solve, log_det
 
 
 def _tasks(failed: Tensor) -> str:
@@ -348,16 +369,3 @@ def _need_finite(values: Tensor) -> None:
             f"The adapted point or the curvature there is not finite for {_tasks(bad)}: the inner steps have diverged. "
             "Take fewer of them, or a lower inner_lr."
         )
-
-
-def _kl(here: Any, there: Any) -> Tensor:
-    try:
-        return kl_divergence(here, there)
-    except NotImplementedError as error:
-        base = here
-        while hasattr(base, "base_dist"):
-            base = base.base_dist
-        raise UnsupportedError(
-            f"The likelihood {type(base).__name__} has no closed KL divergence, from which the Fisher information is "
-            "taken. Use curvature='full' or 'diagonal', the Hessian itself."
-        ) from error

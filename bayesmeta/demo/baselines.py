@@ -148,7 +148,7 @@ def empirical_gaussian(train: TableTasks, batch_raw: TaskBatch) -> Forecast:
         DataError: for a time at which the training table has no observation, or one given twice.
     """
     a = _arrays(batch_raw)
-    grid, paths = _trajectories(train)
+    grid, paths = trajectories(train)
     at, query_at = _index(grid, a.x), _index(grid, a.query_x)
     observed = torch.zeros(len(at), len(grid) + 1, dtype=torch.bool)
     observed.scatter_(1, torch.where(a.mask, at, len(grid)), True)
@@ -279,7 +279,7 @@ def _fit_gp(time: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tens
         return _gp_hyper(raw[best, torch.arange(len(time))])
 
 
-def _trajectories(train: TableTasks) -> tuple[Tensor, Tensor]:
+def trajectories(train: TableTasks) -> tuple[Tensor, Tensor]:
     """Times ``[G]`` at which the table has observations, and the tasks that have all of them, ``[n, G]``."""
     time, y, real = _training_rows(train)
     grid = time[real].unique()

@@ -212,7 +212,8 @@ class Predictor:
 
     def class_forecast(self, observations: Observations) -> ClassForecast:
         """Probabilities of the classes at the inputs of observations, float64."""
-        draws = None if self.posterior.is_point else self.draws  # of a point it is exact
+        exact = self.posterior.is_point or self.closed_form(observations) is not None
+        draws = None if exact else self.draws
         parts = [
             self.posterior.class_probabilities(part.with_y(None), draws=draws) for part in self._slices(observations)
         ]

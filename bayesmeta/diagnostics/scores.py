@@ -149,7 +149,9 @@ def scores(
         raise EmptyTaskError("No task of the batch has a query point, so there is nothing to score.")
     if posterior.target_kind != "real":  # padding need not be a count or a class
         keep = valid if query.y.dim() == 2 else valid.unsqueeze(-1)
-        batch = replace(batch, query=query.with_y(torch.where(keep, query.y, 0)))
+        y = torch.where(keep, query.y, 0)
+        y = y.to(query.x.dtype) if posterior.target_kind == "class" else y  # torch's Bernoulli takes no integers
+        batch = replace(batch, query=query.with_y(y))
     scale = None
     if raw_units and batch.standardizer is not None:
         scale = batch.standardizer.y_scale.double().to(query.device)

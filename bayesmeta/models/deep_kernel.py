@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -16,42 +15,30 @@ from torch import Tensor, nn
 from bayesmeta.data import Observations
 from bayesmeta.errors import DataError, ModelError, OptionError, ShapeError, UnsupportedError
 from bayesmeta.models.handlers import Layout, Pass
-from bayesmeta.models.likelihoods import Gaussian
+from bayesmeta.models.kernels import DenseKernel, KernelName, kernels, make_kernel
+from bayesmeta.models.labels import (
+    Link,
+    balanced_mean,
+    choose_link,
+    is_of_labels,
+    label_support,
+    num_columns,
+    to_labels,
+    to_targets,
+)
+from bayesmeta.models.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.plates import task_plate
-from bayesmeta.models.program import TaskProgram
+from bayesmeta.models.program import TaskProgram, refuse_outside
 from bayesmeta.ops.batched import is_plain_mlp
 from bayesmeta.ops.random import Seed, as_generator
 
-with warnings.catch_warnings():
-    # on import linear_operator compiles a function in a way that torch has deprecated
-    warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-    from gpytorch import kernels
-
-#: Names of the built-in kernels.
-KernelName = Literal["rbf", "matern12", "matern32", "matern52", "spectral_mixture", "linear"]
 #: What the kernel compares: x, the network's features f(x), or [x, f(x)].
 Inputs = Literal["raw", "features", "both"]
 
 #: Added to the prior variance of the function at each observed point, as a share of it.
 JITTER = 1e-8
 _LOG_2PI = math.log(2 * math.pi)
-
-
-class _Dense(nn.Module):
-    """A GPyTorch kernel as a function of two sets of points that gives a matrix."""
-
-    def __init__(self, kernel: kernels.Kernel) -> None:
-        super().__init__()
-        self.kernel = kernel
-
-    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        if b is not None:
-            return self.kernel(a, b).to_dense()
-        # GPyTorch's distances have rounding noise of 1e-8 from a point to itself, but not when asked for the diagonal
-        exact, matrix = self.kernel(a, diag=True), self.kernel(a, a).to_dense()
-        eye = torch.eye(a.shape[-2], dtype=torch.bool, device=a.device)
-        return torch.where(eye, exact.unsqueeze(-1), matrix)
 
 
 class DeepKernelModel(TaskProgram):
@@ -61,29 +48,43 @@ class DeepKernelModel(TaskProgram):
     shots, and no latent site. So φ is a function and has no finite vector u: methods that adapt one (MAML, ABML, NUTS)
     refuse this model; :class:`~bayesmeta.DeepKernel` takes it. All covariances are float64, whatever the dtype.
 
+    With a Categorical or Bernoulli likelihood, labels are regressed on as targets ±1 under Gaussian noise, so that
+    everything stays in closed form: for K classes there are K independent functions of one kernel, mean and noise, each
+    of one class (+1) against the rest (−1); for a Bernoulli one, of the label 1. The observed site is then
+    ``targets``, and a program without y returns the label of drawn targets: the class of the largest, or whether the
+    one is positive.
+
     Args:
         network: a Sequential of Linear and elementwise layers that ends in a Linear; that last layer is left out, and
             the rest gives the features. Copied.
-        likelihood: Gaussian, for one output. Copied.
-        kernel: ``"rbf"``, ``"matern12"``, ``"matern32"``, ``"matern52"``, ``"linear"``, each times a learned variance;
-            ``"spectral_mixture"``; or a GPyTorch kernel of your own, copied, with no batch shape.
+        likelihood: Gaussian, Categorical or Bernoulli, for one output. Copied.
+        kernel: ``"rbf"``, ``"matern12"``, ``"matern32"``, ``"matern52"``, ``"linear"``, ``"cosine"`` (linear in the
+            directions of its inputs, the paper's CosSim), each times a learned variance; ``"spectral_mixture"``; or a
+            GPyTorch kernel of your own, copied, with no batch shape.
         inputs: what the kernel compares: ``"features"``, as the paper; ``"raw"`` x; or ``"both"``, side by side.
         num_mixtures: components of the spectral mixture.
         max_frequency: the first frequencies of the spectral mixture are drawn from U(0, this), in cycles a unit of its
             inputs.
-        learn_mean: whether the process has a constant mean that is trained, first 0; else it is 0.
+        learn_mean: whether the process has a constant mean that is trained; else it stays as it begins: at 0, for K
+            classes at 2 / K − 1, the mean of their targets where they are equally frequent. It is one for all classes,
+            so that without a support they are equally probable; for a Bernoulli it is what label is the more frequent.
         seed: of the first frequencies; None means seed 0.
+        link: of labels only: from the functions to class probabilities, ``"probit"`` (the default) or ``"sigmoid"``;
+            see :class:`~bayesmeta.GPLabelsPosterior`. It may be changed after training.
+        noise: of labels only: standard deviation of the ±1 targets around the function, 0.3 by default.
+        learn_noise: of labels only: whether it is trained (the default).
 
     Raises:
-        OptionError: for an unknown kernel or inputs, or numbers out of range.
+        OptionError: for an unknown kernel, inputs or link, numbers out of range, or options of labels for real numbers.
         ModelError: for another kind of network.
         UnsupportedError: for another likelihood, or several outputs.
+        ShapeError: for a network with another number of outputs than the Categorical has classes.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        likelihood: Gaussian,
+        likelihood: Gaussian | Categorical | Bernoulli,
         kernel: KernelName | kernels.Kernel = "rbf",
         *,
         inputs: Inputs = "features",
@@ -91,6 +92,9 @@ class DeepKernelModel(TaskProgram):
         max_frequency: float = 1.0,
         learn_mean: bool = True,
         seed: Seed = None,
+        link: Link | None = None,
+        noise: float | None = None,
+        learn_noise: bool | None = None,
     ) -> None:
         super().__init__(self._pyro_program)
         if inputs not in get_args(Inputs):
@@ -108,27 +112,24 @@ class DeepKernelModel(TaskProgram):
                 "A deep kernel needs a Sequential of Linear and elementwise layers that ends in a Linear, which is "
                 "left out, such as bayesmeta.nets.mlp(…)."
             )
-        if type(likelihood) is not Gaussian:
-            raise UnsupportedError(
-                f"The exact marginal likelihood of a GP needs a Gaussian likelihood; got {type(likelihood).__name__}."
-            )
         head = network[-1]
-        if head.out_features != 1:
-            raise UnsupportedError(
-                f"A deep kernel is for one output; this network has {head.out_features}. Use BayesianLastLayer for "
-                "several."
-            )
+        _check_likelihood(likelihood, head.out_features)
+        self.link = choose_link(likelihood, link, noise, learn_noise)
         linear = [layer for layer in network if isinstance(layer, nn.Linear)]
         widths = {"raw": linear[0].in_features, "features": head.in_features}
         width = sum(widths.values()) if inputs == "both" else widths[inputs]
         self.inputs: Inputs = inputs
         self.trunk = nn.Sequential(*copy.deepcopy(list(network)[:-1])) if inputs != "raw" else None
         self.likelihood = copy.deepcopy(likelihood)
+        if self.link is not None:
+            scale = Gaussian(0.3 if noise is None else noise, learn_scale=learn_noise is not False)
+            self.target_noise = scale.to(head.weight)
         self.kernel_name = kernel if isinstance(kernel, str) else type(kernel).__name__
         generator = as_generator(seed, stream="spectral mixture")
-        made = _make(kernel, width, num_mixtures, max_frequency, generator).to(head.weight)
-        self.dense = _Dense(made)
-        self.mean = nn.Parameter(head.weight.new_zeros(()), requires_grad=learn_mean)
+        made = make_kernel(kernel, width, num_mixtures, max_frequency, generator).to(head.weight)
+        self.dense = DenseKernel(made)
+        first = 0.0 if self.link is None else balanced_mean(self.likelihood)
+        self.mean = nn.Parameter(head.weight.new_full((), first), requires_grad=learn_mean)
 
     @classmethod
     def of(cls, model: Any, kernel: KernelName | kernels.Kernel = "rbf", **options: Any) -> DeepKernelModel:
@@ -153,15 +154,22 @@ class DeepKernelModel(TaskProgram):
 
     @property
     def noise_variance(self) -> Tensor:
-        """Variance of the noise, a float64 scalar.
+        """Variance of the noise (of labels, of their ±1 targets), a float64 scalar.
 
         Raises:
             UnsupportedError: for a likelihood with several scales.
         """
-        scale = self.likelihood.scale
+        gaussian = self.likelihood if self.link is None else self.target_noise
+        assert isinstance(gaussian, Gaussian)
+        scale = gaussian.scale
         if scale.numel() != 1:
             raise UnsupportedError(f"A deep kernel is for one output; the likelihood has {scale.numel()} scales.")
         return scale.double().square().reshape(())
+
+    @property
+    def columns(self) -> int:
+        """How many functions a task has: one for each class of a Categorical, else one."""
+        return num_columns(self.likelihood)
 
     # -- covariances --------------------------------------------------------------------------------------------
 
@@ -195,39 +203,53 @@ class DeepKernelModel(TaskProgram):
         eye = torch.eye(points.shape[-2], dtype=prior.dtype, device=prior.device)
         return torch.where(keep.unsqueeze(-1) & keep.unsqueeze(-2), covariance, eye)
 
-    def residual(self, observations: Observations) -> Tensor:
-        """y less the process's mean, float64 ``[tasks, shots]``, 0 at padding."""
+    def targets(self, observations: Observations) -> Tensor:
+        """What is regressed on, y or its labels as ±1, ``[tasks, shots, columns]``; at padding any number."""
         assert observations.y is not None
-        return (observations.y.double() - self.mean.double()).masked_fill(~observations.full_mask(), 0.0)
+        if self.link is None:
+            return observations.y.unsqueeze(-1)
+        return to_targets(self.likelihood, observations.y, observations.full_mask()).to(self.mean)
+
+    def residual(self, observations: Observations) -> Tensor:
+        """The targets less the process's mean, float64 ``[tasks, shots, columns]``, 0 at padding."""
+        keep = observations.full_mask().unsqueeze(-1)
+        return (self.targets(observations).double() - self.mean.double()).masked_fill(~keep, 0.0)
 
     def log_evidence(self, observations: Observations) -> Tensor:
-        """log p(y | x, θ), ``[tasks]`` (Rasmussen & Williams 2006, eq. 2.30), in the dtype of y.
+        """log p(y | x, θ), ``[tasks]`` (Rasmussen & Williams 2006, eq. 2.30), in the dtype of x.
+
+        Of labels: the log-density of their ±1 targets, the sum over the classes' functions.
 
         Raises:
             DataError: for a covariance that is not positive definite, naming tasks.
         """
         self.check_targets(observations)
-        assert observations.y is not None
         keep = observations.full_mask()
         root = cholesky(self.kept_covariance(self.points(observations), keep, self.noise_variance))
-        white = torch.linalg.solve_triangular(root, self.residual(observations).unsqueeze(-1), upper=False)
-        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        value = -0.5 * white.square().sum((-2, -1)) - log_det - 0.5 * _LOG_2PI * keep.double().sum(-1)
-        return value.to(observations.y.dtype)
+        white = torch.linalg.solve_triangular(root, self.residual(observations), upper=False)
+        constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * _LOG_2PI * keep.double().sum(-1)
+        value = -0.5 * white.square().sum((-2, -1)) - self.columns * constant
+        return value.to(observations.x.dtype)
 
     # -- as a task program --------------------------------------------------------------------------------------
 
     def _pyro_program(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         observations = Observations(x, y, mask)
         keep = observations.full_mask()
-        root = cholesky(self.kept_covariance(self.points(observations), keep, self.noise_variance))
-        loc = self.mean.expand(x.shape[:-1])
-        value = None if y is None else torch.where(keep, y, loc).unsqueeze(-2)
+        root = cholesky(self.kept_covariance(self.points(observations), keep, self.noise_variance)).to(self.mean)
+        loc = self.mean.expand(x.shape[:-1]).unsqueeze(-2)
+        value = None if y is None else torch.where(keep.unsqueeze(-1), self.targets(observations), self.mean).mT
         with task_plate(x):
             if not bool(keep.all()):  # padding has variance 1 and its mean as its value: take its density off again
-                pyro.factor("padding", (0.5 * _LOG_2PI * (~keep).double().sum(-1)).to(loc).unsqueeze(-1))
-            fn = dist.MultivariateNormal(loc.unsqueeze(-2), scale_tril=root.to(loc).unsqueeze(-3))
-            return pyro.sample("y", fn, obs=value).squeeze(-2)
+                padding = 0.5 * _LOG_2PI * self.columns * (~keep).double().sum(-1)
+                pyro.factor("padding", padding.to(loc).unsqueeze(-1))
+            if self.link is None:
+                normal = dist.MultivariateNormal(loc, scale_tril=root.unsqueeze(-3))
+                return pyro.sample("y", normal, obs=value).squeeze(-2)
+            loc = loc.expand(-1, self.columns, -1).unsqueeze(-3)
+            each = dist.MultivariateNormal(loc, scale_tril=root[:, None, None])
+            targets = pyro.sample("targets", each.to_event(1), obs=None if value is None else value.unsqueeze(-3))
+        return to_labels(self.likelihood, targets.squeeze(-3).mT)
 
     def prepare(self, observations: Observations) -> DeepKernelModel:
         """Check the data, at the first ones; there are no sites to find.
@@ -236,7 +258,8 @@ class DeepKernelModel(TaskProgram):
             ShapeError: for features that the network does not take, or several outputs.
         """
         if self._layout is None:
-            self._layout = Layout((), (), ("y",), observations.num_features)
+            site = "y" if self.link is None else "targets"
+            self._layout = Layout((), (), (site,), observations.num_features)
             try:
                 with torch.no_grad():
                     points = self.points(observations)
@@ -250,14 +273,30 @@ class DeepKernelModel(TaskProgram):
         self.check_targets(observations)
         return self
 
+    def check(self, observations: Observations) -> None:
+        """Check the feature width, and labels.
+
+        Raises:
+            ShapeError: for another width than that of the first data.
+            DataError: for targets that are no labels, naming task and shot.
+        """
+        super().check(observations)
+        if self.link is not None:
+            self.check_targets(observations)
+
     def check_targets(self, observations: Observations, theta: Tensor | None = None) -> None:
-        """Check that there is one real target a shot.
+        """Check that there is one target a shot, and that it is a label where labels are wanted.
 
         Raises:
             ShapeError: for several outputs.
+            DataError: for targets that are no labels, naming task and shot.
         """
-        if observations.y is not None and observations.y.dim() != 2:
+        if observations.y is None:
+            return
+        if observations.y.dim() != 2:
             raise ShapeError(f"A deep kernel is for targets y [tasks, shots]; got {list(observations.y.shape)}.")
+        if self.link is not None:
+            refuse_outside(label_support(self.likelihood), observations.y, observations.full_mask())
 
     def evaluate(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Pass:
         """Refused: a Gaussian process has no finite φ.
@@ -271,36 +310,31 @@ class DeepKernelModel(TaskProgram):
         )
 
     def prior_moments(self, observations: Observations, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean 0 and standard deviation 1 of the whitened function values at the shots, each ``[tasks, shots]``."""
-        shape = observations.x.shape[:-1]
+        """Mean 0 and standard deviation 1 of the whitened function values at the shots.
+
+        Returns:
+            Each ``[tasks, shots]``; of K classes ``[tasks, K · shots]``, one class after the other.
+        """
+        shape = (observations.num_tasks, self.columns * observations.shots)
         return observations.x.new_zeros(shape), observations.x.new_ones(shape)
 
 
-def _make(
-    kernel: Any, width: int, num_mixtures: int, max_frequency: float, generator: torch.Generator
-) -> kernels.Kernel:
-    if isinstance(kernel, kernels.Kernel):
-        if kernel.batch_shape.numel() != 1 or len(kernel.batch_shape):
-            raise OptionError(f"The kernel has batch shape {list(kernel.batch_shape)}; expected one without.")
-        return copy.deepcopy(kernel)
-    if kernel not in get_args(KernelName):
-        raise OptionError(
-            f"Unknown kernel {kernel!r}; expected one of {', '.join(map(repr, get_args(KernelName)))}, or a kernel of "
-            "gpytorch.kernels."
+def _check_likelihood(likelihood: Likelihood, num_outputs: int) -> None:
+    name, labels = type(likelihood).__name__, is_of_labels(likelihood)
+    if type(likelihood) is not Gaussian and not labels:  # a subclass may be another distribution
+        raise UnsupportedError(
+            "The exact marginal likelihood of a GP needs a Gaussian likelihood, or labels that it regresses on as ±1: "
+            f"Categorical or Bernoulli; got {name}. ABML and Laplace take any likelihood."
         )
-    if kernel == "spectral_mixture":
-        mixture = kernels.SpectralMixtureKernel(num_mixtures=num_mixtures, ard_num_dims=width)
-        uniform = torch.rand(num_mixtures, 1, width, generator=generator, dtype=torch.float64)
-        # equal first components would stay equal
-        mixture.mixture_means = (max_frequency * uniform).clamp(min=1e-3 * max_frequency)
-        mixture.mixture_scales = torch.full_like(uniform, max_frequency / 10)
-        mixture.mixture_weights = torch.full((num_mixtures,), 1.0 / num_mixtures)
-        return mixture
-    order = {"matern12": 0.5, "matern32": 1.5, "matern52": 2.5}
-    if kernel == "linear":
-        return kernels.LinearKernel()
-    base = kernels.RBFKernel() if kernel == "rbf" else kernels.MaternKernel(nu=order[kernel])
-    return kernels.ScaleKernel(base)
+    if isinstance(likelihood, Categorical):
+        if num_outputs != likelihood.num_classes:
+            raise ShapeError(
+                f"The network has {num_outputs} output(s); a Categorical likelihood of {likelihood.num_classes} "
+                "classes takes one for each, as with other methods, though a deep kernel leaves that layer out."
+            )
+    elif num_outputs != 1:
+        instead = "a Categorical for classes" if labels else "BayesianLastLayer for several"
+        raise UnsupportedError(f"A deep kernel is for one output; this network has {num_outputs}. Use {instead}.")
 
 
 def cholesky(covariance: Tensor) -> Tensor:

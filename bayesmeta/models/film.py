@@ -1,4 +1,4 @@
-"""A trunk shared by several components, each of which scales and shifts its hidden layers."""
+"""Networks whose hidden layers a latent scales and shifts: one for each of several components, or one for each task."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from bayesmeta.errors import ModelError
+from bayesmeta.ops.batched import is_plain_mlp
 from bayesmeta.ops.random import normal_like
 
 
@@ -85,3 +87,53 @@ class FiLMTrunk(nn.Module):
             bias = shift if layer.bias is None else torch.addcmul(shift, layer.bias, scale)
             h = torch.baddbmm(bias, h, weight.mT)
         return h.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+
+class FiLMNetwork(nn.Module):
+    """A network of (x, z) in which z scales and shifts what each hidden Linear gives: h ← (1 + a(z)) h + c(z).
+
+    All a and c are one linear function of z, so that z = 0 leaves the network as it is. Source: as
+    :class:`FiLMTrunk`.
+
+    Args:
+        layers: a Sequential of Linear and elementwise layers that ends in a Linear, which is not modulated, with at
+            least one Linear before it; it is copied.
+        latent_size: length of z, at least 1.
+        generator: of the linear function.
+        spread: standard deviation of the first a and c under z ~ N(0, I).
+
+    Raises:
+        ModelError: for another kind of network.
+    """
+
+    def __init__(self, layers: nn.Module, latent_size: int, generator: torch.Generator, *, spread: float = 0.5) -> None:
+        super().__init__()
+        linear = [layer for layer in layers.modules() if isinstance(layer, nn.Linear)]
+        plain = isinstance(layers, nn.Sequential) and is_plain_mlp(layers)
+        if not plain or len(linear) < 2 or list(layers.children())[-1] is not linear[-1]:
+            raise ModelError(
+                "FiLM modulates the hidden layers of a Sequential of Linear and elementwise layers that ends in a "
+                "Linear, such as bayesmeta.nets.mlp(…) with hidden layers. For another network use "
+                "decoder='concatenate'."
+            )
+        self.layers = nn.Sequential(*copy.deepcopy(list(layers.children())))
+        self.widths = [layer.out_features for layer in linear[:-1]]
+        weight = normal_like(linear[0].weight, (2 * sum(self.widths), latent_size), generator)
+        self.modulation = nn.Parameter(weight * spread / latent_size**0.5)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Outputs ``[…, tasks, shots, outputs]``.
+
+        Args:
+            x: ``[tasks, shots, features]``.
+            z: ``[…, tasks, latent_size]``.
+        """
+        scales, shifts = (z @ self.modulation.mT).unsqueeze(-2).chunk(2, -1)
+        parts = zip((1.0 + scales).split(self.widths, -1), shifts.split(self.widths, -1), strict=True)
+        h = x
+        for index, layer in enumerate(self.layers):
+            h = layer(h)
+            if isinstance(layer, nn.Linear) and index < len(self.layers) - 1:
+                scale, shift = next(parts)
+                h = torch.addcmul(shift, h, scale)
+        return h

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import pyro
 from pyro import poutine
@@ -11,6 +12,9 @@ from torch import Tensor
 
 TASKS = "tasks"
 SHOTS = "shots"
+
+#: Rows and number of all tasks, where those at hand are some of a fixed set.
+_some: ContextVar[tuple[Tensor, int] | None] = ContextVar("some_tasks", default=None)
 
 
 def task_plate(x: Tensor) -> pyro.plate:
@@ -21,7 +25,20 @@ def task_plate(x: Tensor) -> pyro.plate:
     Args:
         x: inputs, ``[tasks, shots, features]``.
     """
-    return pyro.plate(TASKS, x.shape[-3], dim=-2)
+    some = _some.get()
+    if some is None:
+        return pyro.plate(TASKS, x.shape[-3], dim=-2)
+    return pyro.plate(TASKS, some[1], subsample=some[0], dim=-2)
+
+
+@contextmanager
+def some_tasks(rows: Tensor, size: int) -> Iterator[None]:
+    """Inside, every :func:`task_plate` is a subsample: these rows of ``size`` tasks, in Pyro's own sense and scale."""
+    token = _some.set((rows, size))
+    try:
+        yield
+    finally:
+        _some.reset(token)
 
 
 @contextmanager

@@ -94,9 +94,36 @@ class PrecisionFactor(NamedTuple):
         eye = torch.eye(self.cholesky.shape[-1], dtype=self.cholesky.dtype, device=self.cholesky.device)
         return torch.linalg.solve_triangular(self.cholesky, eye.expand_as(self.cholesky), upper=False).mT
 
+    def spread(self, noise: Tensor) -> Tensor:
+        """R noise, ``[…, D]`` in the dtype of ``noise``."""
+        return (self.root().to(noise.dtype) @ noise.unsqueeze(-1)).squeeze(-1)
+
     def solve(self, right: Tensor) -> Tensor:
         """Λ⁻¹ right, ``[…, D]`` in the dtype of ``right``."""
         return torch.cholesky_solve(right.double().unsqueeze(-1), self.cholesky).squeeze(-1).to(right.dtype)
+
+
+class DiagonalPrecision(NamedTuple):
+    """Precisions without correlations.
+
+    Attributes:
+        precision: the diagonal of Λ, ``[…, D]``, positive.
+    """
+
+    precision: Tensor
+
+    @property
+    def log_det(self) -> Tensor:
+        """log |Λ|, ``[…]``."""
+        return self.precision.log().sum(-1)
+
+    def spread(self, noise: Tensor) -> Tensor:
+        """Λ^(−½) noise, ``[…, D]``."""
+        return self.precision.rsqrt() * noise
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Λ⁻¹ right, ``[…, D]``."""
+        return right / self.precision
 
 
 def factorise(precision: Tensor, jitter: float) -> PrecisionFactor:

@@ -49,14 +49,13 @@ class GPPosterior(TaskPosterior):
         Raises:
             DataError: for a covariance that is not positive definite, naming tasks.
         """
-        assert support.y is not None
         keep = support.full_mask()
         root = cholesky(program.kept_covariance(program.points(support), keep, 0.0))
-        residual = program.residual(support)
+        residual = program.residual(support).squeeze(-1)
         eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
         noise = program.noise_variance.sqrt()
         fit = fit_linear_gaussian(root, residual, torch.zeros_like(residual), eye, noise, keep)
-        return cls(program, support, *(part.to(support.y.dtype) for part in fit))
+        return cls(program, support, *(part.to(support.x.dtype) for part in fit))
 
     @property
     def covariance(self) -> Tensor:

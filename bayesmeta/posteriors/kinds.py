@@ -7,8 +7,11 @@ from bayesmeta.posteriors.chains import ChainsPosterior
 from bayesmeta.posteriors.conjugate import ConjugatePosterior
 from bayesmeta.posteriors.delta import DeltaPosterior
 from bayesmeta.posteriors.exact import ExactLinearPosterior
+from bayesmeta.posteriors.flow import FlowPosterior
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
 from bayesmeta.posteriors.gp import GPPosterior
+from bayesmeta.posteriors.gp_labels import GPLabelsPosterior
+from bayesmeta.posteriors.kronecker import KroneckerNormalPosterior
 from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
 
 KINDS: dict[str, type[TaskPosterior]] = {
@@ -17,11 +20,14 @@ KINDS: dict[str, type[TaskPosterior]] = {
         DeltaPosterior,
         NormalPosterior,
         MultivariateNormalPosterior,
+        KroneckerNormalPosterior,
+        FlowPosterior,
         ExactLinearPosterior,
         ConjugatePosterior,
         SamplesPosterior,
         ParticlesPosterior,
         ChainsPosterior,
         GPPosterior,
+        GPLabelsPosterior,
     )
 }

@@ -263,7 +263,8 @@ def _split(table: TableTasks, validation: float, holdout: float, seed: int) -> d
 
 def _optimizer(learner: Method, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW whose decay pulls the shared weights of the network alone: no prior, no noise, no start point."""
-    shared = {id(p) for name, p in learner.named_parameters() if ".network." in name and p.dim() > 1}
+    kept = (".network.", ".trunk.")
+    shared = {id(p) for name, p in learner.named_parameters() if any(k in name for k in kept) and p.dim() > 1}
     groups = [
         {"params": [p for p in parameters if id(p) not in shared], "weight_decay": 0.0},
         {"params": [p for p in parameters if id(p) in shared], "weight_decay": TRAINING["weight_decay"]},

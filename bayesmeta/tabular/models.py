@@ -41,10 +41,16 @@ class Recipe:
 
 _CURVATURE = 4.0
 _STEPS = {"inner_steps": 5, "inner_lr": 0.05}
-#: The methods that fit a table, by class name. Chosen on validation tasks; see docs/command-line.md.
+#: The methods that fit a table, by class name. The first two were chosen on validation tasks; see docs/command-line.md.
 RECIPES: dict[str, Recipe] = {
     "BayesianLastLayer": Recipe("head", "normal", 0.3, {"objective": "evidence"}, rate=1e-2),
     "ABML": Recipe("all", "normal", None, _STEPS | {"num_particles": 4, "objective": "predictive"}),
+    "BayesianLastLayerMixture": Recipe("head", "normal", 0.3, {"num_components": 8}, rate=5e-3),
+    "DeepKernel": Recipe("head", options={"kernel": "matern52", "inputs": "both"}, rate=1e-2),
+    "Laplace": Recipe("head", "normal", 0.3, {"inner_steps": 3, "inner_lr": 1.0, "solver": "newton"}, rate=1e-2),
+    # particles far apart share a step: five times the rate
+    "BMAML": Recipe("all", "normal", None, {"inner_steps": 5, "inner_lr": 0.25, "objective": "predictive"}),
+    "Platipus": Recipe(options=_STEPS),
     "MAML": Recipe(options=_STEPS),
     "MetaSGD": Recipe(options=_STEPS),
     "ANIL": Recipe("head", options=_STEPS),
@@ -54,6 +60,11 @@ RECIPES: dict[str, Recipe] = {
     "ImplicitMAML": Recipe(options={"inner_steps": 10, "inner_lr": 0.05}),
     "MultiTask": Recipe(),
 }
+
+
+#: Those of a Gaussian likelihood, and those whose prior does not depend on w.
+CLOSED_FORM = ("BayesianLastLayer", "BayesianLastLayerMixture", "DeepKernel")
+WITHOUT_COVARIATES = ("BayesianLastLayerMixture", "DeepKernel")
 
 
 @dataclass(frozen=True)
@@ -135,11 +146,18 @@ def choose(
     if method is None:
         method = "BayesianLastLayer" if likelihood == "gaussian" and prior in (None, "normal") else "ABML"
     recipe = RECIPES[method]
-    if method == "BayesianLastLayer" and likelihood != "gaussian":
+    if method in CLOSED_FORM and likelihood != "gaussian":
         raise OptionError(
-            f"BayesianLastLayer has a closed form for the likelihood gaussian alone; {likelihood} was asked for. Use "
+            f"{method} has a closed form for the likelihood gaussian alone; {likelihood} was asked for. Use "
             "ABML or MAML."
         )
+    if method in WITHOUT_COVARIATES and schema.w_names:
+        raise OptionError(
+            f"{method} does not see what is constant within a task, w={list(schema.w)}; make it an input (x), or use "
+            "BayesianLastLayer or ABML."
+        )
+    if method == "DeepKernel" and prior not in (None, recipe.prior):
+        raise OptionError(f"DeepKernel has no prior on weights; leave prior={prior!r} out, or use BayesianLastLayer.")
     if method == "ABML" and prior == "point":
         raise OptionError("ABML needs a prior with a density; expected another prior than 'point', such as normal.")
     if schema.exposure is not None and kind.target != "count":
@@ -222,7 +240,7 @@ def build(settings: Settings) -> Method:
         network, likelihood, prior, task_modules=recipe.task_modules, covariates=settings.covariates
     )
     options = dict(recipe.options)
-    if "inner_lr" in options:
+    if "inner_lr" in options and options.get("solver") != "newton":  # a Newton step knows the curvature itself
         options["inner_lr"] /= settings.curvature
     made: Method = method_class(settings.method)(model, **options)
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -18,6 +18,7 @@ from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
 from bayesmeta.posteriors.samples import SamplesPosterior
+from bayesmeta.train.known_tasks import GuideTasks, as_arguments, as_observations
 
 
 class MetaSVI:
@@ -31,9 +32,17 @@ class MetaSVI:
     The loss is the ELBO's own, a sum over the tasks given; Pyro's plates and ``poutine.scale`` say how a mini-batch
     counts.
 
+    A Pyro ``AutoGuide`` over sites inside the task plate has parameters for each task, in the order of a plate: given
+    other tasks it would use one task's parameters for another. Here it knows the tasks of its first step, by their
+    ``task_id``, or by their data where there is none, and refuses others. With ``task_id`` the order of the tasks does
+    not matter; with AutoNormal, AutoDelta and AutoMessengers each step may take some of a ``population``, which Pyro's
+    scale makes up for. A task brings the same data in every step, since its parameters stand for one posterior. A
+    hand-written guide with parameters for each task is not recognised.
+
     Args:
         model: a Pyro program ``(x, y=None, mask=None)``, a :class:`~bayesmeta.TaskProgram`, or ``method.model``.
-        guide: a Pyro guide with the same arguments; an ``AutoGuide`` made for the model works too.
+        guide: a Pyro guide with the same arguments; an ``AutoGuide`` made for the model works too, for
+            fixed tasks.
         optim: makes a torch optimizer from parameters.
         loss: a ``pyro.infer.ELBO``.
 
@@ -59,6 +68,7 @@ class MetaSVI:
         self.optimizer: torch.optim.Optimizer | None = None
         self._store: dict[str, Any] = {"params": {}, "constraints": {}}
         self._known: dict[int, Tensor] = {}
+        self._tasks = GuideTasks(guide)
         self.steps = 0
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -69,9 +79,11 @@ class MetaSVI:
         Raises:
             NonFiniteLossError: before any parameter is changed.
             NonFiniteDataError: for NaN in a batch, naming where.
+            DataError, UnsupportedError: for other tasks than those that an AutoGuide has parameters for.
         """
-        args, kwargs = self._arguments(args, kwargs)
-        with pyro.get_param_store().scope(self._store), poutine.trace(param_only=True) as capture, _named_sites():
+        args, kwargs, tasks = self._arguments(args, kwargs)
+        store = pyro.get_param_store().scope(self._store)
+        with tasks, store, poutine.trace(param_only=True) as capture, _named_sites():
             loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
         parameters = self._parameters(capture.trace)
         self.steps += 1
@@ -91,17 +103,27 @@ class MetaSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss without a gradient step."""
-        args, kwargs = self._arguments(args, kwargs)
-        with torch.no_grad(), pyro.get_param_store().scope(self._store):
+        args, kwargs, tasks = self._arguments(args, kwargs)
+        with tasks, torch.no_grad(), pyro.get_param_store().scope(self._store):
             return _number(self.elbo.loss(self.model, self.guide, *args, **kwargs))
 
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(args) != 1 or kwargs or not isinstance(args[0], TaskBatch | Observations):
-            return args, kwargs
-        args[0].check()
-        if hasattr(getattr(self.model, "__self__", None), "adapt"):
-            return args, kwargs  # method.model and method.guide read support and query themselves
-        return _unpack(args[0].without_padding().union() if isinstance(args[0], TaskBatch) else args[0])
+    def _arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], AbstractContextManager[None]]:
+        """Arguments of model and guide, and what to run them in."""
+        batch = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], TaskBatch | Observations) else None
+        if batch is not None:
+            batch.check()
+            if hasattr(getattr(self.model, "__self__", None), "adapt"):
+                return args, kwargs, nullcontext()  # method.model and method.guide read support and query themselves
+            batch = batch.without_padding() if isinstance(batch, TaskBatch) else batch
+            args, kwargs = _unpack(batch.union() if isinstance(batch, TaskBatch) else batch)
+        ids, population = (batch.task_id, batch.population) if isinstance(batch, TaskBatch) else (None, None)
+        if not self._tasks.keeps(args, kwargs, ids, population):
+            return args, kwargs, nullcontext()
+        given = as_observations(args, kwargs)
+        observations, context = self._tasks.enter(given, ids, self.elbo)
+        return *((args, kwargs) if observations is given else as_arguments(observations)), context
 
     def _parameters(self, trace: Any) -> list[Tensor]:
         """Parameters of this step, each once, in the order of the trace."""
@@ -149,6 +171,7 @@ class MetaSVI:
             "params": {name: value.detach().clone() for name, value in self._store["params"].items()},
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "steps": self.steps,
+            "tasks": self._tasks.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -168,21 +191,26 @@ class MetaSVI:
         if state["optimizer"] is not None and self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self._tasks.load(state.get("tasks"))
 
     def posterior(
         self, observations: Observations | TaskBatch, num_samples: int = 1000, *, generator: Seed = None
     ) -> SamplesPosterior:
         """Draws of the guide's sites given observations (of a batch: its support), as a posterior over φ.
 
+        A guide with parameters for each task has a posterior given what it was trained on alone: of a batch its support
+        where that was all, else support and query, so that its query is no test.
+
         Args:
-            observations: what the guide sees.
+            observations: what the guide sees; for a guide with parameters for each task, tasks that it knows.
             num_samples: draws.
             generator: generator or seed; None means seed 0.
 
         Raises:
             SiteError: when the guide does not sample all latent sites of the model.
+            DataError, ShapeError: for tasks that a guide with parameters for each task does not know.
         """
-        observations = observations.without_padding().support if isinstance(observations, TaskBatch) else observations
+        observations, rows = self._tasks.find(observations)
         observations.check()
         args, kwargs = _unpack(observations)
         program = self._program()
@@ -190,25 +218,27 @@ class MetaSVI:
         program.scope.copy_from(self._store["params"])
         generator = as_generator(generator, observations.device, "posterior")
         u, theta = [], []
-        with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store):
+        within = self._tasks.within(observations, rows)
+        with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store), within:
             for _ in range(num_samples):
-                guide_trace, trace = self._traces(args, kwargs)
+                guide_trace, trace = self._traces(args, kwargs, rows)
                 u.append(self._flat(program, guide_trace, trace, program.layout.local, observations.num_tasks))
                 if program.has_theta_sites:
                     theta.append(self._flat(program, guide_trace, trace, program.layout.theta, None))
         return SamplesPosterior(program, observations, torch.stack(u), torch.stack(theta) if theta else None)
 
-    def _traces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _traces(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor | None) -> tuple[Any, Any]:
         try:
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            self._tasks.take(guide_trace, rows)
             replayed = poutine.replay(self.model, trace=guide_trace)
             return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or ["no detail"])[0].rstrip(". ")
             raise ShapeError(
                 f"Guide and model failed on these observations: {type(error).__name__}: {reason}. A guide that keeps "
-                "parameters for each task (an AutoGuide does, for sites inside the task plate) knows only the tasks "
-                "that it was trained on; write an amortised guide, or use a method such as ABML, for new tasks."
+                "parameters for each task knows only the tasks that it was trained on; write an amortised guide, or "
+                "use a method such as ABML, for new tasks."
             ) from error
 
     def _program(self) -> TaskProgram:
@@ -246,8 +276,7 @@ def _named_sites() -> Iterator[None]:
 def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if observations.shots == 0 or observations.num_tasks == 0:
         raise EmptyTaskError("MetaSVI needs at least one task and one observation: a Pyro plate cannot be empty.")
-    extra = {} if observations.w is None else {"w": observations.w}
-    return (observations.x, observations.y, observations.mask), extra
+    return as_arguments(observations)
 
 
 def _number(loss: Any) -> float:
