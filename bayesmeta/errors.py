@@ -68,6 +68,9 @@ class NonFiniteLossError(BayesMetaError):
         super().__init__(message)
         self.step = step
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.step)  # so that it comes back from a worker process
+
 
 class CheckpointError(BayesMetaError):
     """A checkpoint is missing, damaged, or belongs to another model, method or version."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -166,6 +167,8 @@ def test_a_non_finite_loss_names_the_step_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(errors.NonFiniteLossError, match="at step 2") as caught:
         train(make(), 60, **explode)
     assert caught.value.step == 2
+    again = pickle.loads(pickle.dumps(caught.value))  # as a worker process sends it back
+    assert (str(again), again.step) == (str(caught.value), 2)
     with pytest.raises(errors.NonFiniteLossError):
         train(make(), 60, out=tmp_path / "bad", optimizer=lambda p: torch.optim.SGD(p, math.inf), checkpoint_every=1)
     assert not (tmp_path / "bad" / "checkpoint.pt").exists()
