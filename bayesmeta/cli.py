@@ -168,8 +168,8 @@ class Demo:
     out: Path = Path("runs/demo")
     """Folder for the checkpoint, configuration, metrics, posterior and picture."""
 
-    steps: int = 1500
-    """Meta-training steps."""
+    steps: int = 200
+    """Meta-training steps, after principal curves and EM."""
 
     seed: int = 0
     """Of the split into countries, the first weights and the training draws."""

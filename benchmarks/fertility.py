@@ -97,7 +97,7 @@ def _maml() -> bm.MAML:
 #: Steps are as many as take about the time of the demo's method. Settings were compared on validation countries of
 #: seeds 100 and 101.
 RUNS = {
-    "last_layer": Run(_last_layer, 1000),
+    "last_layer": Run(_last_layer, 1500),
     "deep_kernel": Run(_deep_kernel, 600),
     "laplace": Run(_laplace, 400),
     "abml": Run(_abml, 200),

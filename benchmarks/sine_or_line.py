@@ -248,7 +248,7 @@ def _platipus() -> bm.Platipus:
 
 
 def _bmaml() -> bm.BMAML:
-    return bm.BMAML(_context_model(), num_particles=8, inner_steps=4, inner_lr=0.5, objective="predictive")
+    return bm.BMAML(_context_model(), num_particles=8, inner_steps=4, inner_lr=0.5, objective="marginal")
 
 
 def _abml() -> bm.ABML:
@@ -281,15 +281,14 @@ SAMPLED = {
     "ambiguous_coverage90": between(0.85, 0.95),
 }
 RUNS = {
-    "maml": Run(_maml, 2000),
-    "platipus": Run(_platipus, 2500, fewest=4, bars=SAMPLED),
-    # few query points: of many, one particle that fits would do, and the others would not learn to
-    "bmaml": Run(_bmaml, 2000, fewest=4, tasks_per_step=24, query=2, bars=SAMPLED),
-    "abml": Run(_abml, 1000),
-    "laplace": Run(_laplace, 1000),
-    "last_layer": Run(_last_layer, 1000, clip=100.0),
+    "maml": Run(_maml, 6000),
+    "platipus": Run(_platipus, 8000, fewest=4, bars=SAMPLED),
+    "bmaml": Run(_bmaml, 5000, fewest=4, bars=SAMPLED),
+    "abml": Run(_abml, 3000),
+    "laplace": Run(_laplace, 3000),
+    "last_layer": Run(_last_layer, 3000, clip=100.0),
     "last_layer_mixture": Run(_last_layer_mixture, 2000, rate=5e-3, clip=100.0),
-    "deep_kernel": Run(_deep_kernel, 500, clip=100.0, has_draws=False),
+    "deep_kernel": Run(_deep_kernel, 1500, clip=100.0, has_draws=False),
 }
 
 
@@ -404,7 +403,7 @@ def draw(folder: Path, names: list[str], count: int, seed: int, curves: int = 30
     axes = figure.subplots(len(sides), len(shown), sharex=True, sharey="col", squeeze=False)
     for row, (title, (draws, share)) in zip(axes, sides.items(), strict=True):
         for column, axis in enumerate(row):
-            some = draws[:: max(1, len(draws) // curves), column]
+            some = draws[:curves, column]  # not every n-th: particles come in turn
             for curve, is_line in zip(some, line_like(some), strict=True):
                 axis.plot(GRID, curve, color=_ORANGE if is_line else _BLUE, linewidth=0.7, alpha=0.55)
             axis.scatter(support.x[column, :, 0], support.y[column], s=16, color=_INK, zorder=3)

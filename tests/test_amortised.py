@@ -14,7 +14,6 @@ import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.adapt.amortised import batch_distribution
 from bayesmeta.models.flows import ConditionalFlow
-from bayesmeta.models.recognition import Recognition
 from tests.programs import LinearHierarchy, TwoSites, batch_of
 
 F64 = torch.float64
@@ -88,31 +87,31 @@ def kl_to_exact(method, tasks, shots, num_tasks=400):
 @pytest.mark.parametrize("encoder", ["mean", "product"])
 def test_a_short_training_reaches_the_exact_posterior_of_a_level(encoder):
     """y = φ + noise: at any number of shots up to those of training, the subsets see to that."""
-    tasks, model = linear(1)
+    tasks, model = linear(1, noise=1.0)
     method = bm.Amortised(model, encoder, width=16)
     method.prepare(tasks.sample(4, support=3, query=3))
     assert kl_to_exact(method, tasks, 3) > 1  # control: untrained
-    train(method, tasks, 250, 0.02)
+    train(method, tasks, 300, 0.02)
     for shots in (1, 3, 6):
         assert kl_to_exact(method, tasks, shots) < 0.05
     assert kl_to_exact(method, tasks, 0) < 1e-6  # and the prior
 
 
 def test_without_subsets_other_numbers_of_shots_are_not_learned():
-    tasks, model = linear(1)
+    tasks, model = linear(1, noise=1.0)
     method = train(bm.Amortised(model, "mean", width=16, subsets=False), tasks, 250, 0.02)
     assert kl_to_exact(method, tasks, 6) < 0.05
     assert kl_to_exact(method, tasks, 1) > 0.1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder", ["mean", "product"])
-def test_a_full_gaussian_reaches_the_exact_posterior_of_a_line(encoder):
+@pytest.mark.parametrize(("encoder", "steps"), [("mean", 5000), ("product", 1000)])
+def test_a_full_gaussian_reaches_the_exact_posterior_of_a_line(encoder, steps):
     tasks, model = linear(2)
     method = bm.Amortised(model, encoder, posterior="full", num_particles=8)
     method.prepare(tasks.sample(4, support=3, query=3))
     assert kl_to_exact(method, tasks, 6) > 1  # control: untrained
-    train(method, tasks, 4000, 0.005, tasks_per_step=128)
+    train(method, tasks, steps, 0.01 if encoder == "product" else 0.005)
     for shots in (1, 3, 6):
         assert kl_to_exact(method, tasks, shots) < 0.05
     diagonal = bm.Amortised(model, "mean", num_particles=8)  # control: correlations are needed
@@ -170,19 +169,17 @@ def test_pyros_elbo_agrees_with_the_loss(kind, family):
         model = TwoSites().double()
     method = bm.Amortised(model, posterior=family, width=8, num_particles=1, global_guide="normal")
     stirred(method, batch, 0.1)
-    n, everything = 150, batch.union()
+    n, everything, elbo = 60, batch.union(), Trace_ELBO()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
         ours = torch.stack([3 * method.loss(batch, generator=i) for i in range(n)])
-        elbo = Trace_ELBO()
         theirs = torch.tensor([elbo.loss(method.model, method.guide, everything) for _ in range(n)])
-        prior = method.recognition
-        method.recognition = Recognition(prior.encoder, prior.latent, family, given=prior.given, hidden=8).double()
-        lazy = torch.tensor([elbo.loss(method.model, method.guide, everything) for _ in range(n)])  # control: the prior
+        method.recognition.head[-1].bias += 4.0  # control: another guide has another ELBO
+        other = torch.tensor([elbo.loss(method.model, method.guide, everything) for _ in range(n)])
     error = math.sqrt(float(ours.var() + theirs.var()) / n)
     assert abs(float(ours.mean() - theirs.mean())) < 4 * error
-    error = math.sqrt(float(lazy.var() + theirs.var()) / n)
-    assert abs(float(lazy.mean() - theirs.mean())) > 5 * error
+    error = math.sqrt(float(other.var() + theirs.var()) / n)
+    assert abs(float(other.mean() - theirs.mean())) > 6 * error
     assert len(pyro.get_param_store()) == 0
 
 
@@ -191,7 +188,7 @@ def test_vectorised_particles_are_independent_draws(family):
     batch = ragged(3)
     method = bm.Amortised(TwoSites().double(), posterior=family, width=8, global_guide="normal")
     stirred(method, batch, 0.1)
-    n, everything = 150, batch.union()
+    n, everything = 60, batch.union()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
         one = torch.tensor([Trace_ELBO().loss(method.model, method.guide, everything) for _ in range(n)])
@@ -277,7 +274,8 @@ def test_a_flows_log_determinant_by_autograd_and_its_inverse(size):
     flow = ConditionalFlow(size, 3, hidden=8).double()
     noise, context = 2 * torch.randn(5, 7, size, dtype=F64), torch.randn(7, 3, dtype=F64)
     value, log_det = flow(noise, context)
-    torch.testing.assert_close(value, noise, rtol=1e-5, atol=1e-5)  # the identity at first
+    # the identity at first, but for Pyro's slope of 0.999 at the ends of a spline
+    torch.testing.assert_close(value, noise, rtol=0, atol=1e-3)
     for parameter in flow.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     value, log_det = flow(noise, context)
@@ -298,8 +296,8 @@ def test_a_flow_posterior_is_a_density_and_draws_from_it():
     """Its density integrates to 1 on a grid, and its draws have the mean that the density says."""
     method = bm.Amortised(LinearHierarchy(torch.zeros(2), torch.ones(2), 0.7).double(), posterior="flow", width=8)
     batch = ragged(3, features=2)
-    posterior = stirred(method, batch, 0.3).adapt(batch.support)
-    line = torch.linspace(-12, 12, 400, dtype=F64)
+    posterior = stirred(method, batch, 0.1).adapt(batch.support)
+    line = torch.linspace(-10, 10, 201, dtype=F64)
     grid = torch.cartesian_prod(line, line)
     density = posterior.log_prob(grid.unsqueeze(1).expand(-1, 3, -1)).exp() * (line[1] - line[0]) ** 2
     torch.testing.assert_close(density.sum(0), torch.ones(3, dtype=F64), rtol=0, atol=0.01)
@@ -310,34 +308,36 @@ def test_a_flow_posterior_is_a_density_and_draws_from_it():
     assert (mean.abs() > 0.05).any()
 
 
-def test_a_flow_beats_a_gaussian_where_the_posterior_has_two_modes():
-    """y = φ² + noise: a Gaussian keeps to one mode or covers both; the ELBO of the flow is higher."""
+def test_a_flow_beats_a_gaussian_where_the_posterior_is_none_and_stays_below_the_evidence():
+    """y = φ² + noise, which has two skewed modes; the evidence by quadrature."""
 
     def program(x, y=None, mask=None):
         with bm.task_plate(x):
             phi = pyro.sample("phi", dist.Normal(x.new_zeros(()), x.new_ones(())))
             with bm.shot_plate(x, mask):
-                pyro.sample("y", dist.Normal(phi.square() + 0 * x.squeeze(-1), 0.3), obs=y)
+                pyro.sample("y", dist.Normal(phi.square() + 0 * x.squeeze(-1), 1.0), obs=y)
 
-    y = torch.full((64, 6), 1.0)
-    batch = bm.TaskBatch(
-        bm.Observations(torch.zeros(64, 3, 1), y[:, :3]), bm.Observations(torch.zeros(64, 3, 1), y[:, 3:])
-    )
-    values, weights = {}, {}
+    x, y = torch.zeros(4, 3, 1), torch.full((4, 3), 2.0)
+    batch = bm.TaskBatch(bm.Observations(x, y), bm.Observations(x, y))
+    values = {}
     for family in ("diagonal", "flow"):
-        method = bm.Amortised(program, posterior=family, width=16, subsets=False, num_particles=20)
+        method = bm.Amortised(program, posterior=family, width=8, subsets=False, num_particles=64)
         method.prepare(batch)
-        optimizer = torch.optim.Adam(method.parameters(), 0.01)
-        small = batch.tasks(slice(0, 8))
+        optimizer = torch.optim.Adam(method.parameters(), 0.02)
         for step in range(150):
             optimizer.zero_grad()
-            method.loss(small, generator=step).backward()
+            method.loss(batch, generator=step).backward()
             optimizer.step()
-        method.num_particles = 200
+        method.num_particles = 10_000
         values[family] = method.loss(batch, generator=0).item()
-        weights[family] = (method.adapt(batch.union()).draws(4000).u[:, 0, 0] > 0).double().mean().item()
-    assert values["flow"] < values["diagonal"] - 0.3
-    assert 0.2 < weights["flow"] < 0.8
+    grid = torch.linspace(-6, 6, 2001, dtype=F64)
+    normal = torch.distributions.Normal(torch.zeros((), dtype=F64), 1.0)
+    log_joint = normal.log_prob(grid) + 6 * normal.log_prob(2.0 - grid.square())
+    evidence = (log_joint.logsumexp(0) + math.log(grid[1] - grid[0])).item()
+    assert values["flow"] < values["diagonal"] - 0.1
+    # the error of the estimate: its terms have standard deviations of order 1
+    assert values["diagonal"] > -evidence - 0.03
+    assert values["flow"] > -evidence - 0.03
 
 
 # -- what q reads -------------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_task_covariates_reach_q():
 def test_labels_and_counts_are_read_as_such(likelihood, outputs, option):
     model = bm.NeuralTaskModel(nn.Linear(2, outputs), likelihood, "normal")
     observations = batch_of(3, 6, 2)
-    y = torch.arange(18).reshape(3, 6) % max(outputs, 2)
+    y = (torch.arange(18).reshape(3, 6) % max(outputs, 2)).float()
     method = bm.Amortised(model, width=8)
     batch = bm.TaskBatch(observations.with_y(y), observations.with_y(y))
     assert method.loss(batch).isfinite()

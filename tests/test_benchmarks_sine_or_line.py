@@ -59,7 +59,7 @@ def test_exact_draws_are_the_exact_posterior():
 def test_ambiguous_supports_are_ambiguous_and_fresh():
     known, other = benchmark.ambiguous_tasks(4, 3), benchmark.ambiguous_tasks(4, 4)
     assert known.batch.support.x.shape == (4, 5, 1)
-    assert known.batch.query.x.shape == (4, 20, 1)
+    assert known.batch.query.x.shape == (4, benchmark.QUERY, 1)
     oracle = bm.tasks.SineOrLine().probability_line(known.batch.support)
     torch.testing.assert_close(oracle, known.line)
     assert ((oracle >= 0.3) & (oracle <= 0.7)).all()

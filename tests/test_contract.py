@@ -117,6 +117,24 @@ METHODS = {
     ),
     "deep_kernel": Case(bm.DeepKernel, is_point=False),
     "deep_kernel_both": Case(bm.DeepKernel, {"inputs": "both", "kernel": "matern52"}, is_point=False),
+    "amortised": Case(bm.Amortised, {"width": 32}, prior="normal", task_modules="head", is_point=False),
+    "amortised_full": Case(
+        bm.Amortised,
+        {"width": 32, "posterior": "full", "objective": "predictive", "encoder": "transformer"},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+    ),
+    "amortised_flow": Case(
+        bm.Amortised, {"width": 16, "posterior": "flow"}, prior="normal", task_modules="head", is_point=False
+    ),
+    "neural_process": Case(bm.NeuralProcess, {"width": 32, "latent_size": 4}, is_point=False),
+    "neural_process_product": Case(
+        bm.NeuralProcess,
+        {"width": 32, "latent_size": 4, "encoder": "product", "objective": "likelihood", "decoder": "film"},
+        is_point=False,
+    ),
+    "conditional_neural_process": Case(bm.ConditionalNeuralProcess, {"width": 32, "latent_size": 16}),
 }
 #: they give posteriors and train nothing; and what one task draws depends on how the others' chains move
 REFERENCES = {
@@ -125,7 +143,7 @@ REFERENCES = {
     ),
 }
 #: their loss has noise in it
-NOISY = (bm.ABML, bm.Laplace, bm.Platipus)
+NOISY = (bm.ABML, bm.Amortised, bm.Laplace, bm.NeuralProcess, bm.Platipus)
 each_method = pytest.mark.parametrize("name", METHODS)
 
 

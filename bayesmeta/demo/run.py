@@ -26,7 +26,7 @@ from bayesmeta.train.fit import FitResult, fit, pick_device
 from bayesmeta.train.schedules import cosine
 
 SUPPORT = 10
-STEPS = 60
+STEPS = 200
 #: Chosen on validation countries of splits that no reported figure uses; see benchmarks/RESULTS.md.
 SETTINGS: dict[str, Any] = {
     "curves": 16,  # features: principal curves, beside the mean curve

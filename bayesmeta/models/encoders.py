@@ -296,7 +296,7 @@ class ProductEncoder(Encoder):
     """
 
     #: softplus of it is a weak factor's precision
-    _FIRST = -5.0
+    _FIRST = -2.0
 
     def __init__(
         self,
@@ -328,7 +328,7 @@ class ProductEncoder(Encoder):
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
             for layer in (last, self.affine):
-                layer.weight.mul_(0.1)
+                layer.weight.mul_(0.3)
                 layer.bias.zero_()
             if not full:
                 last.bias[latent:] = self._FIRST

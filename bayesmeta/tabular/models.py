@@ -41,7 +41,8 @@ class Recipe:
 
 _CURVATURE = 4.0
 _STEPS = {"inner_steps": 5, "inner_lr": 0.05}
-#: The methods that fit a table, by class name. The first two were chosen on validation tasks; see docs/command-line.md.
+#: The methods that fit a table, by class name. Chosen on validation tasks, but for the five behind ABML: see
+#: docs/command-line.md.
 RECIPES: dict[str, Recipe] = {
     "BayesianLastLayer": Recipe("head", "normal", 0.3, {"objective": "evidence"}, rate=1e-2),
     "ABML": Recipe("all", "normal", None, _STEPS | {"num_particles": 4, "objective": "predictive"}),
