@@ -221,7 +221,7 @@ class BMAML(Method):
         return loss
 
     def _predictive(self, u: Tensor, batch: TaskBatch, theta: Tensor | None) -> Tensor:
-        """−log (1/M) Σ_m p(Q | φ_m) of each task, the query's points jointly or, if so asked, one by one, ``[tasks]``."""
+        """−log (1/M) Σ_m p(Q | φ_m) of each task, all query points jointly or one by one, ``[tasks]``."""
         each = self.program.log_likelihood(u, batch.query, theta)
         if self.objective != "marginal":
             each = each.sum(-1, keepdim=True)
