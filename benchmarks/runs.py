@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -36,10 +38,20 @@ def run_all(
     for name in args.runs:
         length = args.steps or (max(quick_steps(name), 1) if args.quick else steps[name])
         jobs.append((name, args.seed, length, args.tasks, args.threads, not args.quick and not args.steps))
+    guarded = partial(_or_failure, measure)
     if args.jobs == 1:
-        return [row for job in jobs for row in measure(*job)]
+        return [row for job in jobs for row in guarded(job)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
+        return [row for rows in pool.map(guarded, jobs) for row in rows]
+
+
+def _or_failure(measure: Measure, job: tuple[str, int, int, int, int, bool]) -> list[Row]:
+    """The rows of a run; of one whose training diverged a row that says so, so that the others are not lost."""
+    try:
+        return measure(*job)
+    except bm.errors.NonFiniteLossError as error:
+        print(f"{job[0]}, seed {job[1]}: {error}", file=sys.stderr, flush=True)
+        return [Row(f"{job[0]}_trains", None, bar="finite loss", passes=False)]
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, runs: Mapping[str, object], tasks: int) -> None:

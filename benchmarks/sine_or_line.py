@@ -252,7 +252,10 @@ def _bmaml() -> bm.BMAML:
 
 
 def _abml() -> bm.ABML:
-    return bm.ABML(_context_model(), inner_steps=5, inner_lr=0.1, num_particles=4, objective="predictive")
+    # from draws of a standard normal prior nothing is learned at first: all contexts look alike
+    prior = bm.priors.Normal(0.1)
+    model = bm.ContextTaskModel(Product(), bm.Gaussian(1.0, learn_scale=True), CONTEXT, prior)
+    return bm.ABML(model, inner_steps=5, inner_lr=0.05, num_particles=4, objective="predictive", kl_weight=0.1)
 
 
 def _laplace() -> bm.Laplace:
