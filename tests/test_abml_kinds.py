@@ -3,6 +3,7 @@
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -10,7 +11,9 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import bayesmeta as bm
 from bayesmeta import errors
+from bayesmeta.adapt import memory
 from tests.programs import LinearHierarchy, TwoSites, batch_of
+from tests.test_laplace_kronecker import Largest
 
 F64 = torch.float64
 KINDS = [{"posterior": "full"}, {"posterior": "low_rank", "rank": 2}]
@@ -228,3 +231,79 @@ def test_a_factor_that_diverges_is_named():
     program = LinearHierarchy(torch.zeros(2).double(), torch.ones(2).double(), 0.01)
     with pytest.raises(errors.NonFiniteDataError, match="diverged"):
         bm.ABML(program, posterior="low_rank", inner_steps=60, inner_lr=10.0).adapt(correlated())
+
+
+# -- what a task without support has ---------------------------------------------------------------------------------
+
+
+def two_steps(x, y=None, mask=None):
+    """A random walk of two steps: the prior of (first, second) is correlated, with variances 1 and 1 + 4."""
+    with bm.task_plate(x):
+        first = pyro.sample("first", dist.Normal(x.new_tensor(0.5), 1.0))
+        second = pyro.sample("second", dist.Normal(2 * first, 1.0))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(second * x.squeeze(-1), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("kind", [{}, *KINDS], ids=["diagonal", "full", "low_rank"])
+def test_without_support_it_is_the_gaussian_of_the_moments_along_the_path_of_the_means(kind):
+    """Of a program: not the prior where sites depend on one another. Of a network: the prior itself."""
+    nothing = bm.Observations(torch.zeros(2, 0, 1, dtype=F64), torch.zeros(2, 0, dtype=F64))
+    q = as_gaussian(bm.ABML(two_steps, **kind).adapt(nothing))
+    torch.testing.assert_close(q.mean, torch.tensor([0.5, 1.0], dtype=F64).expand(2, 2))
+    torch.testing.assert_close(q.covariance_matrix, torch.eye(2, dtype=F64).expand(2, 2, 2))
+    prior = MultivariateNormal(q.mean, torch.tensor([[1.0, 2.0], [2.0, 5.0]], dtype=F64))
+    assert (kl_divergence(q, prior) > 0.5).all()  # they differ by a lot
+    model = bm.NeuralTaskModel(torch.nn.Linear(1, 1), bm.Gaussian(0.5), bm.priors.Normal(0.3)).double()
+    q = as_gaussian(bm.ABML(model, **kind).adapt(nothing))
+    prior = MultivariateNormal(model.prior.loc.detach(), 0.09 * torch.eye(2, dtype=F64))
+    assert kl_divergence(q, prior).abs().max() < 1e-12
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def wide(features):
+    model = bm.NeuralTaskModel(torch.nn.Linear(features, 1), bm.Gaussian(0.5), bm.priors.Normal(0.01))
+    return model, bm.TaskBatch(batch_of(3, 2, features), batch_of(3, 2, features, seed=1))
+
+
+@pytest.mark.parametrize(("kind", "extra"), [(KINDS[0], 0), (KINDS[1], 2)], ids=["full", "low_rank"])
+def test_a_covariance_that_is_too_large_is_refused_before_it_is_made(kind, extra):
+    model, batch = wide(20_000)
+    method = bm.ABML(model, inner_steps=1, num_particles=2, **kind)
+    gib = 3 * 20_001 * (20_001 + extra) * 8 / 2**30
+    message = rf"{kind['posterior']}' of 20001 .*{gib:.3g} GiB for 3 tasks \(.*4 GiB.*'diagonal', adapt to fewer tasks"
+    with Largest() as largest:
+        with pytest.raises(errors.UnsupportedError, match=message):
+            method.adapt(batch.support)
+        if kind["posterior"] == "full":
+            with pytest.raises(errors.UnsupportedError, match=message):
+                method.loss(batch)
+        else:
+            assert method.loss(batch).isfinite()  # no dense matrix in it
+    assert largest.numbers <= 5 * 2 * 3 * 20_001  # the probe of the first data: particles, tasks, shots
+    assert bm.ABML(model, inner_steps=1, num_particles=2).adapt(batch.support).scale.shape == (1, 3, 20_001)
+
+
+@each_kind
+def test_a_covariance_too_large_for_one_task_is_refused_at_the_first_data(kind):
+    """Also where the loss would take little: it would be trained for nothing."""
+    model, batch = wide(30_000)
+    with pytest.raises(errors.UnsupportedError, match=r"GiB for 1 task \(.*'diagonal', or let fewer"):
+        bm.ABML(model, inner_steps=1, **kind).loss(batch)
+    diagonal = bm.ABML(model, inner_steps=1, num_particles=1)
+    assert diagonal.loss(batch).isfinite()
+
+
+@each_kind
+def test_the_limit_counts_tasks_draws_of_global_sites_and_columns(kind, monkeypatch):
+    observations = batch_of(3, 4, dtype=F64)
+    method = bm.ABML(TwoSites(), inner_steps=1, global_guide="normal", **kind).double()
+    method.prepare(observations)
+    numbers = 7 * 3 * 2 * (2 + (2 if kind["posterior"] == "low_rank" else 0))
+    monkeypatch.setattr(memory, "MAX_GIB", numbers * 8 / 2**30)
+    assert method.adapt(observations, num_theta=7).root.numel() == numbers
+    for bigger, num_theta in ((observations, 8), (batch_of(4, 4, dtype=F64), 7)):
+        with pytest.raises(errors.UnsupportedError, match=f"× {num_theta} draws of the global sites"):
+            method.adapt(bigger, num_theta=num_theta)

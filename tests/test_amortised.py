@@ -105,18 +105,18 @@ def test_without_subsets_other_numbers_of_shots_are_not_learned():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("encoder", "steps"), [("mean", 5000), ("product", 1000)])
-def test_a_full_gaussian_reaches_the_exact_posterior_of_a_line(encoder, steps):
+def test_a_full_gaussian_reaches_the_exact_posterior_of_a_line():
     tasks, model = linear(2)
-    method = bm.Amortised(model, encoder, posterior="full", num_particles=8)
+    method = bm.Amortised(model, "product", posterior="full", num_particles=8)
     method.prepare(tasks.sample(4, support=3, query=3))
     assert kl_to_exact(method, tasks, 6) > 1  # control: untrained
-    train(method, tasks, steps, 0.01 if encoder == "product" else 0.005)
+    train(method, tasks, 800, 0.01)
     for shots in (1, 3, 6):
         assert kl_to_exact(method, tasks, shots) < 0.05
-    diagonal = bm.Amortised(model, "mean", num_particles=8)  # control: correlations are needed
-    train(diagonal, tasks, 1000, 0.005)
-    assert kl_to_exact(diagonal, tasks, 1) > 0.05
+    # control: correlations are needed; the best diagonal Gaussian has the precision's diagonal
+    precision = tasks.posterior(tasks.sample(400, support=1, query=0, generator=999).support).precision_matrix
+    best = 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(precision))
+    assert best.mean() > 0.05
 
 
 @pytest.mark.parametrize("encoder", ["mean", "sum", "max", "attention", "transformer", "recurrent"])
@@ -174,7 +174,7 @@ def test_pyros_elbo_agrees_with_the_loss(kind, family):
         torch.manual_seed(1)
         ours = torch.stack([3 * method.loss(batch, generator=i) for i in range(n)])
         theirs = torch.tensor([elbo.loss(method.model, method.guide, everything) for _ in range(n)])
-        method.recognition.head[-1].bias += 4.0  # control: another guide has another ELBO
+        method.recognition.head[-1].bias[0] += 4.0  # control: another guide has another ELBO
         other = torch.tensor([elbo.loss(method.model, method.guide, everything) for _ in range(n)])
     error = math.sqrt(float(ours.var() + theirs.var()) / n)
     assert abs(float(ours.mean() - theirs.mean())) < 4 * error

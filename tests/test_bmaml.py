@@ -2,6 +2,8 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -174,6 +176,41 @@ def test_starts_follow_the_covariates():
     apart = method._start(support)[:, 1] - method._start(support)[:, 0]
     expected = (0.3 * (w[1] - w[0]).sum()).expand(4, 10)
     torch.testing.assert_close(apart.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def varied(x, y=None, mask=None, w=None):
+    """A prior whose mean and scale are the task's own covariates."""
+    with bm.task_plate(x):
+        slope = pyro.sample("slope", dist.Normal(w[:, :1], w[:, 1:].exp()))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(slope * x.squeeze(-1), 0.5), obs=y)
+
+
+def test_first_particles_of_a_prior_that_differs_between_tasks():
+    """About the mean of the tasks' means, root mean square of their scales, whichever task comes first."""
+    support, query = batch_of(3, 4, dtype=F64), batch_of(3, 5, seed=1, dtype=F64)
+    w = torch.tensor([[5.0, 0.7], [-1.0, -2.0], [0.5, 0.1]], dtype=F64)
+    batch = bm.TaskBatch(
+        bm.Observations(support.x, support.y, w=w), bm.Observations(query.x, query.y, w=w), task_id=torch.arange(3)
+    )
+    n = 4000
+
+    def particles(batch):
+        method = bm.BMAML(varied, num_particles=n).double()
+        method.prepare(batch)
+        return method.particles.detach()
+
+    found = particles(batch)
+    scale = w[:, 1].exp().square().mean().sqrt()
+    assert abs(found.mean() - w[:, 0].mean()) < 4 * scale / n**0.5
+    assert abs(found.std() / scale - 1) < 4 / (2 * n) ** 0.5
+    assert (w[:, 0] - w[:, 0].mean()).abs().min() > 10 * scale / n**0.5  # control: no task's own mean or scale,
+    assert (w[:, 1].exp() / scale - 1).abs().min() > 10 / (2 * n) ** 0.5  # nor the mean of the scales
+    assert abs(w[:, 1].exp().mean() / scale - 1) > 10 / (2 * n) ** 0.5
+    torch.testing.assert_close(particles(batch.tasks([2, 0, 1])), found, rtol=1e-12, atol=1e-12)
+    assert (particles(batch.tasks([0, 1])) - found).abs().max() > 0.1  # control: other tasks
+    padded = bm.TaskBatch(batch.support, batch.query, task_id=torch.tensor([0, 1, -1]))  # padding is no task
+    assert torch.equal(particles(padded), particles(batch.tasks([0, 1])))
 
 
 # -- losses -------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def conditional(**options):
 def test_the_elbo_by_hand(family):
     """−E_{q(z | S ∪ Q)} log p(Q | z) + KL(q(z | S ∪ Q) ‖ q(z | S)), the KL from means and covariances."""
     batch = ragged()
-    method = stirred(bm.NeuralProcess(decoder(), posterior=family, width=8, num_particles=3000), batch, 0.6).eval()
+    method = stirred(bm.NeuralProcess(decoder(), posterior=family, width=8, num_particles=3000), batch, 0.35).eval()
     prior, posterior = method.adapt(batch.support), method.adapt(batch.union())
 
     def moments(q):
@@ -67,7 +67,7 @@ def test_the_elbo_by_hand(family):
         (expected.mean(-1).std() * (1 / 20_000 + 1 / 3000) ** 0.5).item(),
     )
     assert abs(method.loss(batch, generator=0).item() - total) < 5 * error
-    assert kl.mean() > 20 * error  # control: without it, or with the wrong sign, the test would fail
+    assert kl.mean() > 10 * error  # control: without it, or with the wrong sign, the test would fail
 
 
 def test_the_likelihood_objective_by_hand_on_a_decoder_linear_in_z():

@@ -162,6 +162,27 @@ def test_draws_have_the_moments_of_adapted_starts(bound):
     assert not torch.equal(u, again)
 
 
+@pytest.mark.parametrize("bound", ["conditional", "prior"])
+def test_draws_are_those_of_p_and_not_of_q(bound):
+    """At test time no query is there, and no q: with rates and scales of p and q all different, those of p count."""
+    n, scale, scale_q = 4000, 0.35, 1.1
+    gamma = 0.3 if bound == "conditional" else 0.0
+    case = Line(bound=bound, num_samples=n)
+    with torch.no_grad():
+        case.method.gamma_q.fill_(-0.6)
+        case.method.log_scale.fill_(math.log(scale))
+        case.method.log_scale_q.fill_(math.log(scale_q))
+    slope, offset = case.fall(case.batch.support)
+    mean, mean_q = (case.A * (MU - rate * (slope * MU - offset)) + case.c for rate in (gamma, -0.6))
+    u = case.method.adapt(case.batch.support, generator=1).u.flatten()
+    spread, spread_q = abs(case.A) * scale, abs(case.A) * scale_q
+    error, error_std = spread / n**0.5, spread / (2 * n) ** 0.5
+    assert abs(u.mean().item() - mean) < 4 * error
+    assert abs(u.std().item() - spread) < 4 * error_std
+    assert abs(mean_q - mean) > 20 * spread_q / n**0.5  # control: q's moments are far outside
+    assert spread_q - spread > 20 * error_std
+
+
 def test_tasks_have_draws_of_their_own_and_global_sites_stay_paired():
     batch = task_batch()
     method = bm.Platipus(TwoSites(), global_guide="normal", num_samples=10).double()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.memory import need_memory
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.network import NetworkProgram
@@ -46,7 +47,10 @@ class ABML(Method):
 
     Args:
         model: a :class:`~bayesmeta.NeuralTaskModel` with a Gaussian prior, or any Pyro program. The posterior starts
-            at the prior's mean and standard deviation in unconstrained space.
+            at the Gaussian of the prior's mean and standard deviation in unconstrained space, and a task without
+            support stays there. For a network's Gaussian prior that is the prior itself. For a program it need not
+            be: where sites are not Gaussian, or depend on one another, it has the moments along the path of the means
+            (each site given the means of those before it), and no correlations.
         inner_steps: gradient steps on mean and log standard deviation (and what else the posterior has).
         inner_lr: step size of the mean, for an objective that is divided by the number of observations.
         inner_lr_scale: step size of the log standard deviation and of W (see ``posterior``); by default ``inner_lr``.
@@ -57,7 +61,8 @@ class ABML(Method):
         posterior: covariance of q: ``"diagonal"``: diag(s²), the paper's; ``"full"``: R Rᵀ with R = diag(s) (I + W), W
             lower triangular with zeros on the diagonal, at first 0; ``"low_rank"``: diag(s) (I + W Wᵀ) diag(s), whose
             variances are the prior's at first and whose correlations are small ones of a fixed random draw (at W = 0
-            the gradient is 0). A task without support has the prior itself.
+            the gradient is 0). The posterior of the last two is a dense R: a task's D² or D (D + rank) numbers, also
+            where the steps and the loss of ``"low_rank"`` take no more than D · rank.
         rank: columns of a low-rank W.
         kl_weight: of the KL in the inner objective and in the ELBO as a loss: 1 is the ELBO; below 1 the posterior is
             a cold one, narrower.
@@ -73,7 +78,8 @@ class ABML(Method):
 
     Raises:
         OptionError: for an unknown objective, numbers out of range, or noise that the posterior cannot have.
-        UnsupportedError: for a prior without a density, or a model that the noise cannot be drawn for.
+        UnsupportedError: for a prior without a density, or a model that the noise cannot be drawn for; in use, for R of
+            more than 4 GiB (tasks · draws of global sites · D² or D (D + rank) · 8 bytes).
     """
 
     card = MethodCard(
@@ -260,6 +266,23 @@ class ABML(Method):
             return self._weight_noise(loc, particles, generator)
         return self._point_noise.draw(loc, particles, shots, generator)
 
+    def _create(self, observations: Observations) -> None:
+        self._check_memory(1, 1)  # at the first data: not a posterior that can be trained and never written down
+
+    def _check_memory(self, num_tasks: int, groups: int) -> None:
+        """Refuse an R that is too large."""
+        if self.posterior == "diagonal":
+            return
+        size = self.program.layout.dim
+        need_memory(
+            size * self._width(),
+            num_tasks,
+            groups,
+            what=f"The posterior {self.posterior!r} of {size} task parameters",
+            formula="D²" if self.posterior == "full" else "D (D + rank)",
+            advice="posterior='diagonal'",
+        )
+
     def _begin(self, log_scale: Tensor, has_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """First log scale and factor of q; of a task without support, the prior's diagonal and a factor of zeros."""
         if self.posterior == "diagonal":
@@ -280,6 +303,8 @@ class ABML(Method):
     ) -> list[Tensor]:
         """loc, log scale and, where there is one, factor after the inner steps."""
         groups = 1 if theta is None else theta.shape[0]
+        if self.posterior == "full":  # W is as large as R; that of a low-rank posterior is small
+            self._check_memory(support.num_tasks, groups)
         loc, scale = self.program.prior_moments(support, theta)
         shape = (groups, support.num_tasks, self.program.layout.dim)
         loc, log_scale = loc.expand(shape), scale.log().expand(shape)
@@ -308,6 +333,7 @@ class ABML(Method):
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
     ) -> NormalPosterior | MultivariateNormalPosterior:
+        self._check_memory(support.num_tasks, 1 if theta is None else theta.shape[0])
         state = self._steps(support, theta, generator, create_graph)
         if not create_graph:
             state = [part.detach() for part in state]

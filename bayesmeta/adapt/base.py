@@ -90,7 +90,7 @@ class Method(nn.Module):
         """
         if self._created:
             return
-        observations = batch.union() if isinstance(batch, TaskBatch) else batch
+        observations = _real(batch).union() if isinstance(batch, TaskBatch) else batch
         self._check_device(observations)
         self.program.prepare(observations)
         if self.program.has_theta_sites:
@@ -161,6 +161,19 @@ class Method(nn.Module):
 
         A hyperprior on global sites is added once for all N tasks of the population, that is divided by N; without a
         known N there is none.
+
+        Args:
+            batch: support and query of the tasks.
+            generator: generator or seed; None means seed 0, so that every call has the same noise. A training loop of
+                your own must pass a generator that moves on, as :func:`~bayesmeta.fit` does: under one seed θ fits
+                that one draw of the noise, the loss falls, and nothing says that it is not the expected one.
+
+        Returns:
+            A scalar; with a graph where gradients are on.
+
+        Raises:
+            OptionError: for anything but a TaskBatch.
+            ShapeError, DeviceMismatchError, DataError: for a batch that does not fit program and method.
         """
         if not isinstance(batch, TaskBatch):
             raise OptionError(f"loss takes a TaskBatch of support and query; got {type(batch).__name__}.")
@@ -232,6 +245,12 @@ class Method(nn.Module):
                     plates.enter_context(pyro.plate(name, size, dim=dim))
                 pyro.sample(site.name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
         return theta
+
+
+def _real(batch: TaskBatch) -> TaskBatch:
+    """Without padding, which is no data to start from; as it is where nothing else is there."""
+    real = batch.real_tasks()
+    return batch if real is None or not bool(real.any()) else batch.without_padding()
 
 
 def _everything(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observations:

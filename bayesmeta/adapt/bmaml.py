@@ -134,7 +134,10 @@ class BMAML(Method):
         return isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point)
 
     def _first_moments(self, observations: Observations, theta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean (of a network: of the offsets from its centre, 0) and scale of the first particles, each ``[D]``."""
+        """Mean (of a network: of the offsets from its centre, 0) and scale of the first particles, each ``[D]``.
+
+        Of a program whose prior differs between tasks: the mean over tasks, and the root mean square of the scales.
+        """
         program = self.program
         if self._is_point_network:  # nothing says how far tasks are apart: as a share of the weights' own size
             assert isinstance(program, NetworkProgram)
@@ -145,7 +148,7 @@ class BMAML(Method):
         loc, scale = program.prior_moments(observations, theta)
         start = program.learned_start(observations)
         loc = loc if start is None else loc - start
-        return loc[0], (1.0 if self.spread is None else self.spread) * scale[0]
+        return loc.mean(0), (1.0 if self.spread is None else self.spread) * scale.square().mean(0).sqrt()
 
     def _start(self, support: Observations) -> Tensor:
         """Where the particles of every task start, ``[M, tasks, D]``."""

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.memory import need_memory
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.curvature import closed_kl, kronecker_precision, need_layers, network_fisher
@@ -51,8 +52,6 @@ Curvature = Literal["full", "ggn", "kronecker", "diagonal", "diagonal_ggn"]
 Objective = Literal["predictive", "evidence"]
 Solver = Literal["gradient", "newton"]
 
-#: Covariances of more than this many GiB are refused.
-MAX_GIB = 4.0
 _GAUSS_NEWTON = {"full": "ggn", "diagonal": "diagonal_ggn"}
 _LOG_2PI = math.log(2 * math.pi)
 #: Each has spread (R v with R Rᵀ = Λ⁻¹), solve (Λ⁻¹ v) and log_det (log |Λ|).
@@ -276,21 +275,22 @@ class Laplace(Method):
         )
 
     def _check_memory(self, num_tasks: int, groups: int, numbers: int | None = None) -> None:
-        """Refuse matrices of more than MAX_GIB: of so many numbers a task, by default those of this curvature."""
+        """Refuse matrices that are too large: of so many numbers a task, by default those of this curvature."""
+        if self.is_diagonal:
+            return
         size, kronecker = self.program.layout.dim, self.curvature == "kronecker" and numbers is None
         if kronecker:
             assert isinstance(self.program, NeuralTaskModel)
             numbers = LinearLayers(self.program.flat).num_factor_entries
-        gib = num_tasks * groups * (size**2 if numbers is None else numbers) * 8 / 2**30
-        if self.is_diagonal or gib <= MAX_GIB:
-            return
-        draws = f" × {groups} draws of the global sites" if groups > 1 else ""
         what, formula = ("The Kronecker factors", "Σ sides²") if kronecker else ("A covariance", "D²")
         other = "" if self.curvature == "kronecker" else "'kronecker' (for Linear layers) or "
-        raise UnsupportedError(
-            f"{what} of {size} task parameters takes {gib:.3g} GiB for {num_tasks} tasks{draws} (tasks · {formula} · 8 "
-            f"bytes); the limit is {MAX_GIB:g} GiB. Use curvature={other}'diagonal_ggn', adapt to fewer tasks at a "
-            "time, or let fewer parameters be task-specific (task_modules='head')."
+        need_memory(
+            size**2 if numbers is None else numbers,
+            num_tasks,
+            groups,
+            what=f"{what} of {size} task parameters",
+            formula=formula,
+            advice=f"curvature={other}'diagonal_ggn'",
         )
 
     # -- adapt --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.batched import is_plain_mlp
+from bayesmeta.ops.gaussian import lower_root
 from bayesmeta.ops.random import Seed, as_generator, normal_like
 
 #: What is known of the noise: its scale (θ), or a prior of it for each task.
@@ -267,11 +268,10 @@ class ConjugateModel(TaskProgram):
         zero = self.scatter_lower[k]
         lower = pyro.sample("bartlett_lower", dist.Normal(0.0 * zero, torch.ones_like(zero)).to_event(1))
         factor = lower_triangle(squares.sqrt(), lower)
-        # Σ = (C A)⁻ᵀ (C A)⁻¹ with C = chol(Ψ⁻¹)
-        inverse = torch.linalg.inv(precision_root(root)[k] @ factor)
-        covariance = inverse.mT @ inverse
-        pyro.deterministic("noise_covariance", covariance, event_dim=2)
-        return torch.linalg.cholesky(covariance)
+        # Σ = (C A)⁻ᵀ (C A)⁻¹ with C = chol(Ψ⁻¹); factorised by QR, as Σ itself may be singular in single precision
+        tril = precision_root(precision_root(root)[k] @ factor)
+        pyro.deterministic("noise_covariance", tril @ tril.mT, event_dim=2)
+        return tril
 
     def prepare(self, observations: Observations) -> ConjugateModel:
         """Check the width of the targets, and the rest as any program does."""
@@ -296,6 +296,6 @@ def lower_triangle(diagonal: Tensor, lower: Tensor) -> Tensor:
 
 
 def precision_root(root: Tensor) -> Tensor:
-    """The Cholesky factor of (L Lᵀ)⁻¹ for lower triangular L ``[…, P, P]``."""
-    inverse = torch.linalg.inv(root)
-    return torch.linalg.cholesky(inverse.mT @ inverse)
+    """The Cholesky factor of (L Lᵀ)⁻¹ for lower triangular L ``[…, P, P]``, without squaring L."""
+    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
+    return lower_root(torch.linalg.solve_triangular(root, eye, upper=False).mT)

@@ -36,7 +36,7 @@ from bayesmeta.ops.random import Seed, as_generator
 #: What the kernel compares: x, the network's features f(x), or [x, f(x)].
 Inputs = Literal["raw", "features", "both"]
 
-#: Added to the prior variance of the function at each observed point, as a share of it.
+#: Added to the prior variance of the function at each observed point, as a share of it (see :meth:`jitter`).
 JITTER = 1e-8
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -195,11 +195,22 @@ class DeepKernelModel(TaskProgram):
         wide = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
         return torch.func.functional_call(self.dense, wide, (a,) if b is None else (a, b))
 
+    def jitter(self, variance: Tensor) -> Tensor:
+        """What is added to the prior variance of the function at points, so that it can be factorised.
+
+        A share of each point's own variance, as rounding errors are: a share of a task's largest would drown points
+        whose variance is small. But a linear or cosine kernel has variance 0 at 0, and the function is its mean there:
+        such a point gets a variance of ``JITTER²`` of the noise's, which no observation can see.
+
+        Args:
+            variance: prior variances, float64, any shape.
+        """
+        return JITTER * torch.maximum(variance, JITTER * self.noise_variance)
+
     def kept_covariance(self, points: Tensor, keep: Tensor, noise_variance: Tensor | float) -> Tensor:
         """Covariance at observed points, jitter and noise on the diagonal; rows of padding are the identity's."""
         prior = self.covariance(points)
-        diagonal = prior.diagonal(dim1=-2, dim2=-1)
-        covariance = prior + torch.diag_embed(JITTER * diagonal + noise_variance)
+        covariance = prior + torch.diag_embed(self.jitter(prior.diagonal(dim1=-2, dim2=-1)) + noise_variance)
         eye = torch.eye(points.shape[-2], dtype=prior.dtype, device=prior.device)
         return torch.where(keep.unsqueeze(-1) & keep.unsqueeze(-2), covariance, eye)
 

@@ -64,7 +64,7 @@ class Recognition(nn.Module):
         self._encoder_given = int(getattr(encoder, "given", 0))
         if self._encoder_given not in (0, given):
             raise ShapeError(
-                f"The encoder reads {self._encoder_given} number(s) more for each task (given); here there are {given}: "
+                f"The encoder reads {self._encoder_given} number(s) more a task (given); here there are {given}: "
                 "the width of w, and of the global sites where they are drawn."
             )
         self.product = isinstance(encoder, ProductEncoder) and family != "flow"

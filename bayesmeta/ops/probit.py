@@ -18,7 +18,7 @@ def log_probability_largest(mean: Tensor, index: Tensor | None = None) -> Tensor
     independent errors (M. Girolami, S. Rogers, "Variational Bayesian Multinomial Probit Regression with Gaussian
     Process Priors", Neural Computation 18, 2006, https://doi.org/10.1162/neco.2006.18.8.1790). For two variables that
     is Φ((mean_1 − mean_2) / √2). For more, the trapezoidal rule, which for an analytic integrand that vanishes at both
-    ends converges geometrically: the logarithm is right to 1e-6 down to probabilities of 1e-20, to 0.02 down to 1e-70,
+    ends converges geometrically: the logarithm is right to 2e-6 down to probabilities of 1e-20, to 0.02 down to 1e-70,
     and finite further out.
 
     Args:

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import NoClosedFormError
+from bayesmeta.errors import DataError, NoClosedFormError
 from bayesmeta.models.conjugate import ConjugateModel, lower_triangle, precision_root
 from bayesmeta.ops.gaussian import Form, fit_linear_gaussian, fit_matrix_normal, lower_root
 from bayesmeta.ops.random import normal_like
@@ -217,6 +217,7 @@ class WishartBelief(Belief):
     """Unknown noise covariance Σ: inverse-Wishart with ``df`` ``[T, K]`` and ``scatter`` ``[T, K, P, P]``.
 
     Weights given Σ are matrix normal: covariance root rootᵀ between features, root ``[T, K, F, M]``, Σ between outputs.
+    The scatter is float64 whatever the dtype: that of outputs that are nearly proportional is singular in float32.
     """
 
     @classmethod
@@ -225,21 +226,40 @@ class WishartBelief(Belief):
         loc = program.loc.expand(tasks, -1, -1, -1)
         root = torch.diag_embed(program.log_scale.exp()).expand(tasks, -1, -1, -1)
         df, tril = program.wishart_parameters()
-        scatter = (tril @ tril.mT).expand(tasks, -1, -1, -1)
+        scatter = (tril.double() @ tril.double().mT).expand(tasks, -1, -1, -1)
         return cls(program, loc=loc, root=root, df=df.expand(tasks, -1), scatter=scatter)
 
     def add(self, design: Tensor, y: Tensor, mask: Tensor | None, form: Form) -> tuple[Belief, Tensor]:
         """One regression with several outputs."""
         y = y.unsqueeze(1).expand(*design.shape[:3], -1)
         rows = None if mask is None else mask.unsqueeze(1)
-        fit = fit_matrix_normal(design, y, self.loc.mT, self.root, self.df, self.scatter, rows, form)
-        after = WishartBelief(self.program, loc=fit.mean.mT, root=fit.root, df=fit.df, scatter=fit.scatter)
-        return after, fit.log_evidence
+        # the results have the dtype of y
+        fit = fit_matrix_normal(design, y.double(), self.loc.mT, self.root, self.df, self.scatter, rows, form)
+        loc, root, df = (part.to(y.dtype) for part in (fit.mean.mT, fit.root, fit.df))
+        after = WishartBelief(self.program, loc=loc, root=root, df=df, scatter=fit.scatter)
+        return after, fit.log_evidence.to(y.dtype)
+
+    def _scatter_root(self) -> Tensor:
+        """The Cholesky factor of Ψ, ``[T, K, P, P]``, float64.
+
+        Raises:
+            DataError: where Ψ is singular, naming tasks.
+        """
+        tril, info = torch.linalg.cholesky_ex(self.scatter.double())
+        bad = ((info > 0) | ~tril.isfinite().all(-1).all(-1)).any(-1).nonzero().flatten().tolist()
+        if bad:
+            names = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+            raise DataError(
+                "The scatter of the outputs is not finite and positive definite to working precision for "
+                f"{len(bad)} task(s), counted from 0: {names}. Outputs may be linear functions of one another, or "
+                "huge: leave out those that follow from others, standardise the data, or start from a larger noise "
+                "scale."
+            )
+        return tril
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """Cholesky factors of Ψ⁻¹, of the prior ``[K, P, P]`` and of the posterior ``[T, K, P, P]``."""
-        tril = torch.linalg.cholesky(self.scatter)
-        return precision_root(self.program.wishart_parameters()[1]), precision_root(tril)
+        """Cholesky factors of Ψ⁻¹, of the prior ``[K, P, P]`` and of the posterior ``[T, K, P, P]``, float64."""
+        return precision_root(self.program.wishart_parameters()[1].double()), precision_root(self._scatter_root())
 
     def _half_df(self) -> Tensor:
         index = torch.arange(self.program.outputs, device=self.df.device)
@@ -254,20 +274,22 @@ class WishartBelief(Belief):
         squares = 2.0 * gamma.gather(2, pick).squeeze(2)
         lower = normal_like(squares, (*component.shape, outputs * (outputs - 1) // 2), generator)
         prior, posterior = self._factors()
-        factor = self._chosen(posterior, component) @ lower_triangle(squares.sqrt(), lower)  # Σ⁻¹ = factor factorᵀ
+        bartlett = lower_triangle(squares.sqrt(), lower).double()
+        factor = self._chosen(posterior, component) @ bartlett  # Σ⁻¹ = factor factorᵀ
         relative = torch.linalg.solve_triangular(prior[component], factor, upper=False)
         rows, columns = torch.tril_indices(outputs, outputs, -1, device=relative.device)
         loc, root = self._chosen(self.loc, component), self._chosen(self.root, component)
         noise = normal_like(loc, (*component.shape, outputs, root.shape[-1]), generator)
         # columns of factor⁻ᵀ have covariance Σ
-        mixed = torch.linalg.solve_triangular(factor.mT, noise @ root.mT, upper=True)
+        mixed = torch.linalg.solve_triangular(factor.mT, (noise @ root.mT).double(), upper=True)
         log_squares = 2.0 * relative.diagonal(dim1=-2, dim2=-1).log()
-        return torch.cat([log_squares, relative[..., rows, columns], (loc + mixed).flatten(-2)], -1)
+        return torch.cat([log_squares, relative[..., rows, columns], (loc + mixed).flatten(-2)], -1).to(loc)
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Of the Bartlett numbers, in the program's terms, and the weights."""
         outputs = self.program.outputs
         below = outputs * (outputs - 1) // 2
+        dtype, u = u.dtype, u.double()
         relative = lower_triangle((0.5 * u[..., :outputs]).exp(), u[..., outputs : outputs + below]).unsqueeze(-3)
         weights = u[..., outputs + below :].unflatten(-1, self.loc.shape[-2:]).unsqueeze(-3)
         prior, posterior = self._factors()
@@ -275,7 +297,7 @@ class WishartBelief(Belief):
         own = change @ relative  # Bartlett's matrix under the posterior
         rows, columns = torch.tril_indices(outputs, outputs, -1, device=u.device)
         squares = own.diagonal(dim1=-2, dim2=-1).square()
-        gamma = torch.distributions.Gamma(self._half_df(), 0.5, validate_args=False)
+        gamma = torch.distributions.Gamma(self._half_df().double(), 0.5, validate_args=False)
         noise = (gamma.log_prob(squares) + squares.log()).sum(-1)
         normal = torch.distributions.Normal(0.0, 1.0)
         noise = noise + normal.log_prob(own[..., rows, columns]).sum(-1)
@@ -284,19 +306,19 @@ class WishartBelief(Belief):
         noise = noise + (power * change.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
         factor = prior @ relative
         # vec of (weights − loc) whitened on both sides
-        tril = lower_root(self.root)
+        tril = lower_root(self.root.double())
         white = torch.linalg.solve_triangular(tril, (weights - self.loc).mT, upper=False).mT
         white = factor.mT @ white
         features = white.shape[-1]
         log_det = features * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_det = log_det - outputs * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return noise + normal.log_prob(white).sum((-2, -1)) + log_det
+        return (noise + normal.log_prob(white).sum((-2, -1)) + log_det).to(dtype)
 
     def predictive(self, design: Tensor) -> Any:
         """Multivariate Student-t over the outputs, with ν − P + 1 degrees of freedom."""
         mean, square = self._spread(design)
         df = self.df - self.program.outputs + 1.0
-        tril = torch.linalg.cholesky(self.scatter.double() / df.double()[..., None, None]).to(design).unsqueeze(2)
+        tril = (self._scatter_root() / df.double().sqrt()[..., None, None]).to(design).unsqueeze(2)
         tril = tril * (1.0 + square).sqrt().unsqueeze(-1)
         df = df.unsqueeze(-1).expand(mean.shape[:-1])
         return dist.MultivariateStudentT(*(part.transpose(0, 1) for part in (df, mean, tril)))

@@ -84,7 +84,7 @@ class FlowPosterior(Components):
     def state(self) -> dict[str, Tensor]:
         """loc, scale, context, changed, weights and shape, and theta where there is one."""
         weights = parameters_to_vector(self.flow.parameters())
-        shape = torch.tensor(self.flow.config(), dtype=torch.float64)
+        shape = self.loc.new_tensor(self.flow.config())
         tensors = {"loc": self.loc, "scale": self.scale, "context": self.context, "changed": self.changed}
         tensors |= {"weights": weights, "shape": shape}
         return tensors | ({} if self.theta is None else {"theta": self.theta})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesmeta.data import Observations
 from bayesmeta.errors import NoClosedFormError
-from bayesmeta.models.deep_kernel import JITTER, DeepKernelModel, cholesky
+from bayesmeta.models.deep_kernel import DeepKernelModel, cholesky
 from bayesmeta.models.labels import log_label_probability, outputs, to_labels
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.models.targets import class_probabilities
@@ -195,7 +195,7 @@ class GPLabelsPosterior(GPPosterior):
         half, rest = self._half(observations)
         rest = (rest + rest.mT) / 2
         prior = (rest + half @ half.mT).diagonal(dim1=-2, dim2=-1)
-        root = cholesky(rest + torch.diag_embed(JITTER * prior + noise))
+        root = cholesky(rest + torch.diag_embed(self.model.jitter(prior) + noise))
         mean = self._mean(half, draws.u)
         return mean + root @ normal_like(mean, mean.shape, generator)
 
