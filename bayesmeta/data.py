@@ -196,6 +196,17 @@ def collate(
         raise EmptyTaskError("No task was given to collate; expected at least one.")
     if ys is not None and len(ys) != len(xs):
         raise ShapeError(f"{len(xs)} tasks have x but {len(ys)} have y; give one of each for every task.")
+    for i, (x, y) in enumerate(zip(xs, [None] * len(xs) if ys is None else ys, strict=True)):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor | None):
+            raise ShapeError(
+                f"collate takes a tensor x [shots, features] and a tensor y [shots] for each task; task {i} (counted "
+                f"from 0) has {type(x).__name__} and {type(y).__name__}. Use torch.as_tensor(…)."
+            )
+        if y is not None and (x.dim() == 0 or y.dim() == 0 or len(x) != len(y)):
+            raise ShapeError(
+                f"Task {i} (counted from 0) has x of shape {list(x.shape)} and y of shape {list(y.shape)}; expected as "
+                "many rows in both."
+            )
     longest = max(len(x) for x in xs)
     shots = longest if shots is None else shots
     if shots < longest:

@@ -45,6 +45,10 @@ class Posterior(Protocol):
         """True for a Delta: one φ a task, no uncertainty about it."""
 
     @property
+    def num_draws(self) -> int | None:
+        """How many different draws there are, of a posterior that is made of them and has no density; else None."""
+
+    @property
     def target_kind(self) -> TargetKind:
         """What y is: decides which scores and pictures make sense."""
 

@@ -13,8 +13,10 @@ from pyro.nn import PyroModule, PyroParam
 from torch.distributions import constraints
 
 from bayesmeta.adapt.abml import ABML
+from bayesmeta.adapt.bmaml import BMAML
 from bayesmeta.adapt.last_layer import BayesianLastLayer
 from bayesmeta.adapt.maml import MAML
+from bayesmeta.adapt.platipus import Platipus
 from bayesmeta.data import Observations, Standardizer, TaskBatch
 from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
 from bayesmeta.errors import DataError, OptionError, ShapeError, UnsupportedError
@@ -24,6 +26,7 @@ from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.ops.random import as_generator
 from bayesmeta.posteriors.gaussian import NormalPosterior
+from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
 from bayesmeta.tasks.linear import LinearGaussian
 
 GROUPS = {
@@ -317,6 +320,42 @@ def test_a_point_estimate_refuses_loo():
     with pytest.raises(UnsupportedError, match="point estimate"):
         loo(posterior, batch)
     arviz_stats.summary(tree, kind="stats")
+
+
+def made_of_draws(kind, n, batch):
+    """Draws of the exact posterior, without its density."""
+    exact = last_layer(batch)
+    return kind(exact.program, batch.support, exact.draws(n, 3).u)
+
+
+@pytest.mark.parametrize("kind", [ParticlesPosterior, SamplesPosterior])
+def test_few_draws_without_a_density_refuse_loo(kind):
+    batch = linear_batch(support=15)
+    for n in (5, 99):
+        with pytest.raises(UnsupportedError, match=rf"{n} draws without a density.* 100 .*NUTS.*ABML or Laplace"):
+            loo(made_of_draws(kind, n, batch), batch)
+    assert np.isfinite(loo(made_of_draws(kind, 100, batch), batch).elpd)
+
+
+@pytest.mark.parametrize("method", [BMAML, Platipus])
+def test_particle_methods_refuse_loo(method):
+    batch = linear_batch()
+    posterior = method(NeuralTaskModel(network(1), Gaussian(0.5), "point"), inner_lr=0.05).adapt(batch.support)
+    with pytest.raises(UnsupportedError, match=f"{len(posterior.u)} draws without a density"):
+        loo(posterior, batch)
+
+
+@pytest.mark.parametrize("kind", [ParticlesPosterior, SamplesPosterior])
+def test_loo_counts_no_draw_twice(kind):
+    batch = linear_batch(support=15)
+    posterior = made_of_draws(kind, 2000, batch)
+    result = loo(posterior, batch, num_samples=5000)
+    assert result.n_samples == 2000
+    assert not result.approx_posterior
+    exact = sum(float(leave_one_out(batch, i).sum()) for i in range(15))
+    assert abs(result.elpd - exact) < 0.3
+    fewer = loo(posterior, batch, num_samples=500)
+    assert fewer.n_samples == 500
 
 
 def test_loo_needs_targets():

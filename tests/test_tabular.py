@@ -359,6 +359,16 @@ KINDS = {
     "wide counts": ({"y": ["visits"], "likelihood": "negative-binomial"}, "negative-binomial", ["visits_mean"]),
     "classes": ({"y": ["paid"]}, "categorical", ["paid_class", "paid_p_no", "paid_p_yes"]),
     "two classes": ({"y": ["paid"], "likelihood": "bernoulli", "method": "maml"}, "bernoulli", ["paid_p_yes"]),
+    "classes by a kernel": (
+        {"y": ["paid"], "method": "deep-kernel", "w": []},
+        "categorical",
+        ["paid_class", "paid_p_no", "paid_p_yes"],
+    ),
+    "two classes by a kernel": (
+        {"y": ["paid"], "likelihood": "bernoulli", "method": "deep-kernel", "w": []},
+        "bernoulli",
+        ["paid_p_yes"],
+    ),
     "outputs": ({"y": ["bill", "age"], "x": ["hours"]}, "gaussian", ["bill_mean", "age_sd"]),
     "heavy tails": ({"y": ["bill"], "likelihood": "student-t"}, "student-t", ["bill_q0.95"]),
     "own scale": ({"y": ["bill"], "likelihood": "heteroscedastic"}, "heteroscedastic", ["bill_q0.95"]),
@@ -467,6 +477,11 @@ ERRORS = {
         OptionError,
         "closed form",
         {"method": "last-layer", "likelihood": "poisson", "y": ["visits"]},
+    ),
+    "kernel of counts": (
+        OptionError,
+        "DeepKernel has a closed form for the likelihood gaussian, categorical, bernoulli alone; poisson was asked for",
+        {"method": "DeepKernel", "likelihood": "poisson", "y": ["visits"], "w": []},
     ),
     "mixture of counts": (
         OptionError,

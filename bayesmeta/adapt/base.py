@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations, TaskBatch
@@ -140,6 +141,11 @@ class Method(nn.Module):
         """
         if isinstance(support, TaskBatch):
             raise OptionError("adapt sees the support alone; give batch.support, not the batch.")
+        if not isinstance(support, Observations):
+            raise OptionError(
+                f"adapt takes Observations; got {type(support).__name__}. Put tensors of one or more tasks together with "
+                "bm.Observations(x, y), x [tasks, shots, features] and y [tasks, shots], or with bm.collate([x], [y])."
+            )
         if support.y is None:
             raise DataError("adapt needs the targets of the support; these observations have y=None.")
         support.check()
@@ -198,7 +204,9 @@ class Method(nn.Module):
         observations = _everything(args, kwargs)
         self.prepare(observations)
         w = {} if observations.w is None else {"w": observations.w}
-        return self.program(observations.x, observations.y, observations.mask, **w)
+        result = self.program(observations.x, observations.y, observations.mask, **w)
+        self._announce_parameters()  # last: a PyroModule takes from its parameters, when it ends, what SVI looks for
+        return result
 
     def guide(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The Pyro guide: adapts to the support (of a :class:`TaskBatch`; else to all that is given) and samples φ.
@@ -215,7 +223,20 @@ class Method(nn.Module):
         with torch.enable_grad():
             posterior = self._adapt(support, theta, generator, create_graph=create_graph)
         posterior.paired = True
+        self._announce_parameters()
         return posterior()
+
+    def _announce_parameters(self) -> None:
+        """Give θ to whoever gathers parameters, as ``pyro.infer.SVI`` does: it trains what it meets as Pyro params.
+
+        Nothing else writes to Pyro's parameter store. A name holds the parameter's identity, since under a name that
+        the store knows it would hand out its own tensor, another method's.
+        """
+        if not any(getattr(handler, "param_only", False) for handler in _PYRO_STACK):
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{type(self).__name__}.{id(parameter)}.{name}", parameter)
 
     def _sample_theta(self, observations: Observations) -> Tensor:
         """Sample the global sites as Pyro sites; returns them unconstrained, ``[G, E]``, one for each ELBO particle."""

@@ -30,6 +30,7 @@ class Forecast:
     covariance: Tensor
 
     is_point = False
+    num_draws = None
     target_kind = "real"
 
     @property

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _RESERVED = frozenset({"chain", "draw", "task", "feature", "covariate", "output", "obs_id", "query_id", "x", "y", "w"})
 _SIDES = {"support": ("obs_id", "task_of_obs"), "query": ("query_id", "task_of_query")}
 _NO_LOO = "A point estimate has no leave-one-out score: PSIS-LOO reweights draws of φ, and here all draws are the same."
+#: Fewer leave PSIS-LOO less than 20 weights (a fifth) to fit the tail of; and with 100 draws even Pareto k above
+#: 1 − 1 / log10(100) = 0.5 would be too large (Vehtari et al. 2024, https://arxiv.org/abs/1507.02646).
+_LEAST_DRAWS = 100
 
 
 @torch.no_grad()
@@ -94,7 +97,8 @@ def loo(
 
     Where the posterior has a density, draws are first reweighted from it to p(φ | S, θ) by
     ``arviz_stats.loo_approximate_posterior`` (Magnusson et al. 2019), with the weights of an observation's own task:
-    given θ the tasks are independent. With a posterior over θ's sites, or without a density, draws count as exact.
+    given θ the tasks are independent. With a posterior over θ's sites, or without a density, draws count as exact;
+    a posterior that is made of draws gives each at most once, so no more than it has.
     ``approx_posterior`` of the result says whether the correction was made. Pareto k above 0.7 warns, as in ArviZ:
     with few shots single observations weigh much.
 
@@ -108,7 +112,7 @@ def loo(
         An ``arviz_stats`` ``ELPDData``.
 
     Raises:
-        UnsupportedError: for a point estimate.
+        UnsupportedError: for a point estimate, and for less than 100 draws or particles without a density.
         DataError: for a support without targets.
         ShapeError, OptionError: as :func:`to_datatree`.
     """
@@ -119,6 +123,14 @@ def loo(
             f"{_NO_LOO} Use a method with a distribution, such as ABML or BayesianLastLayer, or score the query with "
             "bayesmeta.scores."
         )
+    if posterior.num_draws is not None:
+        if posterior.num_draws < _LEAST_DRAWS:
+            raise UnsupportedError(
+                f"{posterior.num_draws} draws without a density have no leave-one-out score: PSIS-LOO fits the tail of "
+                f"their weights, and expects at least {_LEAST_DRAWS} different ones. Use NUTS, a method with a density "
+                "such as ABML or Laplace, or more draws or particles; or score the query with bayesmeta.scores."
+            )
+        num_samples = min(num_samples, posterior.num_draws)  # repeated draws would have equal weights
     check_same_tasks(posterior, batch.support)
     standardizer = batch.standardizer if raw_units else None
     export = _Export(Predictor(posterior, num_samples, generator), batch, 1, standardizer)

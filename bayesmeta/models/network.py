@@ -41,6 +41,12 @@ class NetworkProgram(TaskProgram):
         super().__init__(self._pyro_program)
         if covariates < 0:
             raise OptionError(f"covariates is the width of w, 0 or more; got {covariates}.")
+        if not isinstance(likelihood, Likelihood):
+            given = likelihood.__name__ if isinstance(likelihood, type) else repr(likelihood)
+            raise OptionError(
+                f"likelihood is {given}; expected an instance of a bayesmeta likelihood, such as bm.Gaussian(0.1), "
+                "bm.likelihoods.Categorical(3) or bm.likelihoods.Poisson()."
+            )
         self.flat = parts
         self.likelihood = likelihood
         self.prior = prior

@@ -67,6 +67,8 @@ class TaskPosterior:
     """
 
     is_point = False
+    #: how many different draws there are, of a posterior that is made of draws and has no density; else None
+    num_draws: int | None = None
     #: set by ``method.guide``, which has sampled the global sites that this posterior's draws of θ are
     paired = False
 

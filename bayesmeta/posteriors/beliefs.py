@@ -243,10 +243,14 @@ class WishartBelief(Belief):
         """The Cholesky factor of Ψ, ``[T, K, P, P]``, float64.
 
         Raises:
-            DataError: where Ψ is singular, naming tasks.
+            DataError: where Ψ is singular to working precision, naming tasks.
         """
-        tril, info = torch.linalg.cholesky_ex(self.scatter.double())
-        bad = ((info > 0) | ~tril.isfinite().all(-1).all(-1)).any(-1).nonzero().flatten().tolist()
+        scatter = self.scatter.double()
+        tril, info = torch.linalg.cholesky_ex(scatter)
+        # what is left of a variance given the outputs before: no digit of it is right when rounding is as large
+        left, whole = tril.diagonal(dim1=-2, dim2=-1).square(), scatter.diagonal(dim1=-2, dim2=-1)
+        right = left > 8 * self.program.outputs * torch.finfo(torch.float64).eps * whole
+        bad = ((info > 0) | ~right.all(-1)).any(-1).nonzero().flatten().tolist()
         if bad:
             names = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
             raise DataError(

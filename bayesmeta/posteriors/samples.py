@@ -28,6 +28,7 @@ class SamplesPosterior(TaskPosterior):
     def __init__(self, program: TaskProgram, support: Observations, u: Tensor, theta: Tensor | None = None) -> None:
         super().__init__(program, support)
         self.u, self.theta = u, theta
+        self.num_draws = len(u)
 
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """The draws themselves when all are asked for, else a random choice of them with replacement."""
@@ -71,6 +72,7 @@ class ParticlesPosterior(TaskPosterior):
     def __init__(self, program: TaskProgram, support: Observations, u: Tensor, theta: Tensor | None = None) -> None:
         super().__init__(program, support)
         self.u, self.theta = u, theta
+        self.num_draws = len(u)
 
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """The particles in turn, so that each counts equally when ``num_samples`` is a multiple of their number."""

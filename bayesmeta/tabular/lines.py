@@ -125,6 +125,7 @@ class LineForecast:
     support: Observations
 
     is_point = False
+    num_draws = None
     target_kind = "real"
 
     @property

@@ -63,8 +63,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-#: Those of a Gaussian likelihood, and those whose prior does not depend on w.
-CLOSED_FORM = ("BayesianLastLayer", "BayesianLastLayerMixture", "DeepKernel")
+#: Those with a closed form, and the likelihoods that it is for; and those whose prior does not depend on w.
+CLOSED_FORM = {
+    "BayesianLastLayer": ("gaussian",),
+    "BayesianLastLayerMixture": ("gaussian",),
+    "DeepKernel": ("gaussian", "categorical", "bernoulli"),
+}
 WITHOUT_COVARIATES = ("BayesianLastLayerMixture", "DeepKernel")
 
 
@@ -147,9 +151,10 @@ def choose(
     if method is None:
         method = "BayesianLastLayer" if likelihood == "gaussian" and prior in (None, "normal") else "ABML"
     recipe = RECIPES[method]
-    if method in CLOSED_FORM and likelihood != "gaussian":
+    closed = CLOSED_FORM.get(method, (likelihood,))
+    if likelihood not in closed:
         raise OptionError(
-            f"{method} has a closed form for the likelihood gaussian alone; {likelihood} was asked for. Use "
+            f"{method} has a closed form for the likelihood {', '.join(closed)} alone; {likelihood} was asked for. Use "
             "ABML or MAML."
         )
     if method in WITHOUT_COVARIATES and schema.w_names:
