@@ -328,6 +328,7 @@ def made_of_draws(kind, n, batch):
     return kind(exact.program, batch.support, exact.draws(n, 3).u)
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # 100 are few all the same
 @pytest.mark.parametrize("kind", [ParticlesPosterior, SamplesPosterior])
 def test_few_draws_without_a_density_refuse_loo(kind):
     batch = linear_batch(support=15)
@@ -345,8 +346,9 @@ def test_particle_methods_refuse_loo(method):
         loo(posterior, batch)
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 @pytest.mark.parametrize("kind", [ParticlesPosterior, SamplesPosterior])
-def test_loo_counts_no_draw_twice(kind):
+def test_loo_asks_for_no_more_draws_than_there_are(kind):
     batch = linear_batch(support=15)
     posterior = made_of_draws(kind, 2000, batch)
     result = loo(posterior, batch, num_samples=5000)

@@ -96,5 +96,5 @@ def test_a_likelihood_that_is_none(likelihood):
 def test_collate_refuses_tasks_whose_x_and_y_differ_in_length():
     with pytest.raises(errors.ShapeError, match=r"Task 1 .*x of shape \[2, 1\] and y of shape \[3\]"):
         bm.collate([torch.randn(4, 1), torch.randn(2, 1)], [torch.randn(4), torch.randn(3)])
-    with pytest.raises(errors.ShapeError, match="task 0 .* has list and Tensor"):
+    with pytest.raises(errors.ShapeError, match=r"task 0 .* has list and Tensor"):
         bm.collate([[1.0]], [torch.randn(1)])

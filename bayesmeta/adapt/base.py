@@ -143,7 +143,7 @@ class Method(nn.Module):
             raise OptionError("adapt sees the support alone; give batch.support, not the batch.")
         if not isinstance(support, Observations):
             raise OptionError(
-                f"adapt takes Observations; got {type(support).__name__}. Put tensors of one or more tasks together with "
+                f"adapt takes Observations; got {type(support).__name__}. Put tensors of tasks together with "
                 "bm.Observations(x, y), x [tasks, shots, features] and y [tasks, shots], or with bm.collate([x], [y])."
             )
         if support.y is None:

@@ -97,10 +97,10 @@ def loo(
 
     Where the posterior has a density, draws are first reweighted from it to p(φ | S, θ) by
     ``arviz_stats.loo_approximate_posterior`` (Magnusson et al. 2019), with the weights of an observation's own task:
-    given θ the tasks are independent. With a posterior over θ's sites, or without a density, draws count as exact;
-    a posterior that is made of draws gives each at most once, so no more than it has.
-    ``approx_posterior`` of the result says whether the correction was made. Pareto k above 0.7 warns, as in ArviZ:
-    with few shots single observations weigh much.
+    given θ the tasks are independent. With a posterior over θ's sites, or without a density, draws count as exact, and
+    of a posterior that is made of draws no more are taken than it has. ``approx_posterior`` of the result says whether
+    the correction was made. Pareto k above 0.7 (less with few draws) warns, as in ArviZ: with few shots single
+    observations weigh much.
 
     Args:
         posterior: adapted to ``batch.support``.
