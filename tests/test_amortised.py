@@ -127,11 +127,12 @@ def test_untrained_it_is_the_prior(encoder, family):
     method.prepare(batch)
     loc, scale = method.program.prior_moments(batch.support, method.theta_guide.centre())
     posterior = method.adapt(batch.support)
-    u = loc + torch.randn(20, 4, 2, dtype=F64) * scale
+    z = torch.randn(20, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    u = loc + z * scale
     expected = torch.distributions.Normal(loc, scale).log_prob(u).sum(-1)
-    # Pyro's spline keeps small offsets from the identity, for stability
-    close = {"rtol": 1e-4, "atol": 1e-3} if family == "flow" else {"rtol": 1e-10, "atol": 1e-10}
-    torch.testing.assert_close(posterior.log_prob(u), expected, **close)
+    # Pyro's spline keeps a slope of 0.999 at its ends in place of 1, in each coordinate of each of its layers
+    off = 2e-3 * (1.0 + z.square()).sum(-1) if family == "flow" else torch.tensor(1e-10, dtype=F64)
+    assert ((posterior.log_prob(u) - expected).abs() < off).all()
     other = stirred(method, batch).adapt(batch.support)  # control
     assert (other.log_prob(u) - expected).abs().max() > 0.1
 
@@ -145,7 +146,7 @@ def test_trained_it_stays_the_prior_where_there_is_no_support(encoder, family):
     support = bm.Observations(batch.support.x, batch.support.y, mask)
     method = stirred(bm.Amortised(TwoSites().double(), encoder, posterior=family, width=16), batch)
     loc, scale = method.program.prior_moments(support, method.theta_guide.centre())
-    u = loc + torch.randn(20, 4, 2, dtype=F64) * scale
+    u = loc + torch.randn(20, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) * scale
     expected = torch.distributions.Normal(loc, scale).log_prob(u).sum(-1)
     found = method.adapt(support).log_prob(u)
     torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=1e-10, atol=1e-10)
