@@ -107,7 +107,7 @@ def _maml() -> bm.MAML:
 
 
 def _platipus() -> bm.Platipus:
-    return bm.Platipus(_point(), inner_steps=5, inner_lr=0.01, scale=0.005)
+    return bm.Platipus(_point(), inner_steps=5, inner_lr=0.01)
 
 
 def _bmaml() -> bm.BMAML:
