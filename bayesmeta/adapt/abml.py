@@ -27,7 +27,6 @@ from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.neural import NeuralTaskModel
-from bayesmeta.models.priors import Point
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.point_noise import PointNoise
@@ -118,10 +117,7 @@ class ABML(Method):
                 f"inner_steps={inner_steps}, inner_lr={inner_lr}, inner_lr_scale={scale_lr}, "
                 f"num_particles={num_particles}, num_outer_particles={outer}."
             )
-        if isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point):
-            raise UnsupportedError(
-                "ABML starts at a prior with a density; this model has Point, a start without one. Use prior='normal'."
-            )
+        self._need_density()
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
         self.inner_lr_scale = scale_lr

@@ -31,8 +31,6 @@ from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.models.encoders import PooledEncoder, ProductEncoder, RecurrentEncoder
-from bayesmeta.models.network import NetworkProgram
-from bayesmeta.models.priors import Point
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.models.recognition import Family, Recognition
 from bayesmeta.models.targets import class_probabilities, target_kind
@@ -183,11 +181,7 @@ class Amortised(Method):
     ) -> None:
         super().__init__(model, global_guide=global_guide)
         self._check_options(posterior, objective, num_particles)
-        if isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point):
-            raise UnsupportedError(
-                f"{type(self).__name__} starts at a prior with a density; this model has Point, a start without one. "
-                "Use prior='normal'."
-            )
+        self._need_density()
         self._recipe = EncoderRecipe(encoder, width, max_shots, seed)
         self.posterior: Family = posterior
         self.objective: str = objective

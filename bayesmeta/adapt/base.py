@@ -13,7 +13,9 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import DataError, DeviceMismatchError, OptionError
+from bayesmeta.errors import DataError, DeviceMismatchError, OptionError, UnsupportedError
+from bayesmeta.models.network import NetworkProgram
+from bayesmeta.models.priors import Point
 from bayesmeta.models.program import as_program
 from bayesmeta.models.theta import GlobalGuide, GlobalKind, check_global_kind, kind_name
 from bayesmeta.ops.random import Seed, as_generator
@@ -80,6 +82,19 @@ class Method(nn.Module):
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         """Loss of each task in nats, ``[tasks]``; ``theta`` is ``[1, E]`` or None."""
         raise NotImplementedError
+
+    @property
+    def _is_point_network(self) -> bool:
+        """Whether the program is a network whose prior is a start without a density."""
+        return isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point)
+
+    def _need_density(self) -> None:
+        """Refuse a prior without one."""
+        if self._is_point_network:
+            raise UnsupportedError(
+                f"{type(self).__name__} needs a prior with a density; this model has Point, a start without one. Use "
+                "prior='normal'."
+            )
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -272,6 +287,15 @@ def _real(batch: TaskBatch) -> TaskBatch:
     """Without padding, which is no data to start from; as it is where nothing else is there."""
     real = batch.real_tasks()
     return batch if real is None or not bool(real.any()) else batch.without_padding()
+
+
+def per_observation(observations: Observations) -> Tensor:
+    """1 over the number of real observations of each task, ``[tasks]``; 0 where there are none.
+
+    The factor of an inner step on a sum over observations: the step is then on their mean, and a task without
+    observations stays where it is.
+    """
+    return observations.full_mask().any(-1) / observations.counts().clamp(min=1.0)
 
 
 def _everything(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observations:

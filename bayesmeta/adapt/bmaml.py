@@ -35,11 +35,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.base import Method, MethodCard, per_observation
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.network import NetworkProgram
-from bayesmeta.models.priors import Point
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.random import as_generator, normal_like
 from bayesmeta.ops.svgd import svgd_direction
@@ -129,10 +128,6 @@ class BMAML(Method):
             noise = normal_like(scale.double(), (self.num_particles, *scale.shape), generator).to(scale)
         self.particles = nn.Parameter(loc + scale * noise)
 
-    @property
-    def _is_point_network(self) -> bool:
-        return isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point)
-
     def _first_moments(self, observations: Observations, theta: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean (of a network: of the offsets from its centre, 0) and scale of the first particles, each ``[D]``.
 
@@ -178,9 +173,7 @@ class BMAML(Method):
         """SVGD steps from u ``[M, G, tasks, D]``, which requires gradients if ``create_graph``."""
         if observations.shots == 0:
             return u
-        share = (1.0 / observations.counts().clamp(min=1.0))[:, None]
-        if observations.mask is not None:  # a task without observations stays where it is
-            share = share.masked_fill(~observations.mask.any(-1)[:, None], 0.0)
+        share = per_observation(observations)[:, None]
         for _ in range(steps):
             if not create_graph:
                 u = u.detach().requires_grad_()

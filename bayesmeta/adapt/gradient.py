@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.adapt.base import Method
+from bayesmeta.adapt.base import Method, per_observation
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.theta import GlobalKind
@@ -154,7 +154,7 @@ class GradientMethod(PointMethod):
         share: Tensor | None = None
         if support.mask is not None:
             # a task without support stays at the start, also when the joint would pull it to the prior's mode
-            share = (1.0 / support.counts())[:, None].masked_fill(~support.mask.any(-1)[:, None], 0.0)
+            share = per_observation(support)[:, None]
         second_order = create_graph and not self.first_order
         for step in range(self.inner_steps):
             gradient = self.inner_gradient(u, support, theta, second_order)

@@ -33,14 +33,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.base import Method, MethodCard, per_observation
 from bayesmeta.adapt.memory import need_memory
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.curvature import closed_kl, kronecker_precision, need_layers, network_fisher
 from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.neural import NeuralTaskModel
-from bayesmeta.models.priors import Point
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.curvature import DiagonalPrecision, PrecisionFactor, factorise, hessian
 from bayesmeta.ops.kronecker import KroneckerPrecision, LinearLayers
@@ -127,10 +126,7 @@ class Laplace(Method):
                 f"[0, 1); got inner_steps={inner_steps}, num_particles={num_particles}, inner_lr={inner_lr}, "
                 f"jitter={jitter}."
             )
-        if isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point):
-            raise UnsupportedError(
-                "Laplace needs a prior with a density; this model has Point, a start without one. Use prior='normal'."
-            )
+        self._need_density()
         if curvature == "kronecker":
             need_layers(self.program)
         self.inner_steps = inner_steps
@@ -304,11 +300,9 @@ class Laplace(Method):
         u = u if create_graph and u.requires_grad else u.detach().requires_grad_()
         if support.shots == 0:
             return u
-        share = support.counts().clamp(min=1.0).reciprocal()
-        if self.solver == "newton":
-            share = torch.ones_like(share)
         # a task without support stays, also where the prior's mean is not its mode
-        share = (self.inner_lr * share).masked_fill(~support.full_mask().any(-1), 0.0).unsqueeze(-1)
+        share = support.full_mask().any(-1) if self.solver == "newton" else per_observation(support)
+        share = (self.inner_lr * share).unsqueeze(-1)
         for _ in range(self.inner_steps):
             total = self.program.log_joint(u, support, theta).sum()
             (direction,) = torch.autograd.grad(total, u, create_graph=create_graph)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.adapt.base import MethodCard
+from bayesmeta.adapt.base import MethodCard, per_observation
 from bayesmeta.adapt.gradient import GradientMethod, Objective
 from bayesmeta.adapt.maml import MAML
 from bayesmeta.data import Observations, TaskBatch
@@ -173,13 +173,14 @@ class Platipus(GradientMethod):
         if rate is None or observations.shots == 0:
             return centre
         rate = rate if create_graph else rate.detach()
-        return centre + rate * _share(observations) * self.inner_gradient(centre, observations, theta, create_graph)
+        share = per_observation(observations)[:, None]
+        return centre + rate * share * self.inner_gradient(centre, observations, theta, create_graph)
 
     def _climbed(self, u: Tensor, support: Observations, theta: Tensor | None, create_graph: bool) -> Tensor:
         """φ after the inner steps from u ``[n, G, tasks, D]``."""
         if support.shots == 0:
             return u
-        step = self.inner_lr * _share(support)
+        step = self.inner_lr * per_observation(support)[:, None]
         for _ in range(self.inner_steps):
             u = u + step * self.inner_gradient(u, support, theta, create_graph)
         return u
@@ -208,12 +209,6 @@ class Platipus(GradientMethod):
         u = self._climbed(mean + self.log_scale_q.exp() * noise, batch.support, theta, create_graph=True)
         misfit = -self.program.log_likelihood(u, batch.query, theta).sum(-1).mean(0)
         return (misfit + _kl(mean - prior_mean, self.log_scale_q, self.log_scale))[0]
-
-
-def _share(observations: Observations) -> Tensor:
-    """1 over the number of real observations of each task, ``[tasks, 1]``; 0 where there are none."""
-    has_any = observations.full_mask().any(-1)
-    return (has_any / observations.counts().clamp(min=1.0))[:, None]
 
 
 def _kl(difference: Tensor, log_scale_q: Tensor, log_scale_p: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesmeta.adapt.base import MethodCard
+from bayesmeta.adapt.base import MethodCard, per_observation
 from bayesmeta.adapt.gradient import GradientMethod, Objective
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
@@ -97,8 +97,7 @@ class Reptile(GradientMethod):
             part = _some_shots(observations, self.shots_per_step, generator)
             u = u.detach().requires_grad_()
             gradient = self.inner_gradient(u, part, theta, create_graph=False)
-            share = part.full_mask().any(-1) / part.counts().clamp(min=1.0)
-            u = u + self.inner_lr * share[:, None] * gradient
+            u = u + self.inner_lr * per_observation(part)[:, None] * gradient
         return u.detach()
 
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:

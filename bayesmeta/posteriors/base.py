@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import CheckpointError, NoClosedFormError, ShapeError
+from bayesmeta.errors import CheckpointError, DataError, NoClosedFormError, ShapeError
 from bayesmeta.models.network import SITE, NetworkProgram
 from bayesmeta.models.plates import task_plate
 from bayesmeta.models.program import TaskProgram
@@ -249,6 +249,13 @@ class TaskPosterior:
                 "Give the same tasks in the same order."
             )
         self.program.check(observations)
+
+    def _to_add(self, observations: Observations) -> Tensor:
+        """The targets of observations that an ``update`` is to add, which are checked."""
+        if observations.y is None:
+            raise DataError("update needs the targets of the observations; these have y=None.")
+        self._same_tasks(observations.check())
+        return observations.y
 
     # -- as a Pyro guide ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayesmeta.data import Observations, union
-from bayesmeta.errors import DataError
 from bayesmeta.models.conjugate import ConjugateModel
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.gaussian import Form
@@ -66,9 +65,7 @@ class ConjugatePosterior(TaskPosterior):
             ShapeError: for other tasks.
             DataError: for observations without targets, or that are not finite.
         """
-        if observations.y is None:
-            raise DataError("update needs the targets of the observations; these have y=None.")
-        self._same_tasks(observations.check())
+        self._to_add(observations)
         with torch.no_grad():
             return self._add(observations, "covariance")
 

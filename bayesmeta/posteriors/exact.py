@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, union
-from bayesmeta.errors import DataError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.gaussian import fit_linear_gaussian, lower_root
@@ -57,17 +56,14 @@ class ExactLinearPosterior(TaskPosterior):
             ShapeError: for other tasks.
             DataError: for observations without targets, or that are not finite.
         """
-        if observations.y is None:
-            raise DataError("update needs the targets of the observations; these have y=None.")
-        self._same_tasks(observations.check())
+        y = self._to_add(observations)
         program, mask = self.program, observations.mask
         assert isinstance(program, NeuralTaskModel)
-        if mask is not None and observations.y.dim() == 3:
-            mask = mask.repeat_interleave(observations.y.shape[-1], -1)
+        if mask is not None and y.dim() == 3:
+            mask = mask.repeat_interleave(y.shape[-1], -1)
         with torch.no_grad():
             design, noise = program.last_layer_design(observations.x), program.noise_rows(observations.shots)
-            y = observations.y.flatten(1)
-            fit = fit_linear_gaussian(design, y, self.loc, self.root, noise, mask, form="covariance")
+            fit = fit_linear_gaussian(design, y.flatten(1), self.loc, self.root, noise, mask, form="covariance")
         evidence = self.log_evidence + fit.log_evidence
         return ExactLinearPosterior(program, union(self.support, observations), fit.mean, fit.root, evidence)
 

@@ -108,8 +108,8 @@ class GPPosterior(TaskPosterior):
         with torch.no_grad():
             keep = self.support.full_mask()
             root = cholesky(self.model.kept_covariance(self.model.points(self.support), keep, 0.0))
-            f = (root @ draws.u.double().unsqueeze(-1)).squeeze(-1).masked_fill(~keep, 0.0)
-            return {"f": (f + self.model.mean.double()).to(draws.u)}
+            root = root.masked_fill(~keep.unsqueeze(-1), 0.0)
+            return {"f": self._mean(root, draws.u).to(draws.u)}
 
     # -- predictions --------------------------------------------------------------------------------------------
 
@@ -121,6 +121,10 @@ class GPPosterior(TaskPosterior):
         cross = model.covariance(points, new).masked_fill(~keep.unsqueeze(-1), 0.0)
         half = torch.linalg.solve_triangular(root, cross, upper=False).mT
         return half, model.covariance(new) - half @ half.mT
+
+    def _mean(self, half: Tensor, u: Tensor) -> Tensor:
+        """E[f(x) | u], float64 ``[…, tasks, M]``."""
+        return self.model.mean.double() + (half @ u.double().unsqueeze(-1)).squeeze(-1)
 
     def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
         """Exact predictive of y, noise included (Rasmussen & Williams 2006, eqs. 2.25, 2.26).
@@ -135,13 +139,13 @@ class GPPosterior(TaskPosterior):
         observations = self._as_observations(x)
         with torch.no_grad():
             half, rest = self._half(observations)
-            mean = self.model.mean.double() + (half @ self.loc.double().unsqueeze(-1)).squeeze(-1)
+            mean = self._mean(half, self.loc)
             spread, noise = half @ self.root.double(), self.model.noise_variance
             if joint:
                 covariance = rest + spread @ spread.mT
-                root = cholesky(_symmetric(covariance) + torch.diag_embed(noise.expand(mean.shape)))
+                root = cholesky(symmetric(covariance) + torch.diag_embed(noise.expand(mean.shape)))
                 return dist.MultivariateNormal(mean.to(self.loc), scale_tril=root.to(self.loc))
-            variance = rest.diagonal(dim1=-2, dim2=-1).clamp(min=0.0) + spread.square().sum(-1) + noise
+            variance = variances(rest) + spread.square().sum(-1) + noise
             return dist.Normal(mean.to(self.loc), variance.sqrt().to(self.loc))
 
     def predict(
@@ -159,8 +163,8 @@ class GPPosterior(TaskPosterior):
         with torch.no_grad():
             half, rest = self._half(observations)
             noise = self.model.noise_variance.expand(rest.shape[:-1])
-            root = cholesky(_symmetric(rest) + torch.diag_embed(noise))
-            mean = self.model.mean.double() + (half @ draws.u.double().unsqueeze(-1)).squeeze(-1)
+            root = cholesky(symmetric(rest) + torch.diag_embed(noise))
+            mean = self._mean(half, draws.u)
             normal = normal_like(mean, mean.shape, generator)
             return (mean + (root @ normal.unsqueeze(-1)).squeeze(-1)).to(self.loc)
 
@@ -184,8 +188,8 @@ class GPPosterior(TaskPosterior):
         draws = self.draws(num_samples, generator) if draws is None else draws
         with torch.no_grad():
             half, rest = self._half(observations)
-            mean = self.model.mean.double() + (half @ draws.u.double().unsqueeze(-1)).squeeze(-1)
-            variance = rest.diagonal(dim1=-2, dim2=-1).clamp(min=0.0) + self.model.noise_variance
+            mean = self._mean(half, draws.u)
+            variance = variances(rest) + self.model.noise_variance
             keep = observations.full_mask()
             y = torch.where(keep, observations.y.double(), 0.0)
             value = dist.Normal(mean, variance.sqrt()).log_prob(y).masked_fill(~keep, 0.0)
@@ -200,5 +204,11 @@ class GPPosterior(TaskPosterior):
         return {"loc": self.loc, "root": self.root, "log_evidence": self.log_evidence}
 
 
-def _symmetric(covariance: Tensor) -> Tensor:
+def variances(covariance: Tensor) -> Tensor:
+    """The diagonal, not negative; ``[…, M]``."""
+    return covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0.0)
+
+
+def symmetric(covariance: Tensor) -> Tensor:
+    """Without what rounding did to one triangle and not to the other."""
     return (covariance + covariance.mT) / 2

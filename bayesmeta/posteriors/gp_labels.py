@@ -17,7 +17,7 @@ from bayesmeta.models.targets import class_probabilities
 from bayesmeta.ops.gaussian import fit_linear_gaussian, lower_root
 from bayesmeta.ops.random import Seed, as_generator, forked_rng, normal_like
 from bayesmeta.posteriors.base import Draws
-from bayesmeta.posteriors.gp import GPPosterior
+from bayesmeta.posteriors.gp import GPPosterior, symmetric, variances
 from bayesmeta.protocols import TargetKind
 
 
@@ -123,7 +123,7 @@ class GPLabelsPosterior(GPPosterior):
     def _moments(self, observations: Observations) -> tuple[Tensor, Tensor]:
         """Mean ``[tasks, M, columns]`` and variance ``[tasks, M]`` of the functions, float64."""
         half, rest = self._half(observations)
-        variance = rest.diagonal(dim1=-2, dim2=-1).clamp(min=0.0) + (half @ self.root.double()).square().sum(-1)
+        variance = variances(rest) + (half @ self.root.double()).square().sum(-1)
         return self._mean(half, self.loc), variance
 
     def _of_classes(self, mean: Tensor, variance: Tensor) -> Any:
@@ -184,7 +184,7 @@ class GPLabelsPosterior(GPPosterior):
         observations = self._as_observations(x)
         with torch.no_grad():
             half, rest = self._half(observations)
-            variance = rest.diagonal(dim1=-2, dim2=-1).clamp(min=0.0) + self.model.noise_variance
+            variance = variances(rest) + self.model.noise_variance
             parts = [class_probabilities(self._of_classes(self._mean(half, d.u), variance)) for d in draws.slices()]
             return torch.cat(parts).mean(0)
 
@@ -193,7 +193,7 @@ class GPLabelsPosterior(GPPosterior):
     ) -> Tensor:
         """Draws of the functions at all points together given u, and noise, float64 ``[n, tasks, M, columns]``."""
         half, rest = self._half(observations)
-        rest = (rest + rest.mT) / 2
+        rest = symmetric(rest)
         prior = (rest + half @ half.mT).diagonal(dim1=-2, dim2=-1)
         root = cholesky(rest + torch.diag_embed(self.model.jitter(prior) + noise))
         mean = self._mean(half, draws.u)
