@@ -13,13 +13,13 @@ raw x; ``rbf`` is there to show what a kernel that is not periodic does.
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import torch
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, between, main
+from benchmarks.runs import refuse_unknown, train_method
 
 NOISE = 0.1
 RANGES = {"in_range": (-5.0, 5.0), "out_of_range": (5.0, 10.0)}
@@ -31,34 +31,17 @@ KERNELS: dict[str, dict[str, Any]] = {
 COVERAGE = between(0.87, 0.94)
 
 
-def make(name: str, seed: int) -> bm.DeepKernel:
-    """The method of a row, its first values drawn under the seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = bm.nets.mlp(1, [40, 40], 1, activation="tanh")
+def make(name: str) -> bm.DeepKernel:
+    """The method of a row, its first values drawn from torch's global random state."""
+    network = bm.nets.mlp(1, [40, 40], 1, activation="tanh")
     model = bm.NeuralTaskModel(network, bm.Gaussian(0.3, learn_scale=True), "point")
     return bm.DeepKernel(model, **KERNELS[name])
 
 
 def train(name: str, seed: int, steps: int) -> tuple[bm.DeepKernel, float]:
     """The trained method, and the seconds of CPU time that it took."""
-    method, begin = make(name, seed), time.process_time()
-    bm.fit(
-        method,
-        bm.tasks.Sinusoid(NOISE),
-        steps=steps,
-        tasks_per_step=16,
-        support=10,
-        query=10,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, 2e-2),
-        schedule=bm.schedules.cosine(steps),
-        clip=100.0,
-        seed=seed,
-        device="cpu",
-        progress=False,
-    )
-    method.eval()
-    return method, time.process_time() - begin
+    tasks, points = bm.tasks.Sinusoid(NOISE), {"tasks_per_step": 16, "support": 10, "query": 10}
+    return train_method(lambda: make(name), tasks, seed, steps, rate=2e-2, clip=100.0, **points)
 
 
 def held_out(num_tasks: int, ends: tuple[float, float], seed: int) -> tuple[bm.TaskBatch, torch.Tensor]:
@@ -92,9 +75,7 @@ def score(method: bm.DeepKernel, num_tasks: int, ends: tuple[float, float], seed
 
 def run(args: argparse.Namespace) -> list[Row]:
     """Train and score each kernel."""
-    unknown = [name for name in args.kernels if name not in KERNELS]
-    if unknown:
-        raise SystemExit(f"unknown kernel {', '.join(unknown)}; expected some of {', '.join(KERNELS)}")
+    refuse_unknown(args.kernels, KERNELS, "kernel")
     torch.set_num_threads(args.threads)
     steps = args.steps or (200 if args.quick else 4000)
     rows = []

@@ -27,6 +27,7 @@ from bayesmeta.demo.run import STEPS, SUPPORT, score_baselines, train_demo
 from bayesmeta.diagnostics.scores import Scores
 from bayesmeta.tasks import FertilitySplit, fertility_split
 from benchmarks.harness import Bar, Row, at_most, below, between, main
+from benchmarks.runs import refuse_unknown
 
 METRICS = {"rmse": "rmse", "nll": "nll", "crps": "crps", "coverage90": "coverage_90"}
 BARS = {"best_rmse": at_most(0.86), "best_nll": at_most(1.13), "best_coverage90": between(0.86, 0.96)}
@@ -166,9 +167,7 @@ def _train(run: Run, split: FertilitySplit, seed: int, quick: bool) -> bm.FitRes
 def run(args: argparse.Namespace) -> list[Row]:
     """Train on every split and collect."""
     torch.set_num_threads(args.threads)
-    unknown = sorted(set(args.runs) - set(METHODS))
-    if unknown:
-        raise SystemExit(f"unknown run {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
+    refuse_unknown(args.runs, METHODS)
     collected: dict[str, list[Measured]] = {}
     for seed in range(args.seed, args.seed + (2 if args.quick else args.splits)):
         split = fertility_split(seed, order="mixed", aggregates=args.aggregates)

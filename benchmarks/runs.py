@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -31,9 +31,7 @@ def run_all(
         quick_steps: those of a quick one.
         measure: a function of a module, since other processes import it.
     """
-    unknown = [name for name in args.runs if name not in steps]
-    if unknown:
-        raise SystemExit(f"unknown run {', '.join(unknown)}; expected some of {', '.join(steps)}")
+    refuse_unknown(args.runs, steps)
     jobs = []
     for name in args.runs:
         length = args.steps or (max(quick_steps(name), 1) if args.quick else steps[name])
@@ -43,6 +41,14 @@ def run_all(
         return [row for job in jobs for row in guarded(job)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         return [row for rows in pool.map(guarded, jobs) for row in rows]
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], kind: str = "run") -> None:
+    """Stop with a message if a name is none of those known; ``kind`` says what they are names of."""
+    known = list(known)
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown {kind} {', '.join(unknown)}; expected some of {', '.join(known)}")
 
 
 def _or_failure(measure: Measure, job: tuple[str, int, int, int, int, bool]) -> list[Row]:

@@ -11,6 +11,7 @@ import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.adapt import bmaml
 from bayesmeta.ops.svgd import rbf_kernel
+from tests.numerics import slopes
 from tests.programs import LinearHierarchy, TwoSites, batch_of
 from tests.test_svgd import by_loops
 
@@ -214,19 +215,6 @@ def test_first_particles_of_a_prior_that_differs_between_tasks():
 
 
 # -- losses -------------------------------------------------------------------------------------------------------
-
-
-def slopes(function, parameter, indices, step=1e-6):
-    """Central differences of a function of a parameter, at some of its entries."""
-    flat, found = parameter.data.view(-1), []
-    for i in indices:
-        values = []
-        for sign in (1, -1):
-            flat[i] += sign * step
-            values.append(float(function()))
-            flat[i] -= sign * step
-        found.append((values[0] - values[1]) / (2 * step))
-    return torch.tensor(found, dtype=F64)
 
 
 @pytest.mark.parametrize("prior", ["point", "normal", "laplace"])

@@ -12,6 +12,7 @@ from torch import nn
 import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.ops.gaussian import fit_linear_gaussian, fit_matrix_normal
+from tests.numerics import maximise_evidence
 
 F64 = torch.float64
 #: outputs, components and what is known of the noise
@@ -335,15 +336,7 @@ def test_evidence_recovers_the_noises_prior():
     method = bm.BayesianLastLayer(model.double(), objective="evidence")
     batch = bm.TaskBatch(bm.Observations(x[:, :6], y[:, :6]), bm.Observations(x[:, 6:], y[:, 6:]))
     parameters = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = method.loss(batch)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    maximise_evidence(method, batch, max_iter=100)
     size = sum(p.numel() for p in parameters)
     names = {id(p): n for n, p in model.named_parameters()}
 

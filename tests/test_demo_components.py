@@ -154,11 +154,15 @@ def test_every_iteration_raises_the_target():
 
 def test_em_finds_two_kinds_of_task():
     second, phi = two_kinds(200)
-    model = line_model(2)
-    fit_components(model, observed(phi), 1, 60, seed=0)
+    model, observations = line_model(2), observed(phi)
+    fit_components(model, observations, 1, 60, seed=0)
     model.requires_grad_(False)
     order = model.loc[:, 0, 0].argsort()
     loc, scale = model.loc[order, 0], model.log_scale[order, 0].exp()
+    belongs = ConjugatePosterior.condition(model, observations).log_joint_component.softmax(-1)
+    belongs = belongs.reshape(len(phi), 2)[:, order]
+    other = belongs[torch.arange(len(phi)), torch.as_tensor(~second).long()]
+    assert float(other.sum()) < 0.02  # tasks between the kinds: too few to be seen in a scale
     for i, kind in enumerate((~second, second)):
         own, count = phi[kind], kind.sum()
         share = count / len(kind)
@@ -167,7 +171,15 @@ def test_em_finds_two_kinds_of_task():
         assert np.all(
             np.abs(loc[i].detach().numpy() - own.mean(0)) < 1.5 * error
         )  # of these very tasks, not of the law
-        assert np.allclose(scale[i], own.std(0), rtol=0.15)
+        # each task is of one kind, so s² = (N s_own² + ν w s₀²) / (N + ν), with the model's first scale s₀ = 1
+        added = components.PRIOR_TASKS["variance"] * components.WITHIN
+        variance = (count * own.var(0) + added) / (count + components.PRIOR_TASKS["variance"])
+        # φ is seen with noise of variance v = σ² / Σ feature², which moves s_own² by 2 cov(φ, noise), of standard
+        # deviation 2 s_own √(v / N): that of s is √(v / N)
+        x = observations.x[0, :, 0].numpy()
+        scale_error = 0.05 / np.array([len(x), (x**2).sum()]) ** 0.5 / count**0.5
+        assert np.all(np.abs(scale[i].numpy() - variance**0.5) < 5 * scale_error)
+        assert np.any(np.abs(0.5 - variance**0.5) > 20 * scale_error)  # control: where the scales began
 
 
 def test_masked_observations_do_not_count():
@@ -207,7 +219,7 @@ def smooth(tasks, seed):
 def test_one_component_is_the_gaussian_of_the_tasks(curves, monkeypatch):
     """Without the prior's weight, its forecasts are those of the tasks' mean and covariance; with a curve less, not."""
     monkeypatch.setattr(components, "PRIOR_TASKS", {"variance": 1e-9, "mean": 1e-9, "probability": 1.0})
-    paths = smooth(60, 0)
+    paths = smooth(600, 0)
     table = table_of(paths)
     model = curve_mixture(len(YEARS), curves, 1, 1.0).double()
     begin(model, table, restarts=1, noise_scale=0.05, iterations=30, seed=0)
@@ -220,10 +232,12 @@ def test_one_component_is_the_gaussian_of_the_tasks(curves, monkeypatch):
     mean = scaled.mean(0)[4:] + (batch.support.y - scaled.mean(0)[:4]) @ gain
     scale = (joint[4:, 4:] - joint[4:, :4] @ gain).diagonal().sqrt()
     error = ((found.mean - mean) / scale).square().mean().sqrt()
-    # what differs: the noise is one number, and 60 tasks are few for the covariance of eight years
+    # what differs: the model is given its noise, one number; the covariance of eight years learns it from the tasks
     assert (float(error) < 0.5) == (curves == 3)
-    if curves == 3:
-        assert torch.allclose(found.stddev, scale.expand_as(mean), rtol=0.25)
+    # after four years and the mean, 595 degrees of freedom are left for each scale: a standard error of 1 / √(2 · 595)
+    free = len(paths) - 5
+    unbiased, bound = scale * (len(paths) / free) ** 0.5, 4 / (2 * free) ** 0.5
+    assert torch.allclose(found.stddev, unbiased.expand_as(mean), rtol=bound) == (curves == 3)
 
 
 def test_the_mixture_starts_better_than_the_empirical_gaussian():

@@ -15,6 +15,7 @@ from torch import nn
 
 import bayesmeta as bm
 from bayesmeta.ops.random import as_generator
+from tests.numerics import maximise_evidence
 
 F64 = torch.float64
 TASKS, SUPPORT, QUERY = 500, 4, 4
@@ -60,17 +61,7 @@ def train(method, batch, summary):
     method.prepare(batch)
     module = Evidence(method)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.LBFGS(
-        parameters.values(), max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = method.loss(batch)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    maximise_evidence(method, batch, max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-14)
     flat = torch.cat([p.detach().flatten() for p in parameters.values()])
 
     def named(flat):

@@ -6,6 +6,7 @@ from torch import nn
 
 import bayesmeta as bm
 from bayesmeta import errors
+from tests.numerics import maximise_evidence
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -111,15 +112,7 @@ def test_theta_recovers_the_hyper_parameters():
     network = nn.Sequential(nn.Linear(3, 1, bias=False))
     model = bm.NeuralTaskModel(network, bm.Gaussian(0.4), bm.priors.Normal(1.0), task_modules="head").double()
     method = bm.BayesianLastLayer(model, objective="evidence")
-    optimizer = torch.optim.LBFGS(method.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = method.loss(batch)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    maximise_evidence(method, batch, max_iter=100)
     scale = tasks.covariance.diagonal().sqrt()
     # at least the sampling error of 500 tasks' own φ, a little more for their noise
     mean_error = (model.prior.loc.detach() - tasks.mean).abs() / (scale / 500**0.5)

@@ -13,6 +13,7 @@ from torch.func import grad, jacrev
 import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.ops.linear_solve import conjugate_gradient
+from tests.numerics import by_finite_differences
 from tests.programs import batch_of
 from tests.test_maml import LR, nll, quartic, setting
 
@@ -35,15 +36,6 @@ def a_batch(tasks=3, seed=0, ragged=False):
     return bm.TaskBatch(
         batch_of(tasks, 5, seed=seed, dtype=F64, ragged=ragged), batch_of(tasks, 6, seed=seed + 50, dtype=F64)
     )
-
-
-def by_finite_differences(method, batch, parameter, index, step=1e-6):
-    flat, values = parameter.data.view(-1), []
-    for sign in (1, -1):
-        flat[index] += sign * step
-        values.append(method.loss(batch).item())
-        flat[index] -= sign * step
-    return (values[0] - values[1]) / (2 * step)
 
 
 # -- Reptile and FOMAML: their expansions -------------------------------------------------------------------------
