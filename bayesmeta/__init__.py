@@ -16,8 +16,10 @@ _MODULES = {
     "encoders": "bayesmeta.models.encoders",
     "errors": "bayesmeta.errors",
     "likelihoods": "bayesmeta.models.likelihoods",
+    "metrics": "bayesmeta.diagnostics.metrics",
     "nets": "bayesmeta.models.nets",
     "priors": "bayesmeta.models.priors",
+    "processes": "bayesmeta.models.processes",
     "schedules": "bayesmeta.train.schedules",
     "tasks": "bayesmeta.tasks",
 }
@@ -26,28 +28,37 @@ _NAMES = {
     "ABML": "bayesmeta.adapt.abml",
     "Amortised": "bayesmeta.adapt.amortised",
     "ANIL": "bayesmeta.adapt.anil",
+    "autoregressive": "bayesmeta.adapt.autoregressive",
+    "Autoregressive": "bayesmeta.adapt.autoregressive",
+    "AttentiveNeuralProcess": "bayesmeta.adapt.processes",
     "BayesianLastLayer": "bayesmeta.adapt.last_layer",
     "BayesianLastLayerMixture": "bayesmeta.adapt.last_layer_mixture",
     "BMAML": "bayesmeta.adapt.bmaml",
     "BOIL": "bayesmeta.adapt.boil",
     "CAVIA": "bayesmeta.adapt.cavia",
+    "calibration": "bayesmeta.diagnostics.calibration",
+    "Calibration": "bayesmeta.diagnostics.calibration",
     "ChainDiagnostics": "bayesmeta.posteriors.chains",
     "ChainsPosterior": "bayesmeta.posteriors.chains",
+    "ClassCalibration": "bayesmeta.diagnostics.calibration",
     "collate": "bayesmeta.data",
     "concatenate": "bayesmeta.data",
     "ConditionalNeuralProcess": "bayesmeta.adapt.neural_process",
     "ConjugateModel": "bayesmeta.models.conjugate",
     "ConjugatePosterior": "bayesmeta.posteriors.conjugate",
     "ContextTaskModel": "bayesmeta.models.context",
+    "ConvCNP": "bayesmeta.adapt.processes",
     "DeepKernel": "bayesmeta.adapt.deep_kernel",
     "DeepKernelModel": "bayesmeta.models.deep_kernel",
     "DeltaPosterior": "bayesmeta.posteriors.delta",
     "Draws": "bayesmeta.posteriors.base",
+    "EmbeddedModel": "bayesmeta.models.embedding",
     "ExactLinearPosterior": "bayesmeta.posteriors.exact",
     "fit": "bayesmeta.train.fit",
     "FitResult": "bayesmeta.train.fit",
     "FlowPosterior": "bayesmeta.posteriors.flow",
     "Gaussian": "bayesmeta.models.likelihoods",
+    "GaussianNeuralProcess": "bayesmeta.adapt.processes",
     "GPLabelsPosterior": "bayesmeta.posteriors.gp_labels",
     "GPPosterior": "bayesmeta.posteriors.gp",
     "ImplicitMAML": "bayesmeta.adapt.implicit_maml",
@@ -59,6 +70,7 @@ _NAMES = {
     "loo": "bayesmeta.diagnostics.datatree",
     "Lookahead": "bayesmeta.train.lookahead",
     "MAML": "bayesmeta.adapt.maml",
+    "MetaRegularization": "bayesmeta.adapt.meta_regularization",
     "MetaSGD": "bayesmeta.adapt.meta_sgd",
     "MetaSVI": "bayesmeta.train.meta_svi",
     "Method": "bayesmeta.adapt.base",
@@ -71,16 +83,28 @@ _NAMES = {
     "NormalPosterior": "bayesmeta.posteriors.gaussian",
     "NUTS": "bayesmeta.adapt.nuts",
     "Observations": "bayesmeta.data",
+    "PACBound": "bayesmeta.adapt.pac_bound",
+    "PACOH": "bayesmeta.adapt.pacoh",
     "ParticlesPosterior": "bayesmeta.posteriors.samples",
     "Platipus": "bayesmeta.adapt.platipus",
+    "plot_calibration": "bayesmeta.diagnostics.plots_calibration",
     "plot_forecast": "bayesmeta.diagnostics.plots",
     "PrecisionTaskModel": "bayesmeta.models.precision",
+    "PriorMixturePosterior": "bayesmeta.posteriors.prior_mixture",
+    "ProcessMethod": "bayesmeta.adapt.processes",
+    "ProcessModel": "bayesmeta.models.process_model",
+    "ProcessPosterior": "bayesmeta.posteriors.process",
+    "recalibrate": "bayesmeta.diagnostics.recalibration",
+    "RecalibratedPosterior": "bayesmeta.diagnostics.recalibrated",
+    "Recalibration": "bayesmeta.diagnostics.recalibration",
     "Reptile": "bayesmeta.adapt.reptile",
     "SamplesPosterior": "bayesmeta.posteriors.samples",
     "save_netcdf": "bayesmeta.diagnostics.datatree",
     "Scores": "bayesmeta.diagnostics.scores",
     "scores": "bayesmeta.diagnostics.scores",
+    "SemiAmortised": "bayesmeta.adapt.semi_amortised",
     "shot_plate": "bayesmeta.models.plates",
+    "SimulatedTasks": "bayesmeta.train.simulated",
     "Standardizer": "bayesmeta.data",
     "task_plate": "bayesmeta.models.plates",
     "TaskBatch": "bayesmeta.data",
@@ -88,7 +112,9 @@ _NAMES = {
     "TaskPosterior": "bayesmeta.posteriors.base",
     "TaskProgram": "bayesmeta.models.program",
     "to_datatree": "bayesmeta.diagnostics.datatree",
+    "TransformerNeuralProcess": "bayesmeta.adapt.processes",
     "union": "bayesmeta.data",
+    "Versa": "bayesmeta.adapt.versa",
 }
 
 __all__ = sorted([*_MODULES, *_NAMES, "__version__"])
@@ -114,6 +140,7 @@ if TYPE_CHECKING:
     from bayesmeta.adapt.abml import ABML
     from bayesmeta.adapt.amortised import Amortised
     from bayesmeta.adapt.anil import ANIL
+    from bayesmeta.adapt.autoregressive import Autoregressive, autoregressive
     from bayesmeta.adapt.base import Method, MethodCard
     from bayesmeta.adapt.bmaml import BMAML
     from bayesmeta.adapt.boil import BOIL
@@ -124,12 +151,24 @@ if TYPE_CHECKING:
     from bayesmeta.adapt.last_layer import BayesianLastLayer
     from bayesmeta.adapt.last_layer_mixture import BayesianLastLayerMixture
     from bayesmeta.adapt.maml import MAML
+    from bayesmeta.adapt.meta_regularization import MetaRegularization
     from bayesmeta.adapt.meta_sgd import MetaSGD
     from bayesmeta.adapt.multi_task import MultiTask
     from bayesmeta.adapt.neural_process import ConditionalNeuralProcess, NeuralProcess
     from bayesmeta.adapt.nuts import NUTS
+    from bayesmeta.adapt.pac_bound import PACBound
+    from bayesmeta.adapt.pacoh import PACOH
     from bayesmeta.adapt.platipus import Platipus
+    from bayesmeta.adapt.processes import (
+        AttentiveNeuralProcess,
+        ConvCNP,
+        GaussianNeuralProcess,
+        ProcessMethod,
+        TransformerNeuralProcess,
+    )
     from bayesmeta.adapt.reptile import Reptile
+    from bayesmeta.adapt.semi_amortised import SemiAmortised
+    from bayesmeta.adapt.versa import Versa
     from bayesmeta.data import (
         Observations,
         Standardizer,
@@ -138,17 +177,24 @@ if TYPE_CHECKING:
         concatenate,
         union,
     )
+    from bayesmeta.diagnostics import metrics
+    from bayesmeta.diagnostics.calibration import Calibration, ClassCalibration, calibration
     from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
     from bayesmeta.diagnostics.plots import plot_forecast
+    from bayesmeta.diagnostics.plots_calibration import plot_calibration
+    from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
+    from bayesmeta.diagnostics.recalibration import Recalibration, recalibrate
     from bayesmeta.diagnostics.scores import Scores, scores
-    from bayesmeta.models import encoders, likelihoods, nets, priors
+    from bayesmeta.models import encoders, likelihoods, nets, priors, processes
     from bayesmeta.models.conjugate import ConjugateModel
     from bayesmeta.models.context import ContextTaskModel
     from bayesmeta.models.deep_kernel import DeepKernelModel
+    from bayesmeta.models.embedding import EmbeddedModel
     from bayesmeta.models.likelihoods import Gaussian
     from bayesmeta.models.neural import NeuralTaskModel
     from bayesmeta.models.plates import shot_plate, task_plate
     from bayesmeta.models.precision import PrecisionTaskModel
+    from bayesmeta.models.process_model import ProcessModel
     from bayesmeta.models.program import TaskProgram
     from bayesmeta.models.reparam import noncentred
     from bayesmeta.posteriors.base import Draws, TaskPosterior, load_posterior
@@ -161,6 +207,8 @@ if TYPE_CHECKING:
     from bayesmeta.posteriors.gp import GPPosterior
     from bayesmeta.posteriors.gp_labels import GPLabelsPosterior
     from bayesmeta.posteriors.kronecker import KroneckerNormalPosterior
+    from bayesmeta.posteriors.prior_mixture import PriorMixturePosterior
+    from bayesmeta.posteriors.process import ProcessPosterior
     from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
     from bayesmeta.protocols import TaskDistribution
     from bayesmeta.train import schedules
@@ -168,3 +216,4 @@ if TYPE_CHECKING:
     from bayesmeta.train.fit import FitResult, fit
     from bayesmeta.train.lookahead import Lookahead
     from bayesmeta.train.meta_svi import MetaSVI
+    from bayesmeta.train.simulated import SimulatedTasks

@@ -30,6 +30,9 @@ class Case:
         learns: whether adapting to ten points must beat the start on the query after a short training; None where
             that takes longer, and the method's own tests see to it.
         steps, rate: of that training; a recognition network begins with nothing.
+        own: for a method that makes its own network, what it takes in place of a network model.
+        noisy: whether its loss has noise in it, though not that of all of its class.
+        embedded: whether the inputs go through an embedding first, which all tasks share.
     """
 
     make: Any
@@ -41,6 +44,13 @@ class Case:
     learns: bool | None = True
     steps: int = 150
     rate: float = 3e-3
+    own: Any = None
+    noisy: bool = False
+    embedded: bool = False
+
+
+def predicted_scale():
+    return bm.likelihoods.HeteroscedasticGaussian(0.05)
 
 
 METHODS = {
@@ -121,6 +131,25 @@ METHODS = {
     ),
     "deep_kernel": Case(bm.DeepKernel, is_point=False),
     "deep_kernel_both": Case(bm.DeepKernel, {"inputs": "both", "kernel": "matern52"}, is_point=False),
+    "pacoh": Case(
+        bm.PACOH,
+        {"base_learner": "gp", "num_particles": 2, "num_tasks": 20, "hyper_prior_weight": 1e-3},
+        is_point=False,
+    ),
+    "pacoh_map": Case(
+        bm.PACOH,
+        {"base_learner": "gp", "hyper_posterior": "map", "num_tasks": 20, "hyper_prior_weight": 1e-3},
+        is_point=False,
+    ),
+    "pacoh_network": Case(
+        bm.PACOH,
+        {"num_particles": 2, "num_tasks": 20, "posterior_particles": 5, "posterior_steps": 30},
+        prior="normal",
+        is_point=False,
+        learns=None,
+        steps=40,
+        rate=0.02,
+    ),
     "amortised": Case(
         bm.Amortised, {"width": 32}, prior="normal", task_modules="head", is_point=False, steps=300, rate=0.01
     ),
@@ -147,26 +176,111 @@ METHODS = {
         steps=300,
         rate=0.01,
     ),
+    "versa": Case(bm.Versa, {"width": 32}, prior="normal", task_modules="head", is_point=False, steps=300, rate=0.01),
+    "semi_amortised": Case(
+        bm.SemiAmortised,
+        {"inner_steps": 2, "num_particles": 2},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+        learns=None,
+    ),
+    "semi_amortised_first_order": Case(
+        bm.SemiAmortised,
+        {"inner_steps": 3, "first_order": True},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+        learns=None,
+    ),
+    "mr_maml_weights": Case(
+        bm.MAML, {"inner_lr": 0.01, "meta_regularization": bm.MetaRegularization("weights", 1e-3)}, embedded=True
+    ),
+    "mr_maml_activations": Case(
+        bm.MAML, {"inner_lr": 0.01, "meta_regularization": bm.MetaRegularization("activations", 1e-3)}, embedded=True
+    ),
+    "mr_amortised": Case(
+        bm.Amortised,
+        {"width": 32, "meta_regularization": bm.MetaRegularization("weights", 1e-3, scale=0.03)},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+        learns=None,
+        embedded=True,
+    ),
+    "mr_neural_process": Case(
+        bm.NeuralProcess,
+        {"width": 32, "latent_size": 4, "meta_regularization": bm.MetaRegularization("activations", 1e-3)},
+        is_point=False,
+        learns=None,
+        embedded=True,
+    ),
+    "mr_conditional_neural_process": Case(
+        bm.ConditionalNeuralProcess,
+        {"width": 32, "latent_size": 16, "meta_regularization": bm.MetaRegularization("weights", 1e-3, scale=0.03)},
+        learns=None,
+        embedded=True,
+    ),
     "conditional_neural_process": Case(bm.ConditionalNeuralProcess, {"width": 32, "latent_size": 16}),
+    "process": Case(bm.ProcessMethod, own=lambda: bm.ProcessModel("deep_set", width=32)),
+    "attentive": Case(bm.AttentiveNeuralProcess, {"width": 16, "blocks": 1}, own=predicted_scale),
+    "attentive_latent": Case(
+        bm.AttentiveNeuralProcess,
+        {"width": 16, "latent_size": 3},
+        own=predicted_scale,
+        is_point=False,
+        noisy=True,
+    ),
+    "conv_cnp": Case(bm.ConvCNP, {"width": 16, "points_per_unit": 8.0}, own=predicted_scale),
+    "gaussian_process_network": Case(bm.GaussianNeuralProcess, {"width": 16, "rank": 8}, own=predicted_scale),
+    "gaussian_process_kernel": Case(
+        bm.GaussianNeuralProcess,
+        {"width": 16, "rank": 4, "network": "deep_set", "covariance": "kernel"},
+        own=predicted_scale,
+    ),
+    "transformer_process": Case(bm.TransformerNeuralProcess, {"width": 16, "depth": 2}, own=predicted_scale),
 }
 #: they give posteriors and train nothing; and what one task draws depends on how the others' chains move
 REFERENCES = {
     "nuts": Case(
         bm.NUTS, {"num_samples": 4, "warmup": 3, "num_chains": 2, "max_tree_depth": 2}, prior="normal", is_point=False
     ),
+    "semi_amortised_nuts": Case(
+        bm.SemiAmortised,
+        {"refine": "nuts", "num_samples": 4, "warmup": 3, "num_chains": 2, "max_tree_depth": 2},
+        prior="normal",
+        task_modules="head",
+        is_point=False,
+    ),
 }
 #: their loss has noise in it
-NOISY = (bm.ABML, bm.Amortised, bm.Laplace, bm.NeuralProcess, bm.Platipus)
+NOISY = (bm.ABML, bm.Amortised, bm.Laplace, bm.NeuralProcess, bm.Platipus, bm.SemiAmortised, bm.Versa)
 each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def is_noisy(name):
+    case = METHODS[name]
+    return case.noisy or case.make in NOISY or "meta_regularization" in METHODS[name].options
+
+
+def embed(model, case):
+    """The model behind an embedding of one feature, if the case has one."""
+    if not case.embedded:
+        return model
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return bm.EmbeddedModel(model, bm.nets.mlp(1, [16], 1, activation="tanh"))
 
 
 def on_network(name, dtype=F32, device="cpu"):
     case = (METHODS | REFERENCES)[name]
+    if case.own is not None:
+        return case.make(case.own(), **case.options).to(device=device, dtype=dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = bm.nets.mlp(1, [16, 16], 1, activation="tanh")
     model = bm.NeuralTaskModel(network, bm.Gaussian(0.5), case.prior, task_modules=case.task_modules)
-    return case.make(model, **case.options).to(device=device, dtype=dtype)
+    return case.make(embed(model, case), **case.options).to(device=device, dtype=dtype)
 
 
 def on_program(name, dtype=F32):
@@ -175,7 +289,7 @@ def on_program(name, dtype=F32):
     if case.prior not in ("point", "normal"):
         pytest.skip("another prior of the network is no other method for a program")
     try:
-        return case.make(TwoSites(), **(case.options | case.program)).to(dtype)
+        return case.make(embed(TwoSites(), case), **(case.options | case.program)).to(dtype)
     except errors.UnsupportedError as error:
         pytest.skip(f"{name}: {error}")
 
@@ -367,13 +481,13 @@ def test_one_task_alone(name, kind):
     posterior = method.adapt(alone.support)
     assert posterior.predict(alone.query, 3).shape == (3, 1, 5)
     assert method.loss(alone).isfinite()
-    if METHODS[name].make in NOISY:
+    if is_noisy(name):
         return  # draws its noise in the shape of the batch
     each = {key: value for key, value in posterior.state().items() if key != "theta"}
     together = method.adapt(batch.support).state()
-    dim = (
-        0 if "last_layer" in name or "deep_kernel" in name else 1
-    )  # a point and a Normal have a dimension for draws of θ first
+    # particles under each of several priors have two dimensions before the tasks'
+    dim = 2 if name == "pacoh_network" else 0 if "last_layer" in name or "deep_kernel" in name else 1
+    # a point and a Normal have a dimension for draws of θ first
     for key, value in each.items():
         torch.testing.assert_close(value, together[key].index_select(dim, torch.tensor([2])), rtol=1e-9, atol=1e-10)
 
@@ -409,6 +523,11 @@ def test_no_support_is_the_methods_own_beginning(name, kind, how):
         z = ((posterior.u - method._start(empty)) / method.log_scale.exp()).detach()
         assert z.mean().abs() < 4 / z.numel() ** 0.5
         assert (z.square().mean() - 1).abs() < 4 * (2 / z.numel()) ** 0.5
+    elif name == "pacoh_network":  # draws of each prior
+        loc, log_scale = theta[:, None, None].tensor_split(2, -1)
+        z = (posterior.u - loc) / log_scale.exp()
+        assert z.mean().abs() < 4 / z[:, :, 0].numel() ** 0.5  # the same in every task
+        assert (z.square().mean() - 1).abs() < 4 * (2 / z[:, :, 0].numel()) ** 0.5
     else:
         loc, scale = method.program.prior_moments(empty, theta)
         torch.testing.assert_close(posterior.loc, loc.detach().expand_as(posterior.loc), rtol=1e-9, atol=1e-12)
@@ -436,7 +555,7 @@ def test_dtypes_and_devices(name, kind, device):
         assert posterior.predict(batch.query, 3).dtype == dtype
         assert posterior.predict(batch.query, 3).device.type == device
         assert all(p.dtype == dtype for p in method.parameters())
-        if METHODS[name].make in NOISY:
+        if is_noisy(name):
             assert method.loss(batch).dtype == dtype  # noise of another dtype is other noise
             continue
         results[dtype] = method.loss(batch).double(), gradient(method, batch).double()

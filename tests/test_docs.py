@@ -141,7 +141,7 @@ def test_the_reference_has_every_public_name_and_no_other():
     for target in targets:
         module, _, name = target.rpartition(".")
         documented.append(getattr(importlib.import_module(module), name))
-    modules = {"diagnostics", "encoders", "likelihoods", "nets", "priors", "schedules", "tasks", "__version__"}
+    modules = {"diagnostics", "encoders", "likelihoods", "metrics", "nets", "priors", "processes", "schedules", "tasks", "__version__"}
     for name in set(bm.__all__) - modules:
         assert any(getattr(bm, name) is value for value in documented), name
     for name in bm.tasks.__all__:

@@ -16,6 +16,7 @@ and so are the weight of the KL and its warm-up (S. Bowman et al., "Generating S
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -310,29 +311,55 @@ class ABML(Method):
         if support.shots == 0:
             has_data = torch.zeros(support.num_tasks, 1, dtype=torch.bool, device=loc.device)
         log_scale, factor = self._begin(log_scale, has_data)
-        state = [_needs_grad(part) for part in (loc, log_scale, factor) if part is not None]
+        state = [part for part in (loc, log_scale, factor) if part is not None]
+        return self.climb(state, support, theta, generator, create_graph)
+
+    def climb(
+        self,
+        state: list[Tensor],
+        support: Observations,
+        theta: Tensor | None,
+        generator: torch.Generator,
+        create_graph: bool,
+    ) -> list[Tensor]:
+        """The inner steps, from any q: loc, log scale and, where there is one, factor; see :meth:`elbo`.
+
+        A task without support stays where it is. With ``create_graph`` they can be differentiated, through each
+        gradient; without it a gradient is a constant.
+        """
+        state = [_needs_grad(part) for part in state]
         if support.shots == 0:
             return state
+        has_data = None if support.mask is None else support.mask.any(-1)[:, None]
         counts = support.counts().clamp(min=1.0)
-        rates = (self.inner_lr, self.inner_lr_scale, self.inner_lr_scale)
         for _ in range(self.inner_steps):
-            noise = self._noise(loc, self.num_particles, support.shots, generator)
+            noise = self._noise(state[0], self.num_particles, support.shots, generator)
             factor = state[2] if len(state) > 2 else None
             value = self.elbo(state[0], state[1], support, theta, noise, factor) / counts
             gradients = torch.autograd.grad(value.sum(), state, create_graph=create_graph)
-            if has_data is not None:  # a task without support stays at the prior
+            if has_data is not None:
                 keep = (has_data, has_data, has_data.unsqueeze(-1))
                 gradients = tuple(torch.where(k, g, 0.0) for k, g in zip(keep, gradients, strict=False))
-            state = [part + rate * g for part, rate, g in zip(state, rates, gradients, strict=False)]
+            moves = self._moves(gradients, support, theta)
+            state = [part + move for part, move in zip(state, moves, strict=True)]
         return state
+
+    def _moves(self, gradients: Sequence[Tensor], support: Observations, theta: Tensor | None) -> list[Tensor]:
+        """By how much a step moves each part of the state."""
+        rates = (self.inner_lr, self.inner_lr_scale, self.inner_lr_scale)
+        return [rate * g for rate, g in zip(rates, gradients, strict=False)]
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
     ) -> NormalPosterior | MultivariateNormalPosterior:
         self._check_memory(support.num_tasks, 1 if theta is None else theta.shape[0])
         state = self._steps(support, theta, generator, create_graph)
-        if not create_graph:
-            state = [part.detach() for part in state]
+        return self.gaussian([part if create_graph else part.detach() for part in state], support, theta)
+
+    def gaussian(
+        self, state: list[Tensor], support: Observations, theta: Tensor | None
+    ) -> NormalPosterior | MultivariateNormalPosterior:
+        """The posterior of loc, log scale and, where there is one, factor."""
         loc, scale = state[0], state[1].exp()
         if self.posterior == "diagonal":
             return NormalPosterior(self.program, support, loc, scale, theta)

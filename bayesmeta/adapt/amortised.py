@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.meta_regularization import MetaRegularization
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.models.encoders import PooledEncoder, ProductEncoder, RecurrentEncoder
 from bayesmeta.models.program import TaskProgram
-from bayesmeta.models.recognition import Family, Recognition
+from bayesmeta.models.recognition import Family, Recognised, Recognition
 from bayesmeta.models.targets import class_probabilities, target_kind
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.random import Seed, as_generator, forked_rng, normal_like
@@ -98,9 +99,11 @@ class EncoderRecipe:
             return self._own.to(observations.x)
         assert observations.y is not None
         outputs = 1 if observations.y.dim() == 2 else observations.y.shape[-1]
-        widths, hidden = (observations.num_features, outputs), (self.width, self.width)
+        with torch.no_grad():
+            features = program.embed(observations).num_features
+        widths, hidden = (features, outputs), (self.width, self.width)
         size = self.width if size is None else size
-        options: dict[str, Any] = {"max_shots": self.max_shots, **_targets(program, theta, observations)}
+        options: dict[str, Any] = {"max_shots": self.max_shots, **encoder_targets(program, theta, observations)}
         with forked_rng(as_generator(self.seed, observations.device, "encoder")):
             encoder: nn.Module
             if self.name == "product":
@@ -116,7 +119,7 @@ class EncoderRecipe:
         return encoder.to(observations.x)
 
 
-def _targets(program: TaskProgram, theta: Tensor | None, observations: Observations) -> dict[str, Any]:
+def encoder_targets(program: TaskProgram, theta: Tensor | None, observations: Observations) -> dict[str, Any]:
     """How an encoder is to read y: as numbers, one-hot labels or counts."""
     if len(program.layout.observed) > 1:
         return {}
@@ -151,6 +154,8 @@ class Amortised(Method):
         seed: of the networks' first weights; None means seed 0.
         global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class. If
             it is no point, the encoder's head reads θ.
+        meta_regularization: noise and a penalty on the embedding of an :class:`~bayesmeta.EmbeddedModel`, see
+            :class:`~bayesmeta.MetaRegularization`.
 
     Raises:
         OptionError: for unknown names, or numbers out of range.
@@ -178,8 +183,10 @@ class Amortised(Method):
         max_shots: int | None = None,
         seed: Seed = None,
         global_guide: GlobalKind = "point",
+        meta_regularization: MetaRegularization | None = None,
     ) -> None:
         super().__init__(model, global_guide=global_guide)
+        self._regularize(meta_regularization)
         self._check_options(posterior, objective, num_particles)
         self._need_density()
         self._recipe = EncoderRecipe(encoder, width, max_shots, seed)
@@ -210,6 +217,7 @@ class Amortised(Method):
             "num_particles": self.num_particles,
             "subsets": self.subsets,
             "global_guide": self.global_kind,
+            **self._regularization_config(),
         }
 
     # -- the recognition network --------------------------------------------------------------------------------
@@ -232,7 +240,8 @@ class Amortised(Method):
             recognition = Recognition(encoder, size, self.posterior, given=given, hidden=self._recipe.width)
         recognition = recognition.to(observations.x)
         with torch.no_grad():
-            recognition(observations, observations.x.new_zeros(observations.num_tasks, given))  # its widths fit
+            seen = self.program.embed(observations)
+            recognition(seen, observations.x.new_zeros(observations.num_tasks, given))  # its widths fit
         self.recognition = recognition
 
     def _given(self, observations: Observations, theta: Tensor | None) -> Tensor:
@@ -248,6 +257,15 @@ class Amortised(Method):
             parts.append(theta.unsqueeze(1).expand(-1, observations.num_tasks, -1))
         return torch.cat(parts, -1) if parts else observations.x.new_zeros(groups, observations.num_tasks, 0)
 
+    def _base(self, observations: Observations, theta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation in the units of which q is given."""
+        return self.program.prior_moments(observations, theta)
+
+    def _recognise(self, observations: Observations, theta: Tensor | None) -> Recognised:
+        """q in these units."""
+        assert self.recognition is not None
+        return self.recognition(self.program.embed(observations), self._given(observations, theta))
+
     def infer(self, observations: Observations, theta: Tensor | None = None) -> Recognisable:
         """q(φ | observations) by one pass, differentiable.
 
@@ -258,8 +276,8 @@ class Amortised(Method):
         assert self.recognition is not None
         groups = 1 if theta is None else theta.shape[0]
         shape = (groups, observations.num_tasks, self.program.layout.dim)
-        prior_loc, prior_scale = (part.expand(shape) for part in self.program.prior_moments(observations, theta))
-        v = self.recognition(observations, self._given(observations, theta))
+        prior_loc, prior_scale = (part.expand(shape) for part in self._base(observations, theta))
+        v = self._recognise(observations, theta)
         loc = prior_loc + prior_scale * v.loc
         if self.posterior == "full":
             root = prior_scale.unsqueeze(-1) * v.spread
@@ -284,7 +302,12 @@ class Amortised(Method):
 
     def elbo(self, observations: Observations, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         """E_q log p(y | φ) − KL(q(φ | observations) ‖ p(φ | θ)) of each task, ``[G, tasks]``."""
-        q = self.infer(observations, theta)
+        return self.elbo_of(self.infer(observations, theta), observations, theta, generator)
+
+    def elbo_of(
+        self, q: Recognisable, observations: Observations, theta: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """The ELBO of any q of these tasks, ``[G, tasks]``."""
         if isinstance(q, FlowPosterior):
             u, log_q = q.distribution().transform(normal_like(q.loc, (self.num_particles, *q.loc.shape), generator))
             return (self.program.log_joint(u, observations, theta) - log_q).mean(0)
@@ -304,11 +327,31 @@ class Amortised(Method):
         everything = batch.union()
         loss = -self.elbo(everything, theta, generator)[0]
         if subsets:
-            part = part_of(everything, generator, least=1)
-            with _frozen(self.program):
-                more = -self.elbo(part, None if theta is None else theta.detach(), generator)[0]
-            loss = loss + (more - more.detach())  # a gradient for the encoder; the value stays the ELBO
+            loss = loss + self.encoder_alone(
+                lambda part, theta: self.elbo(part, theta, generator)[0], everything, theta, generator
+            )
         return loss
+
+    def encoder_alone(
+        self,
+        elbo: Callable[[Observations, Tensor | None], Tensor],
+        everything: Observations,
+        theta: Tensor | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """A term of the value 0, ``[tasks]``: the gradient for the encoder of −ELBO of a random part of each task.
+
+        Args:
+            elbo: of observations and θ, ``[tasks]``.
+            everything: of which the parts are taken.
+            theta: global sites, ``[1, E]`` or None, which get no gradient; nor do the program's parameters.
+            generator: of the parts.
+        """
+        part = part_of(everything, generator, least=1)
+        part = replace(part, x=part.x.detach())  # an embedding of x belongs to θ
+        with _frozen(self.program):
+            more = -elbo(part, None if theta is None else theta.detach())
+        return more - more.detach()
 
 
 def part_of(observations: Observations, generator: torch.Generator, least: int = 0) -> Observations:
@@ -345,10 +388,22 @@ def predictive_loss(
     method: Amortised, support: Observations, query: Observations, theta: Tensor | None, generator: torch.Generator
 ) -> Tensor:
     """−log (1/L) Σ_l p(Q | φ_l) with φ_l ~ q(φ | S), ``[tasks]``."""
-    q = method.infer(support, theta)
-    u = rsample(q, method.num_particles, generator)
-    each = method.program.log_likelihood(u, query, theta).sum(-1)
-    return -(each.logsumexp(0) - math.log(method.num_particles))[0]
+    return -log_predictive(method, method.infer(support, theta), query, theta, generator).sum(-1)
+
+
+def log_predictive(
+    method: Amortised,
+    q: Recognisable,
+    query: Observations,
+    theta: Tensor | None,
+    generator: torch.Generator,
+    *,
+    pointwise: bool = False,
+) -> Tensor:
+    """log (1/L) Σ_l p(Q | φ_l) with φ_l ~ q, ``[tasks, 1]``; pointwise that of each query point, ``[tasks, shots]``."""
+    each = method.program.log_likelihood(rsample(q, method.num_particles, generator), query, theta)
+    each = each if pointwise else each.sum(-1, keepdim=True)
+    return (each.logsumexp(0) - math.log(method.num_particles))[0]
 
 
 @contextmanager

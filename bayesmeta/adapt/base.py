@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +13,10 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
+from bayesmeta.adapt.meta_regularization import EmbeddingNoise, MetaRegularization
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import DataError, DeviceMismatchError, OptionError, UnsupportedError
+from bayesmeta.models.embedding import EmbeddedModel
 from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.priors import Point
 from bayesmeta.models.program import as_program
@@ -58,6 +61,7 @@ class Method(nn.Module):
         self.global_guide: GlobalKind = global_guide
         self.global_kind = kind_name(global_guide)
         self.theta_guide: GlobalGuide | None = None
+        self.embedding_noise: EmbeddingNoise | None = None
         self._created = False
 
     # -- what a method defines ----------------------------------------------------------------------------------
@@ -86,7 +90,8 @@ class Method(nn.Module):
     @property
     def _is_point_network(self) -> bool:
         """Whether the program is a network whose prior is a start without a density."""
-        return isinstance(self.program, NetworkProgram) and isinstance(self.program.prior, Point)
+        model = self.program.model if isinstance(self.program, EmbeddedModel) else self.program
+        return isinstance(model, NetworkProgram) and isinstance(model.prior, Point)
 
     def _need_density(self) -> None:
         """Refuse a prior without one."""
@@ -206,11 +211,38 @@ class Method(nn.Module):
         wants_graph = torch.is_grad_enabled()
         with torch.enable_grad():  # inner steps need gradients, also where the caller wants none
             theta = None if self.theta_guide is None else self.theta_guide.draw(1, generator)
-            loss = batch.mean(self._task_loss(batch, theta, generator))
+            with self._embedded(batch, generator) as (seen, penalty):
+                losses = self._task_loss(seen, theta, generator)
+            loss = batch.mean(losses if penalty is None else losses + penalty)
             if self.theta_guide is not None and theta is not None and batch.population is not None:
                 penalty = self.theta_guide.penalty(self.program, theta, batch.support).mean()
                 loss = loss + penalty / batch.population
         return loss if wants_graph else loss.detach()
+
+    # -- an embedding of the inputs -----------------------------------------------------------------------------
+
+    def _regularize(self, options: MetaRegularization | None) -> None:
+        """Give the model's embedding noise in training; a method that takes the option calls this once."""
+        self.embedding_noise = None if options is None else EmbeddingNoise(options, self.program)
+
+    def _regularization_config(self) -> dict[str, Any]:
+        noise = self.embedding_noise
+        return {} if noise is None else {"meta_regularization": noise.options.config()}
+
+    @contextmanager
+    def _embedded(self, batch: TaskBatch, generator: torch.Generator) -> Iterator[tuple[TaskBatch, Tensor | None]]:
+        """The batch as the model sees it, for one training step, and the penalty of each task if there is one."""
+        program = self.program
+        if not isinstance(program, EmbeddedModel):
+            yield batch, None
+            return
+        penalty = None
+        if self.embedding_noise is not None and self.training:
+            batch, penalty = self.embedding_noise(program, batch, generator)
+        else:
+            batch = program.embed_batch(batch)
+        with program.embedded():
+            yield batch, penalty
 
     # -- model and guide ----------------------------------------------------------------------------------------
 
@@ -249,6 +281,11 @@ class Method(nn.Module):
         """
         if not any(getattr(handler, "param_only", False) for handler in _PYRO_STACK):
             return
+        if self.embedding_noise is not None:
+            raise UnsupportedError(
+                "pyro.infer.SVI would train without the noise and penalty of meta_regularization, which are part of "
+                "loss. Train with bm.fit, or leave the option out."
+            )
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 pyro.param(f"{type(self).__name__}.{id(parameter)}.{name}", parameter)

@@ -19,6 +19,7 @@ from typing import Any
 
 from bayesmeta.adapt.base import MethodCard
 from bayesmeta.adapt.gradient import GradientMethod, Objective, StepWeights
+from bayesmeta.adapt.meta_regularization import MetaRegularization
 from bayesmeta.models.theta import GlobalKind
 
 
@@ -38,9 +39,12 @@ class MAML(GradientMethod):
             of its losses after each inner step (multi-step training, as MAML++: then more steps than were trained
             do not diverge); or one weight for each step, which are divided by their sum.
         global_guide: posterior over global sites, ``"point"``, ``"normal"``, ``"low_rank"`` or an AutoGuide class.
+        meta_regularization: noise and a penalty on the embedding of an :class:`~bayesmeta.EmbeddedModel` (MR-MAML), see
+            :class:`~bayesmeta.MetaRegularization`.
 
     Raises:
         OptionError: for an unknown objective, negative steps or rate, or weights that do not fit.
+        UnsupportedError: for meta-regularisation of a model without an embedding.
     """
 
     card = MethodCard(
@@ -60,6 +64,7 @@ class MAML(GradientMethod):
         first_order: bool = False,
         step_weights: StepWeights = "last",
         global_guide: GlobalKind = "point",
+        meta_regularization: MetaRegularization | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -70,3 +75,8 @@ class MAML(GradientMethod):
             step_weights=step_weights,
             global_guide=global_guide,
         )
+        self._regularize(meta_regularization)
+
+    def config(self) -> dict[str, Any]:
+        """Options that change the result."""
+        return super().config() | self._regularization_config()

@@ -32,9 +32,11 @@ from bayesmeta.adapt.amortised import (
     rsample,
 )
 from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.meta_regularization import MetaRegularization
 from bayesmeta.data import Observations, TaskBatch, union
 from bayesmeta.errors import OptionError, ShapeError, UnsupportedError
 from bayesmeta.models.context import ContextTaskModel, Decoder
+from bayesmeta.models.embedding import EmbeddedModel
 from bayesmeta.models.encoders import ProductEncoder
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.recognition import Family
@@ -50,7 +52,8 @@ class NeuralProcess(Amortised):
 
     Args:
         model: a :class:`~bayesmeta.ContextTaskModel`, whose φ is the latent z; or a
-            :class:`~bayesmeta.NeuralTaskModel`, whose network becomes the decoder, shared by all tasks.
+            :class:`~bayesmeta.NeuralTaskModel`, whose network becomes the decoder, shared by all tasks; or one of them
+            behind an embedding (:class:`~bayesmeta.EmbeddedModel`), which the encoder then reads too.
         encoder: as in :class:`~bayesmeta.Amortised`.
         latent_size: of z, 16 by default; of a ContextTaskModel: its own.
         decoder: for a NeuralTaskModel, how z enters its network: ``"concatenate"`` or ``"film"``.
@@ -60,6 +63,8 @@ class NeuralProcess(Amortised):
         subsets: whether training replaces the support by a random part of it, of uniform size, so that the process
             works with any number of observations, none included.
         width, max_shots, seed: as in :class:`~bayesmeta.Amortised`; ``seed`` is that of the decoder's new weights too.
+        meta_regularization: noise and a penalty on the embedding of an :class:`~bayesmeta.EmbeddedModel`, see
+            :class:`~bayesmeta.MetaRegularization`.
 
     Raises:
         OptionError: for a latent of size 0, unknown names, numbers out of range, or a flow with the ELBO.
@@ -77,7 +82,7 @@ class NeuralProcess(Amortised):
 
     def __init__(
         self,
-        model: ContextTaskModel | NeuralTaskModel,
+        model: ContextTaskModel | NeuralTaskModel | EmbeddedModel,
         encoder: EncoderName | nn.Module = "mean",
         *,
         latent_size: int | None = None,
@@ -89,6 +94,7 @@ class NeuralProcess(Amortised):
         width: int = 64,
         max_shots: int | None = None,
         seed: Seed = None,
+        meta_regularization: MetaRegularization | None = None,
     ) -> None:
         super().__init__(
             as_context_model(model, latent_size, decoder, seed, type(self).__name__),
@@ -100,6 +106,7 @@ class NeuralProcess(Amortised):
             width=width,
             max_shots=max_shots,
             seed=seed,
+            meta_regularization=meta_regularization,
         )
         if posterior == "flow" and objective == "elbo":
             raise OptionError(
@@ -136,7 +143,7 @@ class ConditionalNeuralProcess(Method):
         model: as in :class:`NeuralProcess`.
         encoder: as in :class:`NeuralProcess`; not ``"product"``, which gives a distribution.
         latent_size: of r, 64 by default; of a ContextTaskModel: its own.
-        decoder, subsets, width, max_shots, seed: as in :class:`NeuralProcess`.
+        decoder, subsets, width, max_shots, seed, meta_regularization: as in :class:`NeuralProcess`.
 
     Raises:
         OptionError: for a representation of size 0, unknown names, or numbers out of range.
@@ -153,7 +160,7 @@ class ConditionalNeuralProcess(Method):
 
     def __init__(
         self,
-        model: ContextTaskModel | NeuralTaskModel,
+        model: ContextTaskModel | NeuralTaskModel | EmbeddedModel,
         encoder: EncoderName | nn.Module = "mean",
         *,
         latent_size: int | None = None,
@@ -162,8 +169,10 @@ class ConditionalNeuralProcess(Method):
         width: int = 64,
         max_shots: int | None = None,
         seed: Seed = None,
+        meta_regularization: MetaRegularization | None = None,
     ) -> None:
         super().__init__(as_context_model(model, latent_size, decoder, seed, type(self).__name__, default=64))
+        self._regularize(meta_regularization)
         self._recipe = EncoderRecipe(encoder, width, max_shots, seed)
         if self._recipe.name in ("product", ProductEncoder.__name__):
             raise OptionError("A product of Gaussians is a distribution, no vector; it goes into NeuralProcess.")
@@ -172,7 +181,8 @@ class ConditionalNeuralProcess(Method):
 
     def config(self) -> dict[str, Any]:
         """Options that change the result."""
-        return self._recipe.config() | {"subsets": self.subsets} | _decoder_config(self.program)
+        own = {"subsets": self.subsets} | self._regularization_config()
+        return self._recipe.config() | own | _decoder_config(self.program)
 
     def _create(self, observations: Observations) -> None:
         size = self.program.layout.dim
@@ -183,13 +193,13 @@ class ConditionalNeuralProcess(Method):
                 f"{size}. Make one with size={size}."
             )
         with torch.no_grad():
-            encoder(observations)  # its widths fit
+            encoder(self.program.embed(observations))  # its widths fit
         self.encoder = encoder
 
     def represent(self, observations: Observations) -> Tensor:
         """r(S), ``[1, tasks, size]``, differentiable."""
         assert self.encoder is not None
-        return self.encoder(observations).unsqueeze(0)
+        return self.encoder(self.program.embed(observations)).unsqueeze(0)
 
     def _start(self, support: Observations) -> Tensor:
         """r of no observations, ``[tasks, size]``."""
@@ -209,13 +219,16 @@ class ConditionalNeuralProcess(Method):
 
 def as_context_model(
     model: Any, size: int | None, decoder: Decoder | None, seed: Seed, method: str, *, default: int = 16
-) -> ContextTaskModel:
-    """A ContextTaskModel as it is, or one made of a NeuralTaskModel with a context of ``size``.
+) -> ContextTaskModel | EmbeddedModel:
+    """A ContextTaskModel as it is, or one made of a NeuralTaskModel with a context of ``size``; or one embedded.
 
     Raises:
         OptionError: for a context of size 0, or options other than a ContextTaskModel's own.
         UnsupportedError: for another model.
     """
+    if isinstance(model, EmbeddedModel):
+        inner = as_context_model(model.model, size, decoder, seed, method, default=default)
+        return EmbeddedModel(inner, model.embedding)
     if isinstance(model, NeuralTaskModel):
         size = default if size is None else size
         if size < 1:
@@ -235,5 +248,6 @@ def as_context_model(
 
 
 def _decoder_config(program: Any) -> dict[str, Any]:
+    program = program.model if isinstance(program, EmbeddedModel) else program
     assert isinstance(program, ContextTaskModel)
     return {"latent_size": program.context_size, "decoder": program.decoder}

@@ -123,6 +123,9 @@ def loo(
             f"{_NO_LOO} Use a method with a distribution, such as ABML or BayesianLastLayer, or score the query with "
             "bayesmeta.scores."
         )
+    refusal = _refusal(posterior)
+    if refusal is not None:
+        raise UnsupportedError(refusal)
     if posterior.num_draws is not None:
         if posterior.num_draws < _LEAST_DRAWS:
             raise UnsupportedError(
@@ -235,7 +238,8 @@ class _Export:
             groups["constant_data"] = {"x": _numpy(self._raw_x(observations.x)[valid])}
             if observations.y is not None:
                 groups["observed_data"] = {"y": _numpy(self._raw_y(observations.y)[valid])}
-                if not self.predictor.posterior.is_point:
+                posterior = self.predictor.posterior
+                if not posterior.is_point and _refusal(posterior) is None:
                     groups["log_likelihood"] = {"y": self.log_likelihood()}
         if observations.w is not None:
             groups.setdefault("constant_data", {})["w"] = _numpy(observations.w[self.tasks])
@@ -284,6 +288,11 @@ class _Export:
 
     def _raw_y(self, y: Tensor) -> Tensor:
         return y if self.standardizer is None else self.standardizer.raw_y(y)
+
+
+def _refusal(posterior: Posterior) -> str | None:
+    """Why there is no leave-one-out score of a posterior that predicts from its support directly; else None."""
+    return getattr(posterior, "loo_refusal", None)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -353,6 +362,9 @@ def _attributes(export: _Export, groups: _Groups) -> dict[str, dict[str, Any]]:
         "units": "raw" if raw else "standard",
         "target_kind": posterior.target_kind,
     }
-    if posterior.is_point:
+    refusal = _refusal(posterior)
+    if refusal is not None:
+        root["log_likelihood_note"] = f"{refusal} There is no log_likelihood group."
+    elif posterior.is_point:
         root["log_likelihood_note"] = f"{_NO_LOO} There is no log_likelihood group."
     return {"/": root} | dict.fromkeys(groups, general)

@@ -69,6 +69,8 @@ class DeepKernelModel(TaskProgram):
             classes at 2 / K − 1, the mean of their targets where they are equally frequent. It is one for all classes,
             so that without a support they are equally probable; for a Bernoulli it is what label is the more frequent.
         seed: of the first frequencies; None means seed 0.
+        mean_network: a network of its own from x to one output, added to the constant mean: the mean function of the
+            process, shared by the tasks. Copied. Only for real numbers.
         link: of labels only: from the functions to class probabilities, ``"probit"`` (the default) or ``"sigmoid"``;
             see :class:`~bayesmeta.GPLabelsPosterior`. It may be changed after training.
         noise: of labels only: standard deviation of the ±1 targets around the function, 0.3 by default.
@@ -92,6 +94,7 @@ class DeepKernelModel(TaskProgram):
         max_frequency: float = 1.0,
         learn_mean: bool = True,
         seed: Seed = None,
+        mean_network: nn.Module | None = None,
         link: Link | None = None,
         noise: float | None = None,
         learn_noise: bool | None = None,
@@ -130,6 +133,9 @@ class DeepKernelModel(TaskProgram):
         self.dense = DenseKernel(made)
         first = 0.0 if self.link is None else balanced_mean(self.likelihood)
         self.mean = nn.Parameter(head.weight.new_full((), first), requires_grad=learn_mean)
+        if mean_network is not None and self.link is not None:
+            raise UnsupportedError("mean_network is for real numbers; classes share one constant mean.")
+        self.mean_network = copy.deepcopy(mean_network)
 
     @classmethod
     def of(cls, model: Any, kernel: KernelName | kernels.Kernel = "rbf", **options: Any) -> DeepKernelModel:
@@ -221,10 +227,29 @@ class DeepKernelModel(TaskProgram):
             return observations.y.unsqueeze(-1)
         return to_targets(self.likelihood, observations.y, observations.full_mask()).to(self.mean)
 
+    def mean_shift(self, observations: Observations) -> Tensor:
+        """What ``mean_network`` adds to the constant mean at each shot, float64 ``[tasks, shots]``; 0 without one.
+
+        Raises:
+            ShapeError: for a mean network with another number of outputs than one.
+        """
+        x = observations.x
+        if self.mean_network is None:
+            return x.new_zeros(x.shape[:-1], dtype=torch.float64)
+        if observations.mask is not None:
+            x = x.masked_fill(~observations.mask.unsqueeze(-1), 0.0)
+        shift = self.mean_network(x)
+        if shift.shape != (*x.shape[:-1], 1):
+            raise ShapeError(
+                f"The mean network gives shape {list(shift.shape)} for x {list(x.shape)}; expected one output."
+            )
+        return shift.squeeze(-1).double()
+
     def residual(self, observations: Observations) -> Tensor:
         """The targets less the process's mean, float64 ``[tasks, shots, columns]``, 0 at padding."""
         keep = observations.full_mask().unsqueeze(-1)
-        return (self.targets(observations).double() - self.mean.double()).masked_fill(~keep, 0.0)
+        mean = self.mean.double() + self.mean_shift(observations).unsqueeze(-1)
+        return (self.targets(observations).double() - mean).masked_fill(~keep, 0.0)
 
     def log_evidence(self, observations: Observations) -> Tensor:
         """log p(y | x, θ), ``[tasks]`` (Rasmussen & Williams 2006, eq. 2.30), in the dtype of x.
@@ -235,10 +260,23 @@ class DeepKernelModel(TaskProgram):
             DataError: for a covariance that is not positive definite, naming tasks.
         """
         self.check_targets(observations)
+        return self.density(*self.noisy_joint(observations), observations)
+
+    def noisy_joint(self, observations: Observations) -> tuple[Tensor, Tensor]:
+        """Covariance of the targets and what they are off their mean: ``[tasks, N, N]``, ``[tasks, N, columns]``."""
         keep = observations.full_mask()
-        root = cholesky(self.kept_covariance(self.points(observations), keep, self.noise_variance))
-        white = torch.linalg.solve_triangular(root, self.residual(observations), upper=False)
-        constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * _LOG_2PI * keep.double().sum(-1)
+        return self.kept_covariance(self.points(observations), keep, self.noise_variance), self.residual(observations)
+
+    def density(self, covariance: Tensor, residual: Tensor, observations: Observations) -> Tensor:
+        """Log-density of ``residual`` ``[…, tasks, N, columns]``, in the dtype of x, ``[…, tasks]``.
+
+        Raises:
+            DataError: for a covariance that is not positive definite, naming tasks.
+        """
+        root = cholesky(covariance)
+        white = torch.linalg.solve_triangular(root, residual, upper=False)
+        count = observations.full_mask().double().sum(-1)
+        constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * _LOG_2PI * count
         value = -0.5 * white.square().sum((-2, -1)) - self.columns * constant
         return value.to(observations.x.dtype)
 
@@ -248,8 +286,11 @@ class DeepKernelModel(TaskProgram):
         observations = Observations(x, y, mask)
         keep = observations.full_mask()
         root = cholesky(self.kept_covariance(self.points(observations), keep, self.noise_variance)).to(self.mean)
-        loc = self.mean.expand(x.shape[:-1]).unsqueeze(-2)
-        value = None if y is None else torch.where(keep.unsqueeze(-1), self.targets(observations), self.mean).mT
+        mean = self.mean + self.mean_shift(observations).to(self.mean)
+        loc = mean.unsqueeze(-2)
+        value = (
+            None if y is None else torch.where(keep.unsqueeze(-1), self.targets(observations), mean.unsqueeze(-1)).mT
+        )
         with task_plate(x):
             if not bool(keep.all()):  # padding has variance 1 and its mean as its value: take its density off again
                 padding = 0.5 * _LOG_2PI * self.columns * (~keep).double().sum(-1)
@@ -275,7 +316,8 @@ class DeepKernelModel(TaskProgram):
                 with torch.no_grad():
                     points = self.points(observations)
                     self.covariance(points[:1])
-            except RuntimeError as error:
+                    self.mean_shift(observations)
+            except (RuntimeError, ShapeError) as error:
                 self._layout = None
                 raise ShapeError(
                     f"Network or kernel cannot take x with {observations.num_features} features: {error}"
@@ -349,7 +391,7 @@ def _check_likelihood(likelihood: Likelihood, num_outputs: int) -> None:
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """The Cholesky factor of each task's covariance, ``[tasks, N, N]``.
+    """The Cholesky factor of each task's covariance, ``[…, tasks, N, N]``.
 
     Raises:
         DataError: when one is not positive definite, naming the tasks.
@@ -357,6 +399,7 @@ def cholesky(covariance: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(covariance)
     bad = (info > 0) | ~root.isfinite().flatten(-2).all(-1)
     if bool(bad.any()):
+        bad = bad.reshape(-1, bad.shape[-1]).any(0)
         raise DataError(
             f"The covariance of the points is not finite and positive definite for {_tasks(bad.nonzero().flatten())}, "
             f"also with {JITTER} of the variance added to its diagonal. Inputs or features may be huge or not finite, "

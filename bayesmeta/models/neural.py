@@ -155,10 +155,23 @@ class NeuralTaskModel(NetworkProgram):
                 "A closed form needs outputs that are linear in the task parameters: a Sequential that ends in a "
                 f"Linear, with task_modules='head'. This model has task_modules={self.task_modules!r}."
             )
-        assert isinstance(self.network, nn.Sequential)
-        head = self.network[-1]
+        head = self.network.get_submodule(self.head or "")
         assert isinstance(head, nn.Linear)
-        return head_design(self.network[:-1](self.likelihood.split(x)[0]), head.out_features, head.bias is not None)
+        return head_design(self.features(x), head.out_features, head.bias is not None)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer of a Sequential takes, ``[tasks, shots, F]``, for a last layer that is task-specific.
+
+        Raises:
+            UnsupportedError: when the outputs are not linear in the task parameters.
+        """
+        if not self.is_linear_in_phi:
+            raise UnsupportedError(
+                "Features are what a task-specific last layer takes: of a Sequential that ends in a Linear, with "
+                f"task_modules='head'. This model has task_modules={self.task_modules!r}."
+            )
+        assert isinstance(self.network, nn.Sequential)
+        return self.network[:-1](self.likelihood.split(x)[0])
 
     def log_likelihood_gradient(
         self, u: Tensor, observations: Observations, theta: Tensor | None = None, *, create_graph: bool = False

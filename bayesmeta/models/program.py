@@ -148,6 +148,10 @@ class TaskProgram(nn.Module):
         for fn, value in observed.values():
             refuse_outside(fn.support, value, observations.full_mask())
 
+    def embed(self, observations: Observations) -> Observations:
+        """The observations as the model sees them: as they are, but for an :class:`~bayesmeta.EmbeddedModel`."""
+        return observations
+
     # -- densities ----------------------------------------------------------------------------------------------
 
     def evaluate(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Pass:

@@ -40,7 +40,7 @@ class FlatParameters:
         """``[…, size]`` to ``{name: […, *shape]}``, without copies."""
         parts = flat.split(self.sizes, -1)
         lead = flat.shape[:-1]
-        return {n: p.reshape(*lead, *s) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
+        return {n: p.reshape((*lead, *s)) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
 
     def flatten(self, named: dict[str, Tensor]) -> Tensor:
         """The inverse of :meth:`views`."""

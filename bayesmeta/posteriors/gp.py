@@ -109,7 +109,7 @@ class GPPosterior(TaskPosterior):
             keep = self.support.full_mask()
             root = cholesky(self.model.kept_covariance(self.model.points(self.support), keep, 0.0))
             root = root.masked_fill(~keep.unsqueeze(-1), 0.0)
-            return {"f": self._mean(root, draws.u).to(draws.u)}
+            return {"f": (self._mean(root, draws.u) + self._shift(self.support)).to(draws.u)}
 
     # -- predictions --------------------------------------------------------------------------------------------
 
@@ -122,8 +122,12 @@ class GPPosterior(TaskPosterior):
         half = torch.linalg.solve_triangular(root, cross, upper=False).mT
         return half, model.covariance(new) - half @ half.mT
 
+    def _shift(self, observations: Observations) -> Tensor | float:
+        """What a mean network adds at the inputs, float64 ``[tasks, M]``; else 0."""
+        return 0.0 if self.model.mean_network is None else self.model.mean_shift(observations)
+
     def _mean(self, half: Tensor, u: Tensor) -> Tensor:
-        """E[f(x) | u], float64 ``[…, tasks, M]``."""
+        """E[f(x) | u] but for a mean network's share, float64 ``[…, tasks, M]``."""
         return self.model.mean.double() + (half @ u.double().unsqueeze(-1)).squeeze(-1)
 
     def predictive(self, x: Tensor | Observations, *, joint: bool = False) -> Any:
@@ -139,7 +143,7 @@ class GPPosterior(TaskPosterior):
         observations = self._as_observations(x)
         with torch.no_grad():
             half, rest = self._half(observations)
-            mean = self._mean(half, self.loc)
+            mean = self._mean(half, self.loc) + self._shift(observations)
             spread, noise = half @ self.root.double(), self.model.noise_variance
             if joint:
                 covariance = rest + spread @ spread.mT
@@ -164,7 +168,7 @@ class GPPosterior(TaskPosterior):
             half, rest = self._half(observations)
             noise = self.model.noise_variance.expand(rest.shape[:-1])
             root = cholesky(symmetric(rest) + torch.diag_embed(noise))
-            mean = self._mean(half, draws.u)
+            mean = self._mean(half, draws.u) + self._shift(observations)
             normal = normal_like(mean, mean.shape, generator)
             return (mean + (root @ normal.unsqueeze(-1)).squeeze(-1)).to(self.loc)
 
@@ -188,7 +192,7 @@ class GPPosterior(TaskPosterior):
         draws = self.draws(num_samples, generator) if draws is None else draws
         with torch.no_grad():
             half, rest = self._half(observations)
-            mean = self._mean(half, draws.u)
+            mean = self._mean(half, draws.u) + self._shift(observations)
             variance = variances(rest) + self.model.noise_variance
             keep = observations.full_mask()
             y = torch.where(keep, observations.y.double(), 0.0)

@@ -12,6 +12,8 @@ from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPos
 from bayesmeta.posteriors.gp import GPPosterior
 from bayesmeta.posteriors.gp_labels import GPLabelsPosterior
 from bayesmeta.posteriors.kronecker import KroneckerNormalPosterior
+from bayesmeta.posteriors.prior_mixture import PriorMixturePosterior
+from bayesmeta.posteriors.process import ProcessPosterior
 from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
 
 KINDS: dict[str, type[TaskPosterior]] = {
@@ -29,5 +31,7 @@ KINDS: dict[str, type[TaskPosterior]] = {
         ChainsPosterior,
         GPPosterior,
         GPLabelsPosterior,
+        ProcessPosterior,
+        PriorMixturePosterior,
     )
 }
