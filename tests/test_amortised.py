@@ -442,6 +442,24 @@ def test_what_q_cannot_reach():
 
     with pytest.raises(errors.SiteError, match="marginalise a discrete"):
         bm.Amortised(discrete).loss(batch)
+
+    def of_each_shot(x, y=None, mask=None):
+        with bm.task_plate(x):
+            level = pyro.sample("level", dist.Normal(x.new_zeros(()), 1.0))
+            with bm.shot_plate(x, mask):
+                error = pyro.sample("error", dist.Normal(0 * x.squeeze(-1), 1.0))
+                pyro.sample("y", dist.Normal(level + error, 1.0), obs=y)
+
+    with pytest.raises(errors.PlateError, match="'error' is inside the shot plate"):
+        bm.Amortised(of_each_shot).loss(batch)
+
+    def of_no_task(x, y=None, mask=None):
+        level = pyro.sample("level", dist.Normal(x.new_zeros(()), 1.0))
+        with bm.task_plate(x), bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(level + 0 * x.squeeze(-1), 1.0), obs=y)
+
+    with pytest.raises(errors.ModelError, match="nothing to adapt"):
+        bm.Amortised(of_no_task).loss(batch)
     context = bm.ContextTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(), 0)
     with pytest.raises(errors.UnsupportedError, match="size 0"):
         bm.Amortised(context).loss(batch)
