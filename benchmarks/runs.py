@@ -70,7 +70,15 @@ def add_run_arguments(parser: argparse.ArgumentParser, runs: Mapping[str, object
 
 
 def train_method(
-    make: Callable[[], Any], tasks: Any, seed: int, steps: int, *, rate: float, clip: float | None, **options: Any
+    make: Callable[[], Any],
+    tasks: Any,
+    seed: int,
+    steps: int,
+    *,
+    rate: float,
+    clip: float | None,
+    device: str = "cpu",
+    **options: Any,
 ) -> tuple[Any, float]:
     """Make a method under the seed and train it by Adam, whose rate falls to 0 as a cosine.
 
@@ -81,6 +89,7 @@ def train_method(
         steps: training steps.
         rate: the first rate.
         clip: largest norm of the gradient.
+        device: to train on.
         options: of :func:`bayesmeta.fit`, such as ``support``.
 
     Returns:
@@ -98,7 +107,7 @@ def train_method(
         schedule=bm.schedules.cosine(steps),
         clip=clip,
         seed=seed,
-        device="cpu",
+        device=device,
         progress=False,
         **options,
     )

@@ -387,6 +387,39 @@ def test_classes_are_averaged_over_priors():
 # -- a mean network -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_the_fast_rbf_is_gpytorchs(offset):
+    """Also far from the origin; of points with themselves the diagonal is exact. Control: another length scale."""
+    from bayesmeta.models.kernels import DenseKernel
+
+    kernel = kernels.ScaleKernel(kernels.RBFKernel()).double()
+    kernel.base_kernel.lengthscale, kernel.outputscale = 0.8, 1.7
+    dense = DenseKernel(kernel)
+    assert dense.is_plain_rbf
+    assert not DenseKernel(kernels.ScaleKernel(kernels.RBFKernel(ard_num_dims=2))).is_plain_rbf
+    a, b = (batch_of(2, n, 2, seed=n, dtype=F64).x + offset for n in (5, 4))
+    gap = (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1)
+    length, scale = kernel.base_kernel.lengthscale.detach(), kernel.outputscale.detach()  # set in single precision
+    expected = scale * torch.exp(-0.5 * gap / length**2)
+    torch.testing.assert_close(dense(a, b), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dense(a, b), kernel(a, b).to_dense(), rtol=1e-6, atol=1e-6)
+    assert (dense(a).diagonal(dim1=-2, dim2=-1) == kernel.outputscale).all()
+    torch.testing.assert_close(dense(a), dense(a).mT, rtol=0, atol=1e-14)
+    kernel.base_kernel.lengthscale = 0.7
+    assert (dense(a, b) - expected).abs().max() > 0.01
+
+
+def test_many_priors_at_once_are_each_by_itself():
+    """Under vmap and in a loop; another kernel takes the loop."""
+    batch = tasks(ragged=True)
+    for kernel in ("rbf", "matern52"):
+        method = moved(gp(kernel=kernel, hyper_posterior="svgd", num_particles=3))
+        together = method.log_evidences(method.particles, batch.union())
+        each = torch.stack([method.log_evidence(one, batch.union()) for one in method.particles])
+        torch.testing.assert_close(together, each, rtol=1e-12, atol=1e-12)
+        assert (each[0] - each[1]).abs().max() > 0.1
+
+
 def test_a_mean_network_shifts_the_targets():
     """Posterior and evidence equal those of targets less the network's outputs; the Pyro trace agrees."""
     import pyro

@@ -89,10 +89,6 @@ class EmbeddingNoise(nn.Module):
         UnsupportedError: for a model without an embedding, or on activations for one that ends in no Linear.
     """
 
-    #: What the log of a weight's scale is stored in units of: an optimizer as Adam, whose steps have one size for all
-    #: parameters, would else leave scales where they began, which have to move by nats where weights move by tenths.
-    _TRAVEL = 10.0
-
     def __init__(self, options: MetaRegularization, program: TaskProgram) -> None:
         super().__init__()
         if not isinstance(options, MetaRegularization):
@@ -108,8 +104,7 @@ class EmbeddingNoise(nn.Module):
             weights = dict(program.embedding.named_parameters())
             self._flat = FlatParameters({name: weight.shape for name, weight in weights.items()})
             like = next(iter(weights.values())).detach()
-            first = math.log(options.scale) / self._TRAVEL
-            self.log_scale = nn.Parameter(like.new_full((self._flat.size,), first))
+            self.log_scale = nn.Parameter(like.new_full((self._flat.size,), math.log(options.scale)))
             return
         last = program.embedding[-1] if type(program.embedding) is nn.Sequential and len(program.embedding) else None
         if type(last) is not nn.Linear:
@@ -148,7 +143,7 @@ class EmbeddingNoise(nn.Module):
         return embedded, self.options.weight * kl if self.options.weight > 0 else None
 
     def _weights(self, embedding: nn.Module, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        loc, scale = self._flat.flatten(dict(embedding.named_parameters())), (self._TRAVEL * self.log_scale).exp()
+        loc, scale = self._flat.flatten(dict(embedding.named_parameters())), self.log_scale.exp()
         weights = loc + scale * normal_like(loc, (batch.num_tasks, self._flat.size), generator)
         call = (BatchedMLP if is_plain_mlp(embedding) else BatchedModule)(embedding, self._flat)
         return call(weights, _all_x(batch)), self._kl(loc, scale).sum().expand(batch.num_tasks)
