@@ -66,14 +66,7 @@ def fit_mean_field(
     the task with the fewest rows sets the largest ``inner_lr`` that does not diverge; in a log scale it is 2 / rows
     near the optimum, so that the rate there is larger.
     """
-    method = bm.ABML(
-        Multilevel(),
-        inner_steps=inner_steps,
-        inner_lr=inner_lr,
-        inner_lr_scale=0.5,
-        num_particles=4,
-        global_guide="normal",
-    )
+    method = mean_field_method(inner_lr, inner_steps)
     assert data.y is not None
     nothing = bm.Observations(data.x[:, :0], data.y[:, :0], None if data.mask is None else data.mask[:, :0])
     batch = bm.TaskBatch(support=data, query=nothing, population=data.num_tasks)
@@ -90,6 +83,18 @@ def fit_mean_field(
         optimizer.step()
         schedule.step()
     return method
+
+
+def mean_field_method(inner_lr: float, inner_steps: int) -> bm.ABML:
+    """ABML as it is trained here, untrained."""
+    return bm.ABML(
+        Multilevel(),
+        inner_steps=inner_steps,
+        inner_lr=inner_lr,
+        inner_lr_scale=0.5,
+        num_particles=4,
+        global_guide="normal",
+    )
 
 
 def mean_field_moments(method: bm.ABML, data: bm.Observations, *, inner_steps: int, seed: int) -> Moments:

@@ -95,6 +95,26 @@ def _maml() -> bm.MAML:
     return bm.MAML(_network(), inner_steps=5, inner_lr=2e-2)
 
 
+def _decoder() -> bm.NeuralTaskModel:
+    network = bm.nets.mlp(1, [32, 32], 2, activation="tanh")
+    return bm.NeuralTaskModel(network, bm.likelihoods.HeteroscedasticGaussian(0.02), prior="point")
+
+
+def _cnp() -> bm.ConditionalNeuralProcess:
+    return bm.ConditionalNeuralProcess(_decoder(), latent_size=32, decoder="film", width=32)
+
+
+def _neural_process() -> bm.NeuralProcess:
+    options: dict[str, Any] = {"objective": "likelihood", "num_particles": 8}
+    return bm.NeuralProcess(_decoder(), latent_size=4, decoder="film", width=32, **options)
+
+
+def _amortised() -> bm.Amortised:
+    network = bm.nets.mlp(1, [32, 32], 1, activation="tanh")
+    model = bm.ContextTaskModel(network, bm.Gaussian(0.2, learn_scale=True), 4, decoder="film")
+    return bm.Amortised(model, posterior="full", objective="predictive", num_particles=16, width=32)
+
+
 #: Steps are as many as take about the time of the demo's method. Settings were compared on validation countries of
 #: seeds 100 and 101.
 RUNS = {
@@ -105,6 +125,9 @@ RUNS = {
     "bmaml": Run(_bmaml, 200),
     "platipus": Run(_platipus, 300),
     "maml": Run(_maml, 400),
+    "cnp": Run(_cnp, 400, rate=5e-3),
+    "neural_process": Run(_neural_process, 400, rate=5e-3),
+    "amortised": Run(_amortised, 400, rate=5e-3),
 }
 METHODS = ["last_layer_mixture", *RUNS]
 
