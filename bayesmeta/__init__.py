@@ -47,7 +47,10 @@ _NAMES = {
     "ConjugateModel": "bayesmeta.models.conjugate",
     "ConjugatePosterior": "bayesmeta.posteriors.conjugate",
     "ContextTaskModel": "bayesmeta.models.context",
+    "contraction": "bayesmeta.diagnostics.simulation",
     "ConvCNP": "bayesmeta.adapt.processes",
+    "decompose": "bayesmeta.diagnostics.decomposition",
+    "Decomposition": "bayesmeta.diagnostics.decomposition",
     "DeepKernel": "bayesmeta.adapt.deep_kernel",
     "DeepKernelModel": "bayesmeta.models.deep_kernel",
     "DeltaPosterior": "bayesmeta.posteriors.delta",
@@ -89,6 +92,7 @@ _NAMES = {
     "Platipus": "bayesmeta.adapt.platipus",
     "plot_calibration": "bayesmeta.diagnostics.plots_calibration",
     "plot_forecast": "bayesmeta.diagnostics.plots",
+    "plot_ranks": "bayesmeta.diagnostics.plots_calibration",
     "PrecisionTaskModel": "bayesmeta.models.precision",
     "PriorMixturePosterior": "bayesmeta.posteriors.prior_mixture",
     "ProcessMethod": "bayesmeta.adapt.processes",
@@ -96,16 +100,21 @@ _NAMES = {
     "ProcessPosterior": "bayesmeta.posteriors.process",
     "recalibrate": "bayesmeta.diagnostics.recalibration",
     "RecalibratedPosterior": "bayesmeta.diagnostics.recalibrated",
-    "Recalibration": "bayesmeta.diagnostics.recalibration",
+    "Recalibration": "bayesmeta.diagnostics.corrections",
     "Reptile": "bayesmeta.adapt.reptile",
     "SamplesPosterior": "bayesmeta.posteriors.samples",
     "save_netcdf": "bayesmeta.diagnostics.datatree",
+    "sbc": "bayesmeta.diagnostics.simulation",
+    "SBC": "bayesmeta.diagnostics.simulation",
+    "sbc_method": "bayesmeta.diagnostics.simulation",
     "Scores": "bayesmeta.diagnostics.scores",
     "scores": "bayesmeta.diagnostics.scores",
     "SemiAmortised": "bayesmeta.adapt.semi_amortised",
     "shot_plate": "bayesmeta.models.plates",
     "SimulatedTasks": "bayesmeta.train.simulated",
     "Standardizer": "bayesmeta.data",
+    "tarp": "bayesmeta.diagnostics.tarp",
+    "TARP": "bayesmeta.diagnostics.tarp",
     "task_plate": "bayesmeta.models.plates",
     "TaskBatch": "bayesmeta.data",
     "TaskDistribution": "bayesmeta.protocols",
@@ -179,12 +188,16 @@ if TYPE_CHECKING:
     )
     from bayesmeta.diagnostics import metrics
     from bayesmeta.diagnostics.calibration import Calibration, ClassCalibration, calibration
+    from bayesmeta.diagnostics.corrections import Recalibration
     from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
+    from bayesmeta.diagnostics.decomposition import Decomposition, decompose
     from bayesmeta.diagnostics.plots import plot_forecast
-    from bayesmeta.diagnostics.plots_calibration import plot_calibration
+    from bayesmeta.diagnostics.plots_calibration import plot_calibration, plot_ranks
     from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
-    from bayesmeta.diagnostics.recalibration import Recalibration, recalibrate
+    from bayesmeta.diagnostics.recalibration import recalibrate
     from bayesmeta.diagnostics.scores import Scores, scores
+    from bayesmeta.diagnostics.simulation import SBC, contraction, sbc, sbc_method
+    from bayesmeta.diagnostics.tarp import TARP, tarp
     from bayesmeta.models import encoders, likelihoods, nets, priors, processes
     from bayesmeta.models.conjugate import ConjugateModel
     from bayesmeta.models.context import ContextTaskModel

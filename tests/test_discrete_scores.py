@@ -16,7 +16,8 @@ from torch import nn
 
 import bayesmeta as bm
 from bayesmeta import errors
-from bayesmeta.diagnostics.forecasts import Predictor, SampleForecast, brier_score
+from bayesmeta.diagnostics.forecasts import Predictor, SampleForecast
+from bayesmeta.diagnostics.metrics import brier_score
 from bayesmeta.diagnostics.scores import CLASS_SCORES, SCORES
 from bayesmeta.models.likelihoods import Bernoulli, Categorical, NegativeBinomial, Poisson
 

@@ -12,7 +12,7 @@ from bayesmeta.adapt.last_layer import BayesianLastLayer
 from bayesmeta.adapt.maml import MAML
 from bayesmeta.data import Observations, Standardizer, TaskBatch, pad_shots
 from bayesmeta.diagnostics import forecasts
-from bayesmeta.diagnostics.forecasts import crps_normal, crps_sorted
+from bayesmeta.diagnostics.metrics import crps_ensemble, crps_normal, energy_score
 from bayesmeta.diagnostics.scores import SCORES, scores
 from bayesmeta.errors import (
     DataError,
@@ -141,15 +141,15 @@ def test_crps_against_scoringrules():
     torch.testing.assert_close(crps_normal(loc, scale, y), torch.as_tensor(expected))
     draws = torch.randn(40, 5, 3, dtype=F64, generator=generator)
     expected = scoringrules.crps_ensemble(y.numpy(), draws.movedim(0, -1).numpy(), estimator="fair")
-    torch.testing.assert_close(crps_sorted(draws.sort(0).values, y), torch.as_tensor(expected))
+    torch.testing.assert_close(crps_ensemble(draws, y), torch.as_tensor(expected))
     biased = scoringrules.crps_ensemble(y.numpy(), draws.movedim(0, -1).numpy(), estimator="nrg")
-    assert not torch.allclose(crps_sorted(draws.sort(0).values, y), torch.as_tensor(biased))
+    assert not torch.allclose(crps_ensemble(draws, y), torch.as_tensor(biased))
 
 
 def test_fair_crps_is_unbiased():
     y = torch.zeros(20_000, dtype=F64) + 0.7
     draws = torch.randn(3, 20_000, dtype=F64, generator=torch.Generator().manual_seed(1))
-    estimates = crps_sorted(draws.sort(0).values, y)
+    estimates = crps_ensemble(draws, y)
     exact = crps_normal(torch.zeros(1), torch.ones(1), torch.full((1,), 0.7)).item()
     error = estimates.std() / math.sqrt(len(y))
     assert abs(estimates.mean() - exact) < 4 * error
@@ -218,7 +218,7 @@ def test_rmse_error_is_the_spread_of_repetitions():
 def test_mapping_and_table(three):
     result = three[0]
     assert list(result) == list(SCORES)
-    assert len(result) == 7
+    assert len(result) == 8
     flat = result.to_dict()
     assert flat["nll_se"] == result.standard_errors["nll"]
     assert all(type(v) in (float, int) for v in flat.values())
@@ -357,6 +357,58 @@ def test_student_takes_log_score_closed_and_the_rest_from_draws():
     crps = scoringrules.crps_t(0.0, 4.0, 0.3, 0.5)
     assert result["crps"] == pytest.approx(float(crps), abs=0.01)
     assert result["width_90"] == pytest.approx(2 * 2.1318468 * 0.5, rel=0.03)
+
+
+# -- energy score -------------------------------------------------------------------------------------------------
+
+
+def test_energy_score_sees_what_hangs_together():
+    tasks, batch = oracle_tasks(400, seed=6)
+    exact = Oracle(tasks, batch.support)
+    result = scores(exact, batch, energy=True)
+    assert list(result)[-1] == "energy"
+    assert "energy score" in str(result)
+    assert result.num_samples == 1000
+    assert "energy" not in scores(exact, batch)
+    joint = exact.predictive(batch.query, joint=True)
+    by_hand = energy_score(joint.sample((150,)), batch.query.y) / math.sqrt(6)  # independent draws, all pairs
+    difference = result.per_task["energy"] - by_hand
+    assert abs(difference.mean()) < 5 * difference.std() / 20
+    for factor in (0.5, 2.0):
+        worse = scores(Oracle(tasks, batch.support, factor), batch, energy=True)
+        difference = worse.per_task["energy"] - result.per_task["energy"]
+        assert difference.mean() > 4 * difference.std() / 20
+
+    class Apart(Oracle):
+        def predictive(self, x, *, joint=False):
+            return super().predictive(x).to_event(1) if joint else super().predictive(x)
+
+    apart = scores(Apart(tasks, batch.support), batch, energy=True)
+    assert apart["interval_90"] == result["interval_90"]
+    difference = apart.per_task["energy"] - result.per_task["energy"]
+    assert difference.mean() > 4 * difference.std() / 20
+
+
+def test_energy_score_in_raw_units_and_with_padding():
+    tasks, batch = oracle_tasks(5)
+    plain = scores(Oracle(tasks, batch.support), batch, energy=True, generator=3)
+    unit = torch.ones((), dtype=F64)
+    scaled = replace(batch, standardizer=Standardizer(torch.zeros(2), torch.ones(2), 0 * unit, 3 * unit))
+    raw = scores(Oracle(tasks, batch.support), scaled, energy=True, generator=3)
+    torch.testing.assert_close(raw.per_task["energy"], 3 * plain.per_task["energy"])
+    mask = torch.ones(5, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    found = [
+        scores(
+            Oracle(tasks, batch.support),
+            replace(batch, query=Observations(batch.query.x, torch.where(mask, batch.query.y, v), mask)),
+            energy=True,
+        )["energy"]
+        for v in (0.0, 1e3)
+    ]
+    assert found[0] == found[1]
+    short = replace(batch, query=Observations(batch.query.x[:, :4], batch.query.y[:, :4]))
+    assert scores(Oracle(tasks, batch.support), short, energy=True)["energy"] == pytest.approx(found[0], rel=0.1)
 
 
 # -- randomness and errors ----------------------------------------------------------------------------------------

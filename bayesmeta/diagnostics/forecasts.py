@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
+from bayesmeta.diagnostics.metrics import brier_score, crps_ensemble, crps_normal
+from bayesmeta.errors import DataError, EmptyTaskError, NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
 
@@ -45,8 +46,16 @@ class NormalForecast:
         return self.loc + self.scale * (math.sqrt(2.0) * _erfinv(2.0 * probability - 1.0))
 
     def crps(self, y: Tensor) -> Tensor:
-        """Continuous ranked probability score, see :func:`crps_normal`."""
+        """Continuous ranked probability score, see :func:`~bayesmeta.diagnostics.metrics.crps_normal`."""
         return crps_normal(self.loc, self.scale, y)
+
+    def pit(self, y: Tensor, uniform: Tensor) -> Tensor:
+        """F(y), in the shape of y; at a point mass (scale 0) F(y−) + U (F(y) − F(y−)), with uniform numbers U."""
+        residual = y - self.loc
+        below, reached = (residual > 0).to(residual.dtype), (residual >= 0).to(residual.dtype)
+        step = below + uniform * (reached - below)
+        positive = torch.where(self.scale == 0, 1.0, self.scale)
+        return torch.where(self.scale == 0, step, torch.special.ndtr(residual / positive))
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,18 @@ class SampleForecast:
         return torch.lerp(self.draws[low], self.draws[high], position - low)
 
     def crps(self, y: Tensor) -> Tensor:
-        """Fair estimate of the CRPS, see :func:`crps_sorted`."""
-        return crps_sorted(self.draws, y)
+        """Fair estimate of the CRPS, see :func:`~bayesmeta.diagnostics.metrics.crps_ensemble`."""
+        return crps_ensemble(self.draws, y, in_order=True)
+
+    def pit(self, y: Tensor, uniform: Tensor) -> Tensor:
+        """(draws below y + U (draws equal to y + 1)) / (n + 1), in the shape of y, with uniform numbers U.
+
+        Uniform, for any number of draws, wherever y comes from the distribution of the draws. Of counts it is the
+        randomised PIT of C. Czado, T. Gneiting, L. Held, "Predictive model assessment for count data", Biometrics 65
+        (2009), eq. 1 in its randomised form, https://doi.org/10.1111/j.1541-0420.2009.01191.x.
+        """
+        below, equal = (self.draws < y).sum(0), (self.draws == y).sum(0)
+        return (below + uniform * (equal + 1)) / (self.draws.shape[0] + 1)  # in the dtype of the uniform numbers
 
 
 @dataclass(frozen=True)
@@ -106,58 +125,12 @@ class ClassForecast:
         return (self.probabilities.argmax(-1) == y).to(self.probabilities.dtype)
 
     def brier(self, y: Tensor) -> Tensor:
-        """Brier score, in the shape of y, see :func:`brier_score`."""
+        """Brier score, in the shape of y, see :func:`~bayesmeta.diagnostics.metrics.brier_score`."""
         return brier_score(self.probabilities, y)
-
-
-def brier_score(probabilities: Tensor, y: Tensor) -> Tensor:
-    """Σ_k (p_k − 1[y = k])², from 0 to 2, in the shape of y; smaller is better.
-
-    For two classes it is twice (p_1 − y)², which some call by the same name. Source: G. W. Brier, "Verification of
-    forecasts expressed in terms of probability", Monthly Weather Review 78 (1950), eq. 2,
-    https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
-
-    Args:
-        probabilities: ``[…, classes]``.
-        y: index of the class, ``[…]``.
-    """
-    hit = torch.nn.functional.one_hot(y.long(), probabilities.shape[-1])
-    return (probabilities - hit).square().sum(-1)
 
 
 def _erfinv(value: float) -> float:
     return float(torch.erfinv(torch.tensor(value, dtype=torch.float64)))
-
-
-def crps_normal(loc: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    """CRPS of Normal forecasts in closed form, in the units of y; smaller is better.
-
-    Source: T. Gneiting, A. E. Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", JASA 102 (2007),
-    https://doi.org/10.1198/016214506000001437, eq. 21 with the opposite sign.
-
-    Args:
-        loc, scale, y: of one shape.
-    """
-    z = (y - loc) / scale
-    density = torch.exp(-0.5 * z.square()) / math.sqrt(2.0 * math.pi)
-    return scale * (z * torch.erf(z / math.sqrt(2.0)) + 2.0 * density - 1.0 / math.sqrt(math.pi))
-
-
-def crps_sorted(draws: Tensor, y: Tensor) -> Tensor:
-    """Fair (unbiased) estimate of the CRPS from sorted draws, E|X − y| − E|X − X′|/2, in O(n) after the sort.
-
-    Source: C. A. T. Ferro, "Fair scores for ensemble forecasts", QJRMS 140 (2014),
-    https://doi.org/10.1002/qj.2270; the double sum over pairs is Σ_i 2 (2i − n − 1) x_(i) for sorted x.
-
-    Args:
-        draws: sorted along the first dimension, ``[n, …]``, n ≥ 2.
-        y: ``[…]``.
-    """
-    n = draws.shape[0]
-    centred = draws - y  # about y: no cancellation when y lies far from 0
-    weight = 2.0 * torch.arange(1, n + 1, dtype=draws.dtype, device=draws.device) - (n + 1)
-    spread = torch.einsum("n,n...->...", weight, centred) / (n * (n - 1))
-    return centred.abs().mean(0) - spread
 
 
 class Predictor:
@@ -273,6 +246,58 @@ def check_same_tasks(posterior: Posterior, observations: Observations) -> None:
         raise ShapeError(
             f"The batch has {observations.num_tasks} tasks, but the posterior was adapted to {posterior.num_tasks}. "
             "Give the batch whose support it was adapted to."
+        )
+
+
+def task_names(batch: TaskBatch) -> list[str]:
+    """A name for each task: the batch's own, else its id, else its place."""
+    if batch.names is not None:
+        return list(batch.names)
+    if batch.task_id is not None:
+        return [str(i) for i in batch.task_id.tolist()]
+    return [str(i) for i in range(batch.num_tasks)]
+
+
+def valid_points(posterior: Posterior, batch: Any, what: str) -> Tensor:
+    """Check that predictions of a query can be judged.
+
+    Args:
+        posterior: adapted to the batch's support.
+        batch: a TaskBatch whose query has targets.
+        what: for the message, as in "Scores need".
+
+    Returns:
+        True for real query points of real tasks, ``[tasks, shots]``.
+
+    Raises:
+        OptionError, ShapeError, DataError, NonFiniteDataError: for what is no batch, of other tasks, without targets,
+            not finite.
+        EmptyTaskError: when no task has a query point.
+    """
+    check_batch(batch)
+    check_same_tasks(posterior, batch.query)
+    if batch.query.y is None:
+        raise DataError(f"{what} the targets of the query; this batch has query.y=None.")
+    batch.query.check()
+    valid, real = batch.query.full_mask(), batch.real_tasks()
+    valid = valid if real is None else valid & real.unsqueeze(-1)
+    if not bool(valid.any()):
+        raise EmptyTaskError(f"{what} at least one task with a query point; this batch has none.")
+    return valid
+
+
+def check_classes(y: Tensor, classes: int, names: list[str]) -> None:
+    """Check that targets are indices of classes.
+
+    Raises:
+        DataError: naming the first target at fault.
+    """
+    bad = ((y < 0) | (y >= classes) | (y % 1 != 0)).nonzero()
+    if len(bad):
+        task, shot = bad[0].tolist()[:2]
+        raise DataError(
+            f"y = {y[task, shot].tolist()} of task {names[task]}, query point {shot} (counted from 0) is outside the "
+            f"support of the likelihood, which has the classes 0 to {classes - 1}. Code the classes so."
         )
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, check_same_tasks
-from bayesmeta.diagnostics.scores import task_names
+from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, check_same_tasks, task_names
 from bayesmeta.errors import EmptyTaskError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 GRID_POINTS = 200
 _PROBABILITIES = (0.05, 0.25, 0.75, 0.95)
-_BLUE, _ORANGE, _INK, _GREY = "#2a6fb0", "#d9541e", "#222222", "#8a8a8a"
-_SUPPORT = {"s": 26, "color": _ORANGE, "edgecolors": "white", "linewidths": 0.6, "zorder": 4}
-_QUERY = {"s": 12, "facecolors": "none", "edgecolors": _INK, "linewidths": 0.7, "zorder": 3}
-_CLASS_COLOURS = (_ORANGE, _BLUE, "#3f9142", "#8e5ea2", "#8c6d31", "#d16ba5", "#17a2a2", "#b5a100", "#6b6b6b", _INK)
+BLUE, ORANGE, INK, GREY = "#2a6fb0", "#d9541e", "#222222", "#8a8a8a"
+_SUPPORT = {"s": 26, "color": ORANGE, "edgecolors": "white", "linewidths": 0.6, "zorder": 4}
+_QUERY = {"s": 12, "facecolors": "none", "edgecolors": INK, "linewidths": 0.7, "zorder": 3}
+_CLASS_COLOURS = (ORANGE, BLUE, "#3f9142", "#8e5ea2", "#8c6d31", "#d16ba5", "#17a2a2", "#b5a100", "#6b6b6b", INK)
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def plot_forecast(
     y_label = y_label if y_label is not None else "probability" if classes else "y"
     figure = _figure(panels, columns, x_label, y_label, share_axes)
     if path is not None:
-        _save(figure, Path(path))
+        save_figure(figure, Path(path))
     return figure
 
 
@@ -240,8 +239,8 @@ def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: st
             continue
         handles |= _draw(axis, panels[place])
         axis.tick_params(labelbottom=True)
-    figure.supxlabel(x_label, fontsize=10, color=_INK)
-    figure.supylabel(y_label, fontsize=10, color=_INK)
+    figure.supxlabel(x_label, fontsize=10, color=INK)
+    figure.supylabel(y_label, fontsize=10, color=INK)
     entries = len(handles) if figure.get_figwidth() > 6.5 else 3  # two rows where one would be cut off
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=entries, frameon=False, fontsize=9
@@ -257,11 +256,11 @@ def _draw(axis: Any, panel: _Panel) -> dict[str, Any]:
         if dots is not None:
             handles[name] = (_rug if several else _dots)(axis, dots, name, style)
     handles |= (_class_lines if panel.classes else _intervals)(axis, panel)
-    axis.set_title(panel.title, fontsize=9.5, color=_INK, pad=4)
-    axis.tick_params(labelsize=8, colors=_INK, color=_GREY, length=3)
+    axis.set_title(panel.title, fontsize=9.5, color=INK, pad=4)
+    axis.tick_params(labelsize=8, colors=INK, color=GREY, length=3)
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_GREY)
+        spine.set_color(GREY)
     axis.margins(x=0.03)
     return handles
 
@@ -276,7 +275,7 @@ def _rug(axis: Any, dots: tuple[Tensor, Tensor], name: str, style: dict[str, Any
     height = 1.08 if name == "support" else -0.08
     colours = [_CLASS_COLOURS[int(k)] for k in y]
     axis.scatter(x.numpy(), [height] * len(x), marker="o" if name == "support" else "|", c=colours, s=26, zorder=4)
-    return axis.scatter([], [], marker="o" if name == "support" else "|", color=_GREY, s=26)
+    return axis.scatter([], [], marker="o" if name == "support" else "|", color=GREY, s=26)
 
 
 def _intervals(axis: Any, panel: _Panel) -> dict[str, Any]:
@@ -284,15 +283,15 @@ def _intervals(axis: Any, panel: _Panel) -> dict[str, Any]:
     x, (mean, low, mid_low, mid_high, high) = panel.grid.numpy(), (band.numpy() for band in panel.bands)
     if not panel.joined:
         return {
-            "predictive mean": axis.plot(x, mean, linestyle="none", marker="_", color=_BLUE, markersize=8, zorder=2)[0],
-            "50% interval": axis.vlines(x, mid_low, mid_high, color=_BLUE, alpha=0.5, linewidth=4, zorder=1),
-            "90% interval": axis.vlines(x, low, high, color=_BLUE, alpha=0.3, linewidth=1.5, zorder=0),
+            "predictive mean": axis.plot(x, mean, linestyle="none", marker="_", color=BLUE, markersize=8, zorder=2)[0],
+            "50% interval": axis.vlines(x, mid_low, mid_high, color=BLUE, alpha=0.5, linewidth=4, zorder=1),
+            "90% interval": axis.vlines(x, low, high, color=BLUE, alpha=0.3, linewidth=1.5, zorder=0),
         }
-    (line,) = axis.plot(x, mean, color=_BLUE, linewidth=1.5, zorder=2)
+    (line,) = axis.plot(x, mean, color=BLUE, linewidth=1.5, zorder=2)
     return {
         "predictive mean": line,
-        "50% interval": axis.fill_between(x, mid_low, mid_high, color=_BLUE, alpha=0.38, linewidth=0, zorder=1),
-        "90% interval": axis.fill_between(x, low, high, color=_BLUE, alpha=0.16, linewidth=0, zorder=0),
+        "50% interval": axis.fill_between(x, mid_low, mid_high, color=BLUE, alpha=0.38, linewidth=0, zorder=1),
+        "90% interval": axis.fill_between(x, low, high, color=BLUE, alpha=0.16, linewidth=0, zorder=0),
     }
 
 
@@ -307,7 +306,12 @@ def _class_lines(axis: Any, panel: _Panel) -> dict[str, Any]:
     return handles
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture, whole or not at all; the suffix says in which format.
+
+    Raises:
+        OptionError: for a format that matplotlib does not write.
+    """
     suffix = path.suffix.lower().lstrip(".")
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:

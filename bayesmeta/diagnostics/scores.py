@@ -15,12 +15,14 @@ from bayesmeta.diagnostics.forecasts import (
     NormalForecast,
     Predictor,
     SampleForecast,
-    check_batch,
+    check_classes,
     check_finite,
-    check_same_tasks,
+    task_names,
+    valid_points,
 )
-from bayesmeta.errors import DataError, EmptyTaskError
-from bayesmeta.ops.random import Seed
+from bayesmeta.diagnostics.metrics import energy_score, interval_score, sharpness
+from bayesmeta.errors import DataError, OptionError
+from bayesmeta.ops.random import Seed, forked_rng
 from bayesmeta.protocols import Posterior, TargetKind
 
 #: Name and meaning of each score, in the order of the table. Units: nats a point, those of y, or a fraction.
@@ -33,7 +35,11 @@ SCORES = {
     "coverage_50": "query inside the central 50% interval",
     "coverage_90": "query inside the central 90% interval",
     "width_90": "width of the central 90% interval",
+    "interval_90": "interval score of the central 90% interval",
 }
+
+#: What ``bm.scores(…, energy=True)`` adds to them.
+ENERGY = {"energy": "energy score of a task's query, per point"}
 
 #: Likewise of classes, whose index is no quantity: it has no error, no interval and no CRPS.
 CLASS_SCORES = {
@@ -89,7 +95,7 @@ class Scores(Mapping[str, float]):
         how = "closed form" if self.num_samples == 0 else f"up to {self.num_samples} draws"
         units = "raw" if self.raw_units else "standard"
         lines = [f"{'score':<12}{'mean':>10}{'± s.e.':>10}   of {self.num_tasks} tasks, {units} units, {how}"]
-        meaning = CLASS_SCORES if self.target_kind == "class" else SCORES
+        meaning = CLASS_SCORES if self.target_kind == "class" else SCORES | ENERGY
         for name, value in self.values_by_name.items():
             counts = self.target_kind == "count" and name.startswith("coverage")
             note = " (of counts: or more)" if counts else ""
@@ -105,6 +111,7 @@ def scores(
     num_samples: int = 1000,
     generator: Seed = None,
     raw_units: bool = True,
+    energy: bool = False,
 ) -> Scores:
     """Score a posterior's predictions of the query of a batch.
 
@@ -125,6 +132,9 @@ def scores(
         num_samples: draws, where there is no closed form.
         generator: generator or seed; None means seed 0.
         raw_units: undo ``batch.standardizer``: log scores gain log y_scale, the others are multiplied by it.
+        energy: also the energy score of all of a task's query as one vector, which like ``nll_joint`` sees whether the
+            points hang together, and like the CRPS is kind to surprises. Always from draws of whole queries; of the
+            root mean square distance, so that it is in the units of y whatever the number of points.
 
     Returns:
         The scores with standard errors over tasks.
@@ -134,19 +144,13 @@ def scores(
         DataError: for a query without y, or with targets outside the likelihood's support.
         EmptyTaskError: when no task has a query point.
         NonFiniteDataError: for predictions (or data) that are not finite, naming the task.
-        OptionError: for fewer than 2 draws.
+        OptionError: for fewer than 2 draws, and for the energy score of classes.
     """
-    check_batch(batch)
+    valid = valid_points(posterior, batch, "Scores need")
     query = batch.query
-    check_same_tasks(posterior, query)
-    if query.y is None:
-        raise DataError("Scores need the targets of the query; this batch has query.y=None.")
-    query.check()
-    valid = query.full_mask()
-    real = batch.real_tasks()
-    valid = valid if real is None else valid & real.unsqueeze(-1)
-    if not bool(valid.any()):
-        raise EmptyTaskError("No task of the batch has a query point, so there is nothing to score.")
+    if energy and posterior.target_kind == "class":
+        raise OptionError("energy=True is for numbers; the index of a class has no distances. Leave it out.")
+    assert query.y is not None
     if posterior.target_kind != "real":  # padding need not be a count or a class
         keep = valid if query.y.dim() == 2 else valid.unsqueeze(-1)
         y = torch.where(keep, query.y, 0)
@@ -157,6 +161,8 @@ def scores(
         scale = batch.standardizer.y_scale.double().to(query.device)
     predictor = Predictor(posterior, num_samples, generator)
     per_task = _per_task(predictor, batch, valid, scale)
+    if energy:
+        per_task["energy"] = _energy(predictor, query, valid, scale)
     drawn = num_samples if predictor.used_draws else 0
     raw = scale is not None or batch.standardizer is None
     return _summarise(per_task, valid.any(-1), drawn, raw, posterior.target_kind)
@@ -209,16 +215,8 @@ def _class_scores(
     assert query.y is not None
     forecast = predictor.class_forecast(query)
     check_finite(forecast.probabilities, valid, "probability of a class", names)
-    classes = forecast.probabilities.shape[-1]
-    y = query.y
-    bad = ((y < 0) | (y >= classes) | (y % 1 != 0)).nonzero()
-    if len(bad):
-        task, shot = bad[0].tolist()[:2]
-        raise DataError(
-            f"y = {y[task, shot].tolist()} of task {names[task]}, query point {shot} (counted from 0) is outside the "
-            f"support of the likelihood, which has the classes 0 to {classes - 1}. Code the classes so."
-        )
-    return {"accuracy": forecast.accuracy(y), "brier": forecast.brier(y)}
+    check_classes(query.y, forecast.probabilities.shape[-1], names)
+    return {"accuracy": forecast.accuracy(query.y), "brier": forecast.brier(query.y)}
 
 
 def _intervals(forecast: NormalForecast | SampleForecast, y: Tensor, unit: Tensor) -> dict[str, Tensor]:
@@ -227,16 +225,32 @@ def _intervals(forecast: NormalForecast | SampleForecast, y: Tensor, unit: Tenso
         tail = (1.0 - percent / 100.0) / 2.0
         low, high = forecast.quantile(tail), forecast.quantile(1.0 - tail)
         out[f"coverage_{percent}"] = ((low <= y) & (y <= high)).double()
-    return out | {"width_90": (high - low) * unit}
+    return out | {
+        "width_90": sharpness(low, high) * unit,
+        "interval_90": interval_score(low, high, y, 0.9) * unit,
+    }
 
 
-def task_names(batch: TaskBatch) -> list[str]:
-    """A name for each task: the batch's own, else its id, else its place."""
-    if batch.names is not None:
-        return list(batch.names)
-    if batch.task_id is not None:
-        return [str(i) for i in batch.task_id.tolist()]
-    return [str(i) for i in range(batch.num_tasks)]
+def _energy(predictor: Predictor, query: Observations, valid: Tensor, scale: Tensor | None) -> Tensor:
+    """Energy score of each task's query, ``[tasks]``; 0 for a task without points."""
+    assert query.y is not None
+    y, draws = query.y.double(), _joint_draws(predictor, query).double()
+    keep = (valid if y.dim() == 2 else valid.unsqueeze(-1).expand(y.shape)).flatten(1)
+    unit = torch.ones_like(y) if scale is None else scale.expand_as(y)
+    # a root mean over the points that count, as a norm of what is left of the padding
+    size = unit.flatten(1) * keep / keep.sum(-1, keepdim=True).clamp(min=1).sqrt()
+    return energy_score(draws.flatten(2) * size, y.flatten(1) * size, pairs="half")
+
+
+def _joint_draws(predictor: Predictor, query: Observations) -> Tensor:
+    """Draws of whole queries, ``[n, tasks, shots, …]``: of the joint closed form where there is one, else of φ."""
+    joint = predictor.closed_form(query, joint=True)
+    if joint is None or query.y is None:
+        return predictor.predict(query)
+    predictor.used_draws = True
+    with forked_rng(predictor.generator):
+        draws = joint.sample((predictor.num_samples,))
+    return draws.reshape(-1, *query.y.shape)
 
 
 # -- log scores ---------------------------------------------------------------------------------------------------

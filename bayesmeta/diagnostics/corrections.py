@@ -1,0 +1,266 @@
+"""Corrections of forecasts: what :func:`~bayesmeta.recalibrate` learns, and how each changes a predictive."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesmeta.data import Observations
+from bayesmeta.diagnostics.forecasts import NormalForecast, Predictor
+from bayesmeta.diagnostics.metrics import log_score_normal
+from bayesmeta.diagnostics.recalibrated import BaseForecast, RecalibratedPosterior, normal_parts
+from bayesmeta.errors import NoClosedFormError, OptionError, UnsupportedError
+from bayesmeta.ops.random import Seed
+from bayesmeta.protocols import Posterior
+
+
+class Recalibration:
+    """A correction of forecasts. Call it on a posterior for a :class:`~bayesmeta.RecalibratedPosterior`.
+
+    Attributes:
+        num_tasks: the tasks on which it was learned.
+    """
+
+    num_tasks: int
+
+    def __call__(self, posterior: Posterior) -> RecalibratedPosterior:
+        """The posterior with corrected predictions.
+
+        Raises:
+            UnsupportedError: for targets of a kind that this correction is not for.
+        """
+        self._check(posterior)
+        return RecalibratedPosterior(posterior, self)  # type: ignore[arg-type]
+
+    def _check(self, posterior: Posterior) -> None:
+        if posterior.target_kind != "real":
+            raise UnsupportedError(
+                f"{type(self).__name__} is for real numbers; these targets are of kind {posterior.target_kind!r}. "
+                "Of classes take how='temperature'; of counts there is none, try another likelihood "
+                "(NegativeBinomial)."
+            )
+
+    def posterior_predictive(self, distribution: Any, joint: bool) -> Any:
+        """Refused, where F̃ is no known distribution."""
+        raise NoClosedFormError(f"{type(self).__name__} leaves no closed-form predictive; use predict for draws.")
+
+
+@dataclass(frozen=True)
+class Temperature(Recalibration):
+    """One number, by which the spread of the predictive is multiplied about its mean; logits are divided by it.
+
+    F̃(y) = F(m + (y − m) / τ). Of classes, of each φ: softmax(log p(k | x, φ) / τ). A Normal stays one, so closed forms
+    stay. Source: C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017,
+    https://arxiv.org/abs/1706.04599, section 4.2, for classes; of real numbers it is D. Levi, L. Gispan, N. Giladi,
+    E. Fetaya, "Evaluating and Calibrating Uncertainty Prediction in Regression Tasks", 2019,
+    https://arxiv.org/abs/1905.11659, section 4.1.
+
+    Attributes:
+        value: τ, above 0: above 1 the forecasts were over-confident.
+        kind: ``"real"`` or ``"class"``.
+        num_tasks: the tasks on which it was learned.
+    """
+
+    value: float
+    kind: str
+    num_tasks: int
+
+    def __str__(self) -> str:
+        return f"Temperature({self.value:.4g}), from {self.num_tasks} tasks"
+
+    def _check(self, posterior: Posterior) -> None:
+        if posterior.target_kind != self.kind:
+            raise UnsupportedError(
+                f"This temperature was learned on targets of kind {self.kind!r}; the posterior's are "
+                f"{posterior.target_kind!r}."
+            )
+
+    def posterior_predictive(self, distribution: Any, joint: bool) -> Any:
+        """The same Normal or multivariate Normal with τ times its standard deviations."""
+        torch_dist = torch.distributions
+        if isinstance(distribution, torch_dist.Independent):
+            inner = self.posterior_predictive(distribution.base_dist, joint)
+            return torch_dist.Independent(inner, distribution.reinterpreted_batch_ndims)
+        if isinstance(distribution, torch_dist.Normal):
+            return torch_dist.Normal(distribution.loc, distribution.scale * self.value, validate_args=False)
+        if isinstance(distribution, torch_dist.MultivariateNormal):
+            covariance = distribution.covariance_matrix * self.value**2
+            return torch_dist.MultivariateNormal(distribution.loc, covariance, validate_args=False)
+        raise NoClosedFormError("Only a Normal predictive stays in closed form; use predict for draws.")
+
+    def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
+        """m + τ (F⁻¹(u) − m)."""
+        return base.loc + self.value * (base.quantile(u) - base.loc)
+
+    def before(self, y: Tensor, base: BaseForecast) -> Tensor:
+        """m + (y − m) / τ."""
+        return base.loc + (y - base.loc) / self.value
+
+    def log_jacobian(self, y: Tensor, base: BaseForecast, log_density: Any, log_before: Tensor) -> Tensor:
+        """−log τ of each output."""
+        outputs = 1 if y.dim() == 2 else y.shape[-1]
+        return torch.full(y.shape[:2], -outputs * math.log(self.value), dtype=y.dtype, device=y.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Isotonic(Recalibration):
+    """A monotone map of the PIT: F̃(y) = R(F(y)), R(p) the share of the tasks' PIT values up to p.
+
+    Source: V. Kuleshov, N. Fenner, S. Ermon, "Accurate Uncertainties for Deep Learning Using Calibrated Regression",
+    ICML 2018, https://arxiv.org/abs/1807.00263, algorithm 1. The isotonic regression of its eq. 5 passes through all
+    its points, as shares only grow. Departures: R is a line on the scale of Normal quantiles, Φ⁻¹(R(Φ(z))), between
+    ``num_bins`` − 1 of these points and beyond them, so that F̃ has a density and tails; and all tasks count alike. It
+    corrects form and location too, and needs more tasks than a temperature. From draws it cannot reach beyond the
+    outermost draw: where forecasts are far too narrow, take a temperature first.
+
+    Attributes:
+        old, new: R maps Φ(``old``) to Φ(``new``), both ``[num_bins + 1]`` and increasing.
+        num_tasks: the tasks on which it was learned.
+    """
+
+    old: Tensor
+    new: Tensor
+    num_tasks: int
+
+    def __str__(self) -> str:
+        return f"Isotonic({len(self.new) - 1} pieces), from {self.num_tasks} tasks"
+
+    def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
+        """F⁻¹(R⁻¹(u))."""
+        z = interpolate(torch.special.ndtri(u), self.new, self.old)[0]
+        return base.quantile(inside(torch.special.ndtr(z)))
+
+    def before(self, y: Tensor, base: BaseForecast) -> Tensor:
+        """F⁻¹(R(F(y)))."""
+        return base.quantile(inside(torch.special.ndtr(self._map(y, base)[1])))
+
+    def log_jacobian(self, y: Tensor, base: BaseForecast, log_density: Any, log_before: Tensor) -> Tensor:
+        """log R′(F(y)) + log F′(y) − log F′(before)."""
+        old, new, slope = self._map(y, base)
+        log_slope = slope.log() + 0.5 * (old.square() - new.square())
+        return log_slope + log_density(y) - log_before
+
+    def _map(self, y: Tensor, base: BaseForecast) -> tuple[Tensor, Tensor, Tensor]:
+        """Φ⁻¹(F(y)), what it becomes, and the slope there."""
+        old = torch.special.ndtri(inside(base.cdf(y)))
+        return old, *interpolate(old, self.old, self.new)
+
+
+@dataclass(frozen=True, eq=False)
+class Conformal(Recalibration):
+    """Intervals m ± s q of a new task that cover with at least their nominal probability, in finite samples.
+
+    With |y − m| / s as the score of a point (m, s: mean and standard deviation of its predictive), the score of a point
+    of a new task is at most q(ℓ) with probability at least ℓ, where q(ℓ) is the ℓ quantile of Σ_k Σ_i δ(score_ki) /
+    ((K + 1) n_k) + δ(∞) / (K + 1) over K validation tasks of n_k points. The probability is over all K + 1 tasks, which
+    are taken to be exchangeable: drawn alike, adapted alike by one method that saw none of them. Source: Y. Lee, R. F.
+    Barber, R. Willett, "Distribution-free inference with hierarchical data", 2023, https://arxiv.org/abs/2306.06342,
+    section 3 (hierarchical conformal prediction). It says nothing of a given task, or a given x.
+
+    :meth:`interval` has that guarantee. Called on a posterior, it gives a predictive whose central intervals are these
+    at ``num_bins`` levels, and between them and beyond follows a Normal: for scores, pictures and calibration, without
+    a guarantee.
+
+    Attributes:
+        scores, weights: sorted scores of the validation points, and their weights 1 / ((K + 1) n_k), ``[points]``.
+        radius, stretched: that many standard deviations of a Normal become so many, ``[knots]``, from 0.
+        num_tasks: K.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    radius: Tensor
+    stretched: Tensor
+    num_tasks: int
+
+    def __str__(self) -> str:
+        return f"Conformal, from {self.num_tasks} tasks: 90% intervals are mean ± {self.factor(0.9):.4g} s.d."
+
+    def factor(self, level: float) -> float:
+        """q(level): half the width of an interval, in standard deviations; infinite for a level above K / (K + 1).
+
+        Raises:
+            OptionError: for a level outside (0, 1).
+        """
+        if not 0.0 < level < 1.0:
+            raise OptionError(f"level={level}; expected a number between 0 and 1, both excluded.")
+        return weighted_quantile(self.scores, self.weights, level)
+
+    @torch.no_grad()
+    def interval(
+        self,
+        posterior: Posterior,
+        observations: Observations,
+        level: float = 0.9,
+        *,
+        num_samples: int = 1000,
+        generator: Seed = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Interval of y at each input, which covers with probability ``level`` at least.
+
+        Args:
+            posterior: of the new tasks.
+            observations: of these tasks; y is not looked at.
+            level: in (0, 1); above K / (K + 1) the interval is infinite.
+            num_samples, generator: as at the validation tasks, where there is no closed form.
+
+        Returns:
+            Its lower and upper end, ``[tasks, shots]``, in the units of y of the batch.
+
+        Raises:
+            OptionError: for a level outside (0, 1).
+            UnsupportedError: for counts and classes.
+        """
+        self._check(posterior)
+        mean, scale = moments(Predictor(posterior, num_samples, generator), observations)
+        half = self.factor(level) * scale
+        return mean - half, mean + half
+
+    def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
+        """m + s g(z), z the Normal quantile at u."""
+        z = torch.special.ndtri(u)
+        return base.loc + base.scale * z.sign() * interpolate(z.abs(), self.radius, self.stretched)[0]
+
+    def before(self, y: Tensor, base: BaseForecast) -> Tensor:
+        """F⁻¹(Φ(z)), with z = g⁻¹((y − m) / s)."""
+        score = (y - base.loc) / base.scale
+        z = interpolate(score.abs(), self.stretched, self.radius)[0]
+        return base.quantile(inside(torch.special.ndtr(z * score.sign())))
+
+    def log_jacobian(self, y: Tensor, base: BaseForecast, log_density: Any, log_before: Tensor) -> Tensor:
+        """log φ(z) + log g⁻¹′ − log s − log F′(before)."""
+        z, slope = interpolate(((y - base.loc) / base.scale).abs(), self.stretched, self.radius)
+        return slope.log() - log_score_normal(torch.zeros_like(z), base.scale, z * base.scale) - log_before
+
+
+def moments(predictor: Predictor, observations: Observations) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the predictive, float64, in the shape of y."""
+    parts = normal_parts(predictor.posterior, observations)
+    if parts is not None:
+        return parts
+    forecast = predictor.forecast(observations)
+    assert not isinstance(forecast, NormalForecast)
+    return forecast.mean, forecast.draws.std(0)
+
+
+def weighted_quantile(scores: Tensor, weights: Tensor, level: float) -> float:
+    """The smallest sorted score up to which the weights reach ``level``; infinite where they do not."""
+    place = int(torch.searchsorted(weights.cumsum(0), level - 1e-12))
+    return float(scores[place]) if place < len(scores) else math.inf
+
+
+def inside(u: Tensor) -> Tensor:
+    """u inside (0, 1), where quantiles are finite."""
+    return u.clamp(1e-15, 1.0 - 1e-15)
+
+
+def interpolate(value: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Piecewise linear function through increasing knots, and its slope; beyond the ends it goes on as it was."""
+    x, y = x.to(value.device), y.to(value.device)
+    place = torch.bucketize(value.contiguous(), x[1:-1], right=True)
+    slope = y.diff() / x.diff()
+    return y[place] + slope[place] * (value - x[place]), slope[place]
