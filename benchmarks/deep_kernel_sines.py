@@ -40,8 +40,8 @@ def make(name: str) -> bm.DeepKernel:
 
 def train(name: str, seed: int, steps: int) -> tuple[bm.DeepKernel, float]:
     """The trained method, and the seconds of CPU time that it took."""
-    tasks, points = bm.tasks.Sinusoid(NOISE), {"tasks_per_step": 16, "support": 10, "query": 10}
-    return train_method(lambda: make(name), tasks, seed, steps, rate=2e-2, clip=100.0, **points)
+    points: dict[str, Any] = {"tasks_per_step": 16, "support": 10, "query": 10}
+    return train_method(lambda: make(name), bm.tasks.Sinusoid(NOISE), seed, steps, rate=2e-2, clip=100.0, **points)
 
 
 def held_out(num_tasks: int, ends: tuple[float, float], seed: int) -> tuple[bm.TaskBatch, torch.Tensor]:

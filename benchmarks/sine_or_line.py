@@ -299,7 +299,7 @@ def train(name: str, seed: int, steps: int) -> tuple[Any, float]:
     """The trained method of a run, and the seconds of CPU time that it took."""
     run = RUNS[name]
     tasks = bm.tasks.SineOrLine() if run.fewest == SHOTS else FewerShots(run.fewest)
-    options = {"tasks_per_step": run.tasks_per_step, "support": SHOTS, "query": run.query}
+    options: dict[str, Any] = {"tasks_per_step": run.tasks_per_step, "support": SHOTS, "query": run.query}
     return train_method(run.make, tasks, seed, steps, rate=run.rate, clip=run.clip, **options)
 
 
