@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,6 +142,12 @@ def _cnp() -> bm.ConditionalNeuralProcess:
     return bm.ConditionalNeuralProcess(_decoder(), encoder, latent_size=64, decoder="film")
 
 
+def _attentive_np(latent_size: int = 0) -> bm.AttentiveNeuralProcess:
+    likelihood = bm.likelihoods.HeteroscedasticGaussian(0.01)
+    latent: dict[str, Any] = {"latent_size": latent_size, "objective": "likelihood", "num_particles": 8}
+    return bm.AttentiveNeuralProcess(likelihood, width=64, depth=2, heads=8, **(latent if latent_size else {}))
+
+
 def _versa() -> bm.Versa:
     network = bm.nets.sine_features(1, [64, 64, 64], 1, frequency=FREQUENCY)
     model = bm.NeuralTaskModel(network, bm.Gaussian(0.5, learn_scale=True), "normal", task_modules="head")
@@ -177,6 +184,8 @@ RUNS = {
     "semi_amortised": Run(_semi_amortised, 10_000, clip=20.0),
     # contexts of 0 to 20 points, of uniform number; the bars are a CNP's published figures
     "cnp": Run(_cnp, 25_000, support=20, query=20, clip=10.0, bars=_mse_bars(1.616, 0.392, 0.117)),
+    "attentive_cnp": Run(_attentive_np, 15_000, support=20, query=20, clip=10.0),
+    "attentive_np": Run(partial(_attentive_np, 16), 8000, support=20, query=20, clip=10.0),
 }
 #: held to MAML's error and log score; they see as many tasks
 NOT_WORSE_THAN_MAML = ("bmaml", "platipus", "abml")
