@@ -149,19 +149,24 @@ def test_of_an_inexact_method_the_order_counts_and_is_the_one_asked_for(name):
 
 
 def test_several_orders_are_a_mixture():
-    """Of two points there are two orders; among 400 random ones each is as frequent as the other, up to chance."""
+    """Of two points there are two orders; among 400 random ones each is as frequent as the other, up to chance.
+
+    With the small noise the two differ by more than a nat, so that a mean of logs is no share near one half.
+    """
     batch = gp_batch(query=2, tasks=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = bm.NeuralTaskModel(bm.nets.mlp(1, [6], 1), bm.Gaussian(1.0), "point").double()
-    method = bm.MAML(model, inner_lr=0.5)
+        model = bm.NeuralTaskModel(bm.nets.mlp(1, [6], 1), bm.Gaussian(0.1), "point").double()
+    method = bm.MAML(model, inner_lr=0.005)
     predict = bm.autoregressive(method, batch.support)
     there, back = (predict.log_likelihood(batch.query, order=torch.tensor(o)).item() for o in ([0, 1], [1, 0]))
     found = predict.log_likelihood(batch.query, num_orders=400, generator=1).item()
     low, high = math.exp(min(there, back)), math.exp(max(there, back))
     share = (math.exp(found) - low) / (high - low)  # of the orders that are the better one
     assert abs(share - 0.5) < 4 * 0.5 / 20
-    assert abs(there - back) > 1e-4
+    assert abs(there - back) > 1
+    geometric = (math.exp((there + back) / 2) - low) / (high - low)  # control: the mean of the logs
+    assert abs(geometric - 0.5) > 4 * 0.5 / 20
 
 
 def test_without_a_closed_form_the_density_is_a_mean_over_draws():
@@ -263,6 +268,29 @@ def test_draws_are_reproducible_and_leave_torch_alone():
     assert not first.requires_grad
 
 
+def test_real_draws_beside_integer_targets():
+    """Integer y under a likelihood of real numbers: draws are not cut, and the next step sees them as they are."""
+    batch = gp_batch()
+    support = bm.Observations(batch.support.x, (4 * batch.support.y).round().long())
+    seen = []
+
+    class Noise:
+        def adapt(self, support, *, generator=None):
+            seen.append(support.y)
+            return self
+
+        def predictive(self, x):
+            return torch.distributions.Normal(torch.zeros(x.x.shape[:2], dtype=F64), 0.3)
+
+    y = bm.autoregressive(Noise(), support).predict(batch.query, 500, order="given", generator=1)
+    assert y.dtype == F64
+    assert abs(y.std() - 0.3) < 4 * 0.3 / (2 * y.numel()) ** 0.5
+    assert seen[0].dtype == torch.int64
+    rows = seen[-1].reshape(500, TASKS, -1)
+    assert torch.equal(rows[..., :SHOTS], support.y.double().expand(500, -1, -1))
+    assert torch.equal(rows[..., SHOTS:], y[..., :-1])
+
+
 def test_classes_and_several_outputs():
     batch = gp_batch()
     with torch.random.fork_rng():
@@ -326,6 +354,46 @@ def test_an_order_that_is_none(order):
     batch = gp_batch()
     with pytest.raises(errors.OptionError, match="permutation"):
         bm.autoregressive(deep_kernel(), batch.support).predict(batch.query, 2, order=order)
+
+
+def test_more_points_than_max_shots():
+    """Known before the first step: the last one conditions on the support and all real targets but one.
+
+    Of these two tasks one has 2 observations and 3 targets, the other 0 and 5; draws are also made of padding, given
+    all real targets.
+    """
+    batch = gp_batch(ragged=True)
+    batch = bm.TaskBatch(batch.support.tasks([0, 1]), batch.query.tasks([0, 1]))
+    few = bm.Observations(batch.support.x[:, :2], batch.support.y[:, :2])
+    for bound, draws, density in ((5, True, True), (4, False, True), (3, False, False)):
+        method = bm.AttentiveNeuralProcess(width=8, max_shots=bound).double()
+        method.prepare(bm.TaskBatch(few, few))
+        predict = bm.autoregressive(method, batch.support)
+        asks = (
+            (lambda p=predict: p.predict(batch.query, 2), draws),
+            (lambda p=predict: p.log_likelihood(batch.query), density),
+        )
+        for ask, fits in asks:
+            if fits:
+                assert ask().isfinite().all()
+        method.adapt = None  # so that nothing can be adapted to
+        for ask, fits in asks:
+            if not fits:
+                with pytest.raises(errors.ShapeError, match=rf"observations, given.*max_shots={bound}"):
+                    ask()
+
+
+def test_a_chunk_is_no_more_than_some_thousands_of_rows():
+    """A convolution holds a grid for each row, however short the tasks are."""
+    batch, rows = gp_batch(query=1), []
+
+    class Counting(AnalyticDecoder):
+        def adapt(self, support, *, generator=None):
+            rows.append(support.num_tasks)
+            return super().adapt(support)
+
+    bm.autoregressive(Counting(), batch.support).predict(batch.query, 3000)
+    assert rows == [4096, 4096, 808]  # of 3 tasks × 3000 draws
 
 
 def test_the_memory_bound_names_chunk():

@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 import bayesmeta as bm
 from bayesmeta import errors
+from bayesmeta.adapt.amortised import part_of
 from tests.programs import TwoSites, batch_of
 from tests.test_amortised import by_finite_differences
 
@@ -33,12 +34,6 @@ def shake(method, batch, scale=0.3):
     return method.eval()
 
 
-def gaussian(covariance, network="attention", batch=None, **options):
-    batch = ragged() if batch is None else batch
-    method = bm.GaussianNeuralProcess(network=network, covariance=covariance, rank=3, width=8, **options)
-    return shake(method, batch), batch
-
-
 def numbers(method, batch, task):
     """Network outputs at a task's real targets, and these targets."""
     keep = batch.query.full_mask()[task]
@@ -46,115 +41,6 @@ def numbers(method, batch, task):
     with torch.no_grad():
         out = method.process.network(support, batch.query.x[task : task + 1, keep])[0, 0]
     return out, batch.query.y[task, keep]
-
-
-def by_hand(covariance, out):
-    """Mean and covariance of a task's targets, entry by entry."""
-    loc, scale, rest = out[:, 0], 0.01 + nn.functional.softplus(out[:, 1]), out[:, 2:]
-    total = torch.zeros(len(out), len(out), dtype=F64)
-    for i in range(len(out)):
-        for j in range(len(out)):
-            if covariance == "low_rank":
-                total[i, j] = (rest[i] * rest[j]).sum() / 3
-            else:
-                away = (rest[i, :3] - rest[j, :3]).square().sum()
-                total[i, j] = rest[i, 3] * rest[j, 3] * torch.exp(-0.5 * away)
-        total[i, i] += scale[i] ** 2
-    return loc, total
-
-
-# -- dependent targets --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("covariance", COVARIANCES)
-@pytest.mark.parametrize("network", ["deep_set", "attention", "convolution", "transformer"])
-def test_the_joint_density_by_hand(covariance, network):
-    method, batch = gaussian(covariance, network)
-    posterior = method.adapt(batch.support)
-    found = posterior.log_joint_likelihood(batch.query)
-    marginals = posterior.predictive(batch.query.x)
-    each = posterior.log_likelihood(batch.query, draws=posterior.draws(2))
-    scored = bm.scores(posterior, batch)
-    assert scored.num_samples == 0  # all in closed form
-    joint = posterior.predictive(batch.query.x, joint=True)
-    losses = []
-    for task in range(4):
-        out, y = numbers(method, batch, task)
-        loc, total = by_hand(covariance, out)
-        expected = MultivariateNormal(loc, total).log_prob(y)
-        losses.append(-expected)
-        torch.testing.assert_close(found[task], expected, rtol=1e-9, atol=1e-9)
-        keep = batch.query.mask[task]
-        torch.testing.assert_close(joint.covariance_matrix[task][keep][:, keep], total, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(marginals.scale[task, keep], total.diagonal().sqrt(), rtol=1e-9, atol=1e-12)
-        single = Normal(loc, total.diagonal().sqrt()).log_prob(y)
-        torch.testing.assert_close(each[1, task, keep], single, rtol=1e-9, atol=1e-9)
-        assert scored.per_task["nll_joint"][task].item() == pytest.approx(-expected.item() / len(y), rel=1e-6)
-        if len(y) > 1:  # control: the sum of the marginals is another number
-            assert abs(single.sum() - expected) > 1e-3
-    assert method.loss(batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
-
-
-@pytest.mark.parametrize("covariance", COVARIANCES)
-def test_covariances_are_positive_definite(covariance):
-    """With 60 targets of which some coincide, more than the rank, the least eigenvalue is at least the least noise."""
-    method, batch = gaussian(covariance)
-    x = torch.linspace(-2, 2, 60, dtype=F64).expand(4, -1).unsqueeze(-1).clone()
-    x[:, 1] = x[:, 0]
-    model = method.adapt(batch.support).model
-    asked = bm.Observations(x)
-    with torch.no_grad():
-        loc, total = model._normal(model.outputs(torch.zeros(4, 0), asked), asked)
-        noise = model._likelihood(model.outputs(torch.zeros(4, 0), asked), asked).scale
-    least = torch.linalg.eigvalsh(total)[:, 0]
-    assert (least >= noise.amin(-1).square() * (1 - 1e-9)).all()
-    assert torch.linalg.eigvalsh(total - noise.square().diag_embed())[:, 0].abs().max() < 1e-9  # control: without it, 0
-    drawn = method.adapt(batch.support).predict(x, 4000)
-    variance = total.diagonal(dim1=-2, dim2=-1)
-    # standard error of a covariance of Gaussian draws
-    error = 5 * ((total.square() + variance.unsqueeze(-1) * variance.unsqueeze(-2)) / 4000).sqrt()
-    centred = drawn - loc
-    assert ((torch.einsum("nti,ntj->tij", centred, centred) / 4000 - total).abs() < error).all()
-
-
-@pytest.mark.parametrize("covariance", COVARIANCES)
-def test_padded_targets_leave_no_trace(covariance):
-    method, batch = gaussian(covariance, "convolution")
-    query = batch.query
-    x = torch.where(query.mask[..., None], query.x, 300.0)
-    other = bm.TaskBatch(batch.support, bm.Observations(x, torch.where(query.mask, query.y, 7.0), query.mask))
-    gradients = []
-    for one in (batch, other):
-        method.zero_grad()
-        method.loss(one).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters()]))
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    empty = bm.TaskBatch(batch.support, bm.Observations(query.x, query.y, torch.zeros_like(query.mask)))
-    assert method.loss(empty).item() == 0.0
-
-
-def test_a_gaussian_process_beats_a_diagonal_one_on_dependent_targets():
-    """Same network, data and budget; the joint score of new tasks, paired. A GP's functions are smooth: few points say
-    little of where the function is, and much of where it is together."""
-    tasks = bm.tasks.GPTasks("eq", length_scale=1.0)
-    train, test = (
-        tasks.sample(800, support=3, query=8, generator=1),
-        tasks.sample(200, support=3, query=8, generator=99),
-    )
-    scores = {}
-    for name in ("diagonal", *COVARIANCES):
-        method = bm.ProcessMethod(bm.ProcessModel("deep_set", width=32, covariance=name, rank=4), subsets=False)
-        method.prepare(test)
-        optimizer = torch.optim.Adam(method.parameters(), 5e-3)
-        for start in range(0, 800, 16):
-            optimizer.zero_grad()
-            some = slice(start, start + 16)
-            method.loss(bm.TaskBatch(train.support.tasks(some), train.query.tasks(some))).backward()
-            optimizer.step()
-        scores[name] = bm.scores(method.eval().adapt(test.support), test).per_task["nll_joint"]
-    for name in COVARIANCES:
-        gain = scores["diagonal"] - scores[name]
-        assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5
 
 
 # -- independent targets ------------------------------------------------------------------------------------------
@@ -220,6 +106,37 @@ def test_other_likelihoods(likelihood):
         p = posterior.class_probabilities(batch.query)
         torch.testing.assert_close(p.sum(-1), torch.ones(4, 4, dtype=F64))
         torch.testing.assert_close(p, posterior.class_probabilities(batch.query, draws=posterior.draws(3)))
+
+
+@pytest.mark.parametrize("kind", ["classes", "counts"])
+def test_a_latent_reads_classes_and_counts_as_what_they_are(kind):
+    """What gives z is fed classes as one-hot and counts as their logarithm, as the network is."""
+    generator = torch.Generator().manual_seed(0)
+    top = 3 if kind == "classes" else 40
+    sides = [o.with_y(torch.randint(top, o.y.shape, generator=generator)) for o in (ragged().support, ragged().query)]
+    likelihood = bm.likelihoods.Categorical(3) if kind == "classes" else bm.likelihoods.Poisson()
+    method = shake(bm.AttentiveNeuralProcess(likelihood, width=8, latent_size=2), bm.TaskBatch(*sides))
+    rows, mask = method.recognition.encoder.rows(sides[0])
+    y = sides[0].y[0, sides[0].mask[0]]
+    expected = nn.functional.one_hot(y, 3).double() if kind == "classes" else y.double().log1p().unsqueeze(-1)
+    found = rows[0, mask[0], 1:]
+    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values)
+    assert method.loss(bm.TaskBatch(*sides)).isfinite()
+
+
+@pytest.mark.parametrize("slices", [1, 3, 4])
+def test_slices_of_draws_keep_their_order(slices, monkeypatch):
+    """Draws of z go through the network a few at a time; each has its own outputs."""
+    from bayesmeta.models import process_model
+
+    method, batch = latent("elbo")
+    posterior = method.adapt(batch.support)
+    draws = posterior.draws(10, generator=1)
+    whole = posterior.log_likelihood(batch.query, draws=draws)
+    numbers_of_one = 4 * 4 * 8  # tasks × targets × width
+    monkeypatch.setattr(process_model, "MAX_ELEMENTS", numbers_of_one * slices)
+    torch.testing.assert_close(posterior.log_likelihood(batch.query, draws=draws), whole, rtol=0, atol=1e-12)
+    assert (whole[1:] - whole[:-1]).abs().amax((1, 2)).min() > 1e-3  # control: draws differ
 
 
 def test_the_exposure_goes_past_the_network():
@@ -374,6 +291,26 @@ def test_gradients_reach_all_parameters(make):
     assert [n for n in dead if n != "program.recognition.encoder.empty"] == []
 
 
+# -- parts of the support -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_size": 2}])
+def test_training_shows_parts_of_the_support(options):
+    """In training the loss is that of a part, drawn by the generator; in evaluation, and without subsets, of all."""
+    batch = ragged()
+    methods = [shake(bm.AttentiveNeuralProcess(width=8, subsets=s, **options), batch) for s in (True, False)]
+    for seed in (1, 2, 3):
+        generator = torch.Generator().manual_seed(seed)
+        part = part_of(batch.support, generator)  # what is drawn first
+        expected = methods[1].eval().loss(bm.TaskBatch(part, batch.query), generator=generator)
+        found = methods[0].train().loss(batch, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        whole = methods[0].eval().loss(batch, generator=seed)
+        assert abs(found - whole) > 1e-3
+        for method in (methods[1].train(), methods[1].eval()):
+            torch.testing.assert_close(method.loss(batch, generator=seed), whole, rtol=0, atol=0)
+
+
 # -- Pyro ---------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +408,11 @@ def test_options_that_are_refused():
         bm.GaussianNeuralProcess(covariance="diagonal")
     with pytest.raises(errors.OptionError, match="Unknown covariance 'full'"):
         bm.GaussianNeuralProcess(covariance="full")
+    with pytest.raises(errors.OptionError, match="stationary=True is for a covariance"):
+        bm.ProcessModel("convolution", stationary=True)
+    for length in (0.0, math.inf):
+        with pytest.raises(errors.OptionError, match="length_scale must be positive"):
+            bm.GaussianNeuralProcess(length_scale=length)
     with pytest.raises(errors.OptionError, match="Unknown network"):
         bm.GaussianNeuralProcess(network="recurrent")
     with pytest.raises(errors.OptionError, match="no such option"):
@@ -507,14 +449,45 @@ def test_data_that_do_not_fit():
     with pytest.raises(errors.UnsupportedError, match="covariates"):
         bm.ConvCNP().double().adapt(bm.Observations(batch.support.x, batch.support.y, w=torch.zeros(4, 1, dtype=F64)))
     method = shake(bm.AttentiveNeuralProcess(width=8, max_shots=5), batch)
-    longer = method.adapt(batch_of(4, 9, dtype=F64))
+    longer = batch_of(4, 9, dtype=F64)
     with pytest.raises(errors.ShapeError, match="max_shots=5"):
-        longer.predictive(batch.query.x)
+        method.adapt(longer)
+    with pytest.raises(errors.ShapeError, match="max_shots=5"):
+        method.loss(bm.TaskBatch(longer, batch.query))
     posterior = method.adapt(batch.support)
+    for asked in (posterior.predictive, posterior.predict):
+        with pytest.raises(errors.NonFiniteDataError, match="x is not finite at task 0, shot 0"):
+            asked(batch.query.x / 0)
+    nothing = torch.where(batch.query.mask, batch.query.y, math.nan)  # padding may hold anything
+    assert posterior.log_joint_likelihood(batch.query.with_y(nothing)).isfinite().all()
+    with pytest.raises(errors.NonFiniteDataError, match="y is not finite"):
+        posterior.log_joint_likelihood(batch.query.with_y(nothing / 0))
     with pytest.raises(errors.ShapeError, match="tasks"):
         posterior.predictive(batch.query.x[:2])
     with pytest.raises(errors.ShapeError, match="features"):
         posterior.predictive(batch.query.x.expand(-1, -1, 3))
+
+
+@pytest.mark.parametrize("make", [bm.ConvCNP, bm.GaussianNeuralProcess, lambda: latent("elbo")[0]])
+def test_without_targets_a_density_is_1(make):
+    batch = ragged()
+    method = shake(make(), batch)
+    nothing = bm.Observations(batch.query.x, batch.query.y, torch.zeros_like(batch.query.mask))
+    assert (method.adapt(batch.support).log_joint_likelihood(nothing, 7) == 0).all()
+    single = method.float().adapt(batch.support.to(dtype=torch.float32))  # where log 7 − log 7 would leave rounding
+    assert (single.log_joint_likelihood(nothing.to(dtype=torch.float32), 7) == 0).all()
+    method.double()
+    assert (bm.autoregressive(method, batch.support).log_likelihood(nothing) == 0).all()
+
+
+def test_max_shots_bounds_the_support_alone():
+    """q(z | S ∪ Q) reads more, and holds its mean alone."""
+    batch = ragged()
+    method = shake(bm.AttentiveNeuralProcess(width=8, latent_size=2, max_shots=5), batch)
+    assert batch.union().full_mask().sum(-1).max() > 5
+    assert method.loss(batch).isfinite()
+    with torch.random.fork_rng():
+        assert method.guide(batch)["z"].isfinite().all()
 
 
 def test_a_network_of_ones_own_with_other_outputs():
@@ -542,6 +515,8 @@ def test_other_methods_refuse_the_model():
         model = bm.ProcessModel("deep_set", width=8).double()
         with pytest.raises(errors.UnsupportedError):
             make(model).adapt(batch.support)
+    with pytest.raises(errors.UnsupportedError, match="prepare"):
+        bm.ProcessModel("deep_set", width=8).given(batch.support)
     model = bm.ProcessModel("deep_set", width=8).double().prepare(batch.support)
     with pytest.raises(errors.UnsupportedError, match="given"):
         model.predictive(torch.zeros(4, 0), batch.query)

@@ -116,6 +116,17 @@ def test_a_convolution_that_is_told_where_it_is_is_no_longer_equivariant():
     assert (network(moved, x + 1.0) - network(support, x)).abs().max() > 1e-3
 
 
+def test_too_far_for_the_dtype():
+    """Beyond 2²³ grid points float32 has no number between two of them."""
+    network, (support, x) = NETWORKS["convolution"](), data()
+    support, x = support.to(dtype=torch.float32), x.float()
+    with torch.no_grad():
+        assert network(support, x + 2e6).isfinite().all()
+        with pytest.raises(errors.DataError, match="float64"):
+            network(support, x + 2.2e6)
+        assert network.double()(support.to(dtype=F64), x.double() + 2.2e6).isfinite().all()
+
+
 def test_how_far_the_convolution_sees():
     network = make("convolution")
     x = torch.zeros(1, 1, 1, dtype=F64)
@@ -184,7 +195,7 @@ def test_attention_to_one_observation_is_its_value():
 
 
 def test_the_transformer_by_hand():
-    """All tokens in one sequence, under the mask of the paper: what is asked attends to what is seen and to itself."""
+    """All tokens in one sequence under one mask: what is asked attends to what is seen and to itself."""
     network, (support, x) = make("transformer"), data(ragged=False)
     seen = torch.cat([support.x, support.y[..., None], torch.zeros(3, 6, 1)], -1)
     asked = torch.cat([x, torch.zeros(3, 4, 1), torch.ones(3, 4, 1)], -1)

@@ -8,7 +8,9 @@ Source: W. Bruinsma, S. Markou, J. Requeima, A. Foong, T. Andersson, A. Vaughan,
 The method is left as it was trained; only the way of asking it changes, so that one whose targets are independent given
 the support gets dependent ones. For an exact method the product is its joint, in any order; otherwise the order counts.
 Departures: the paper's draws go in a random order and so do ours by default, a fresh one for each task and draw; the
-density that belongs to those draws is the mean over orders (``num_orders``), where the paper evaluates one.
+density that belongs to those draws is the mean over orders (``num_orders``), where the paper evaluates one. One step is
+one point of x: several outputs there are drawn and scored together, as the method's likelihood has them, which are
+independent for those built in.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesmeta.data import Observations, union
 from bayesmeta.errors import DataError, EmptyTaskError, NoClosedFormError, OptionError, ShapeError
@@ -26,8 +28,9 @@ from bayesmeta.ops.random import Seed, as_generator, forked_rng
 Order = Literal["random", "given"] | Tensor
 
 #: A row is a task with a prefix of its targets, or a draw of a task. By default as many go together as keep
-#: rows × observations² below this: what exact and attentive methods hold.
-_NUMBERS = 2**23
+#: rows × observations² below this, what exact and attentive methods hold; and rows below that, as a convolution holds
+#: a whole grid for each.
+_NUMBERS, _ROWS = 2**23, 2**12
 
 
 class _Step(NamedTuple):
@@ -44,7 +47,8 @@ def autoregressive(method: Any, support: Observations, *, chunk: int | None = No
         method: anything with ``adapt``.
         support: of the tasks, ``[tasks, shots, …]``, with targets.
         chunk: most rows to adapt to at a time, which bounds the memory; a row is a task with one prefix of its
-            targets, or one draw of a task. By default rows × observations² stays below 2²³.
+            targets, or one draw of a task. By default rows × observations² stays below 2²³, and rows below 4097. Rows
+            of a chunk draw their noise together: with another ``chunk`` the same seed gives other draws.
 
     Returns:
         An object with ``predict`` for joint draws and ``log_likelihood`` for the joint density.
@@ -97,16 +101,18 @@ class Autoregressive:
             generator: generator or seed; None means seed 0.
 
         Returns:
-            ``[n, tasks, M]``, or ``[n, tasks, M, outputs]``, in the dtype of the support's y.
+            ``[n, tasks, M]``, or ``[n, tasks, M, outputs]``, in the dtype of the support's y; where that is integer and
+            the likelihood draws floating numbers, in theirs.
 
         Raises:
             OptionError: for fewer than 1 draw, an order that is none, or more observations than the memory bound.
-            ShapeError, DataError: for points that do not fit the support.
+            ShapeError, DataError: for points that do not fit the support, or more than the method's ``max_shots``.
             EmptyTaskError: without a point.
         """
         if num_samples < 1:
             raise OptionError(f"num_samples must be at least 1; got {num_samples}.")
         points = self._points(x)
+        self._check_shots(points, padded=True)
         generator = as_generator(generator, points.device, "autoregressive draws")
         size = self._chunk(points)
         tasks = torch.arange(self.support.num_tasks, device=points.device).repeat(num_samples)
@@ -125,12 +131,17 @@ class Autoregressive:
         y = support.y.new_zeros(*points.x.shape[:2], *support.y.shape[2:])
         # targets that are yet to be drawn are zeros behind the end of what is adapted to
         whole = union(support, _in_order(points.with_y(y), order))
-        assert whole.y is not None
+        known = whole.y
+        assert known is not None
         for i in range(shots, shots + points.shots):
             now = _Step(_shots(whole, slice(0, i)), _shots(whole, slice(i, i + 1)))
-            whole.y[:, i] = self._next(now, generator).to(whole.y.dtype)
+            drawn = self._next(now, generator)
+            if drawn.is_floating_point() and not known.is_floating_point():
+                known = known.to(drawn.dtype)  # real numbers, of which the given ones are integers
+                whole = whole.with_y(known)
+            known[:, i] = drawn.to(known.dtype)
         place = order.reshape(*order.shape, *([1] * (y.dim() - 2))).expand_as(y)
-        return y.scatter(1, place, whole.y[:, shots:])
+        return y.to(known.dtype).scatter(1, place, known[:, shots:])
 
     def _next(self, now: _Step, generator: torch.Generator) -> Tensor:
         """One draw of each row's target, ``[rows, …]``."""
@@ -187,6 +198,7 @@ class Autoregressive:
         if isinstance(query, Observations) and query.y is None:
             raise DataError("A log-likelihood needs the targets of the query; these observations have y=None.")
         points = self._points(query)
+        self._check_shots(points, padded=False)
         generator = as_generator(generator, points.device, "autoregressive density")
         orders = self._orders(points, order, num_orders, generator)
         each = torch.stack([self._teacher_forced(query, one, num_samples, generator) for one in orders])
@@ -200,6 +212,8 @@ class Autoregressive:
         # rows by the length of their prefix, so that a chunk is no longer than its longest
         place, task = ordered.full_mask().mT.nonzero(as_tuple=True)
         total = torch.zeros(query.num_tasks, dtype=torch.float64, device=query.device)
+        if len(place) == 0:
+            return total
         size = self._chunk(query)
         for i, t in zip(place.split(size), task.split(size), strict=True):
             rows, longest = whole.tasks(t), int(i.max())
@@ -249,6 +263,23 @@ class Autoregressive:
             raise EmptyTaskError("There is no point to predict; give at least one for each task.")
         return points.check()
 
+    def _check_shots(self, points: Observations, padded: bool) -> None:
+        """Check that the last step is within ``max_shots`` of the method, before the first is taken.
+
+        With ``padded`` steps go on to the padding, which is drawn given all real targets.
+        """
+        modules = self.method.modules() if isinstance(self.method, nn.Module) else ()
+        bounds = [getattr(module, "max_shots", None) for module in modules]
+        bound = min((b for b in bounds if isinstance(b, int)), default=None)
+        real = points.full_mask().sum(-1)
+        before = real.clamp(max=points.shots - 1) if padded else (real - 1).clamp(min=0)
+        last = int((self.support.full_mask().sum(-1) + before).max())
+        if bound is not None and last > bound:
+            raise ShapeError(
+                f"Before the last target a task has {last} observations, given and predicted ones; the method was "
+                f"bounded to max_shots={bound}. Predict fewer points, or train with a higher bound."
+            )
+
     def _chunk(self, points: Observations) -> int:
         if self.chunk is not None:
             return self.chunk
@@ -258,7 +289,7 @@ class Autoregressive:
                 f"Support and targets are {longest} observations a task, which may take much memory (observations² "
                 f"above {_NUMBERS}). Predict fewer at a time, or say with chunk=… how many rows go together."
             )
-        return _NUMBERS // longest**2
+        return min(_NUMBERS // longest**2, _ROWS)
 
     def _orders(self, points: Observations, order: Order, number: int, generator: torch.Generator) -> Tensor:
         """``number`` orders of each task's points, masked ones last, ``[number, tasks, M]``."""

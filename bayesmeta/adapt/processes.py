@@ -12,7 +12,10 @@ Grover, "Transformer Neural Processes", ICML 2022, https://arxiv.org/abs/2207.04
 
 Departures that hold for all: training shows random parts of the support (``subsets``) in place of the papers' random
 contexts; q(z | S) is N(0, I) without support; losses are of the query alone, where Kim et al. count the context among
-the targets. Those of the networks stand in :mod:`bayesmeta.processes`.
+the targets, and the latent processes' ``"likelihood"`` is that of A. Foong et al., "Meta-Learning Stationary Stochastic
+Process Prediction with Convolutional Neural Processes", NeurIPS 2020, https://arxiv.org/abs/2007.01332;
+the standard deviation of z is the exponential of a network's output, where Kim et al. bound it between 0.1 and 1.
+Those of the networks stand in :mod:`bayesmeta.processes`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from bayesmeta.data import Observations, TaskBatch, union
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.models.likelihoods import Likelihood
 from bayesmeta.models.process_covariance import Covariance
+from bayesmeta.models.process_inputs import check_shots
 from bayesmeta.models.process_model import ProcessModel
 from bayesmeta.models.process_setup import NetworkName
 from bayesmeta.models.recognition import Recognition
@@ -110,6 +114,7 @@ class ProcessMethod(Method):
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
     ) -> ProcessPosterior:
+        check_shots(support, self.process.max_shots)
         with torch.set_grad_enabled(create_graph):
             return self.infer(support)
 
@@ -233,7 +238,7 @@ class ConvCNP(ProcessMethod):
 
 
 class TransformerNeuralProcess(ProcessMethod):
-    """A transformer over support and targets (Nguyen, Grover 2022, TNP-D): a target attends to the support and itself.
+    """A transformer over support and targets, after TNP-D (Nguyen, Grover 2022): a target attends to the support.
 
     Departures: see :mod:`bayesmeta.adapt.processes` and :class:`bayesmeta.processes.TransformerProcess`.
 
@@ -273,7 +278,8 @@ class GaussianNeuralProcess(ProcessMethod):
 
     Σ = K + diag(noise²) over the targets of a task, with mean, noise and what K is made of from a network: K = F Fᵀ / R
     (``"low_rank"``) or K_ij = v_i v_j exp(−|g_i − g_j|² / 2) (``"kernel"``). Departures: the noise may differ between
-    targets (the likelihood's scale); covariances are float64; see :mod:`bayesmeta.adapt.processes`.
+    targets (the likelihood's scale); covariances are float64; K is divided by R, and multiplied by a learned stationary
+    kernel where the network is a convolution (Bruinsma et al. convolve K itself); see :mod:`bayesmeta.adapt.processes`.
 
     Args:
         likelihood: Gaussian or HeteroscedasticGaussian: mean and noise; None for the latter (floor 0.01).
@@ -281,6 +287,9 @@ class GaussianNeuralProcess(ProcessMethod):
             :class:`~bayesmeta.ProcessModel`.
         covariance: ``"low_rank"`` or ``"kernel"``.
         rank: R.
+        stationary: whether K is multiplied by exp(−Σ_f (x_f − x'_f)² / 2ℓ_f²) with learned ℓ, as a convolution needs;
+            None: for a convolution alone. See :class:`~bayesmeta.ProcessModel`.
+        length_scale: where ℓ begin, in units of x.
         width: of the network.
         subsets, max_shots, seed: as in :class:`AttentiveNeuralProcess`.
         options: of the network: ``depth``, ``heads``, ``blocks``, ``points_per_unit``, where it has them.
@@ -304,6 +313,8 @@ class GaussianNeuralProcess(ProcessMethod):
         network: NetworkName | nn.Module = "attention",
         covariance: Covariance = "low_rank",
         rank: int = 32,
+        stationary: bool | None = None,
+        length_scale: float = 1.0,
         width: int = 64,
         subsets: bool = True,
         max_shots: int | None = None,
@@ -312,8 +323,9 @@ class GaussianNeuralProcess(ProcessMethod):
     ) -> None:
         if covariance == "diagonal":
             raise OptionError("covariance is 'low_rank' or 'kernel' here; a diagonal one is ProcessMethod's.")
-        own = {"covariance": covariance, "rank": rank, "width": width, "max_shots": max_shots, "seed": seed}
-        super().__init__(_make(self, likelihood, network, **own, **options), subsets=subsets)
+        own = {"covariance": covariance, "rank": rank, "stationary": stationary, "length_scale": length_scale}
+        sizes = {"width": width, "max_shots": max_shots, "seed": seed}
+        super().__init__(_make(self, likelihood, network, **own, **sizes, **options), subsets=subsets)
 
 
 def _make(method: Method, likelihood: Any, network: NetworkName | nn.Module, **options: Any) -> ProcessModel:

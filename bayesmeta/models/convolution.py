@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import OptionError, ShapeError
+from bayesmeta.errors import DataError, OptionError, ShapeError
 from bayesmeta.models.process_networks import ProcessNetwork
 
 #: Taps on either side of a convolution's middle.
@@ -33,9 +33,9 @@ class ConvProcess(ProcessNetwork):
     Source: J. Gordon et al., "Convolutional Conditional Neural Processes", ICLR 2020, https://arxiv.org/abs/1910.13556,
     sections 3 and 4, algorithm 1 (off the grid). Departures: the grid of a task begins at its own first observation
     rather than at 0, so that equivariance is exact for any shift; convolutions are not padded but eat the margin of the
-    grid, and targets read 8 grid points on either side with weights that sum to 1, so that outputs do not depend on
-    where the grid ends, and thus neither on other tasks nor on what else is asked; dilated residual blocks stand in for
-    the U-Net.
+    grid, and targets read 8 grid points on either side with weights that sum to 1 (algorithm 1 has an unnormalised
+    sum), so that outputs do not depend on where the grid ends, and thus neither on other tasks nor on what else is
+    asked; dilated residual blocks stand in for the U-Net.
 
     Args:
         features: width of x; must be 1.
@@ -83,7 +83,11 @@ class ConvProcess(ProcessNetwork):
 
     @property
     def receptive_field(self) -> float:
-        """How far on either side the convolutions see, in units of x."""
+        """How far on either side the convolutions see along the grid, in units of x.
+
+        An observation also reaches the grid points around it, by the Gaussian of learned length that puts it there, and
+        a target reads 8 grid points on either side.
+        """
         return self._eaten / self.points_per_unit
 
     def forward(self, support: Observations, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -91,6 +95,7 @@ class ConvProcess(ProcessNetwork):
 
         Raises:
             ShapeError: also for inputs so far apart that the grid would have more than ``max_points``.
+            DataError: for targets so far from the support that grid points near them are the same number.
         """
         rows, mask = self.read(support, x)
         seen, asked = rows[..., 0], x[..., 0]
@@ -103,11 +108,23 @@ class ConvProcess(ProcessNetwork):
             origin = torch.where(mask.any(-1, keepdim=True), first, origin)
         seen = torch.where(mask, seen - origin, 0.0)
         asked = asked - origin
+        self._check_distance(asked)
         grid = self._grid(asked)
         h = self.lift(self._on_grid(seen, rows[..., 1:], mask, grid))
         for block in self.blocks:
             h = block(h)
         return self.decode(self._at(asked, grid[:, self._eaten : grid.shape[1] - self._eaten], h), z)
+
+    def _check_distance(self, asked: Tensor) -> None:
+        """Check that x relative to the origin, in grid points, is below what its dtype counts exactly."""
+        limit = 1.0 / torch.finfo(asked.dtype).eps
+        far = asked.detach().abs().amax() * self.points_per_unit
+        if not bool(far <= limit):
+            raise DataError(
+                f"A target is {float(far) / self.points_per_unit:.4g} units of x from the support, {float(far):.2g} "
+                f"points of the grid; {asked.dtype} tells {limit:.2g} apart. Standardise x, use float64, or take fewer "
+                "points_per_unit."
+            )
 
     def _grid(self, asked: Tensor) -> Tensor:
         """Positions relative to a task's origin, ``[tasks, G]``, around its targets with margins on both sides."""

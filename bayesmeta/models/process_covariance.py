@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import pyro
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayesmeta.models.deep_kernel import cholesky
+from bayesmeta.errors import DataError
 
 Covariance = Literal["diagonal", "low_rank", "kernel"]
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -19,11 +21,35 @@ def num_extra(covariance: Covariance, rank: int) -> int:
     return {"diagonal": 0, "low_rank": rank, "kernel": rank + 1}[covariance]
 
 
+class StationaryKernel(nn.Module):
+    """k(x, x') = exp(−Σ_f (x_f − x'_f)² / 2ℓ_f²) with learned lengths ℓ, by which a covariance is multiplied.
+
+    The product of two positive semi-definite matrices, entry by entry, is one again (Schur), k depends on differences
+    alone, and k(x, x) = 1 leaves variances as they are.
+
+    Args:
+        features: width of x.
+        length_scale: where all ℓ begin, in units of x.
+    """
+
+    def __init__(self, features: int, length_scale: float) -> None:
+        super().__init__()
+        self.log_length = nn.Parameter(torch.full((features,), math.log(length_scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """k between the points x, ``[…, M, features]``: float64 ``[…, M, M]``."""
+        # differences are taken before they are divided: rounding does not depend on where x is 0
+        wide, length = x.double(), self.log_length.double().exp()
+        away = (wide.unsqueeze(-2) - wide.unsqueeze(-3)) / length
+        return (-0.5 * away.square().sum(-1)).exp()
+
+
 def function_covariance(covariance: Covariance, extra: Tensor) -> Tensor:
     """Covariance of the function at the targets, without noise, float64 ``[…, M, M]``.
 
-    ``"low_rank"``: g gᵀ / R with the outputs g, ``[…, M, R]`` ("linear" in S. Markou et al., "Practical Conditional
-    Neural Processes via Tractable Dependent Predictions", ICLR 2022, https://arxiv.org/abs/2203.08775, section 2).
+    ``"low_rank"``: g gᵀ / R (there without 1 / R) with the outputs g, ``[…, M, R]`` ("linear" in S. Markou et al.,
+    "Practical Conditional Neural Processes via Tractable Dependent Predictions", ICLR 2022,
+    https://arxiv.org/abs/2203.08775, section 2).
     ``"kernel"``: v_i v_j exp(−|g_i − g_j|² / 2), "kvv" there, with the outputs [g, v], ``[…, M, R + 1]``.
 
     Args:
@@ -40,9 +66,24 @@ def function_covariance(covariance: Covariance, extra: Tensor) -> Tensor:
     return v * v.mT * (-0.5 * square).exp()
 
 
-def total_covariance(covariance: Covariance, extra: Tensor, scale: Tensor) -> Tensor:
-    """Covariance of y at the targets, float64 ``[…, M, M]``: the function's, and noise of sd ``scale``."""
-    return function_covariance(covariance, extra) + scale.double().square().diag_embed()
+def total_covariance(covariance: Covariance, extra: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Covariance of y at the targets, float64 ``[…, M, M]``: the function's, and noise of sd ``scale``.
+
+    Args:
+        covariance, extra: as in :func:`function_covariance`.
+        scale: ``[…, M]``.
+        factor: what the function's covariance is multiplied by, entry by entry, ``[…, M, M]``.
+    """
+    function = function_covariance(covariance, extra)
+    function = function if factor is None else function * factor
+    return function + scale.double().square().diag_embed()
+
+
+def total_variance(covariance: Covariance, extra: Tensor, scale: Tensor) -> Tensor:
+    """The diagonal of :func:`total_covariance` without the rest of it, float64 ``[…, M]``."""
+    wide = extra.double()
+    function = wide.square().mean(-1) if covariance == "low_rank" else wide[..., -1].square()
+    return function + scale.double().square()
 
 
 def root_of(covariance: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -58,7 +99,16 @@ def root_of(covariance: Tensor, keep: Tensor | None = None) -> Tensor:
     if keep is not None:
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
         covariance = torch.where(keep.unsqueeze(-1) & keep.unsqueeze(-2), covariance, eye)
-    return cholesky(covariance)
+    root, info = torch.linalg.cholesky_ex(covariance)
+    bad = (info > 0) | ~root.isfinite().flatten(-2).all(-1)
+    if bool(bad.any()):
+        tasks = bad.reshape(-1, bad.shape[-1]).any(0).nonzero().flatten().tolist()
+        raise DataError(
+            f"The covariance of the targets is not finite and positive definite in {len(tasks)} task(s), first "
+            f"{tasks[:5]} (counted from 0). The noise may be too small for targets at nearly the same x (give the "
+            "likelihood a larger scale or floor), or inputs huge (standardise the data)."
+        )
+    return root
 
 
 def log_normal(loc: Tensor, root: Tensor, y: Tensor, keep: Tensor) -> Tensor:
@@ -67,3 +117,25 @@ def log_normal(loc: Tensor, root: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     white = torch.linalg.solve_triangular(root, residual.unsqueeze(-1), upper=False).squeeze(-1)
     constant = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * _LOG_2PI * keep.double().sum(-1)
     return -0.5 * white.square().sum(-1) - constant
+
+
+def sample_targets(loc: Tensor, covariance: Tensor, y: Tensor | None, keep: Tensor) -> Tensor:
+    """The Pyro site ``y`` of dependent targets, in the task plate; padding adds nothing to the density.
+
+    Args:
+        loc: ``[tasks, M]``.
+        covariance: ``[tasks, M, M]``.
+        y: observed targets, ``[tasks, M]``, or None.
+        keep: True at real targets, ``[tasks, M]``.
+
+    Returns:
+        ``[tasks, M]``.
+    """
+    if not bool(keep.all()):  # padding has variance 1 and its mean as its value: take its density off again
+        zero = loc.new_zeros(())
+        padding = -dist.Normal(zero, zero + 1.0).log_prob(zero) * (~keep).to(loc).sum(-1)
+        pyro.factor("padding", padding.unsqueeze(-1))
+    root = root_of(covariance, keep).to(loc)
+    normal = dist.MultivariateNormal(loc.unsqueeze(-2), scale_tril=root.unsqueeze(-3))
+    value = None if y is None else torch.where(keep, y, loc).unsqueeze(-2)
+    return pyro.sample("y", normal, obs=value).squeeze(-2)

@@ -12,16 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import DataError, OptionError, ShapeError, UnsupportedError
-from bayesmeta.models.encoders import PooledEncoder
+from bayesmeta.errors import ShapeError, UnsupportedError
+from bayesmeta.models.convolution import ConvProcess
 from bayesmeta.models.handlers import Layout, Pass, Site
 from bayesmeta.models.likelihoods import Likelihood
 from bayesmeta.models.plates import shot_plate, task_plate
-from bayesmeta.models.process_covariance import Covariance, log_normal, num_extra, root_of, total_covariance
-from bayesmeta.models.process_setup import NETWORKS, NetworkName, Setup, check_exposure, check_options, set_up
+from bayesmeta.models.process_covariance import (
+    Covariance,
+    StationaryKernel,
+    log_normal,
+    num_extra,
+    root_of,
+    sample_targets,
+    total_covariance,
+    total_variance,
+)
+from bayesmeta.models.process_inputs import check_inputs, targets_of, without_padding
+from bayesmeta.models.process_setup import (
+    NetworkName,
+    check_options,
+    check_outputs,
+    make_network,
+    make_recognition,
+    own_network,
+    set_up,
+    try_network_options,
+)
 from bayesmeta.models.program import TaskProgram, refuse_outside
 from bayesmeta.models.recognition import Recognition
-from bayesmeta.ops.batched import unsafe_modules
 from bayesmeta.ops.random import Seed, as_generator, forked_rng, normal_like
 
 #: Draws of z go through the network in slices of at most this many numbers of a hidden layer.
@@ -42,7 +60,12 @@ class ProcessModel(TaskProgram):
 
     With ``covariance="low_rank"`` or ``"kernel"`` the targets of a task are dependent: a multivariate normal whose mean
     and noise are the likelihood's and to which the network adds a covariance, see
-    :mod:`bayesmeta.models.process_covariance`; computed in float64.
+    :mod:`bayesmeta.models.process_covariance`; computed in float64. With ``stationary`` that covariance is multiplied
+    by exp(−Σ_f (x_f − x'_f)² / 2ℓ_f²) with learned ℓ. A convolution needs it: it sees x only through the support, so
+    that without support, and beyond its receptive field, its outputs are the same everywhere and all targets would have
+    correlation 1. (Bruinsma et al. convolve the covariance itself, over pairs of points; this is a departure, whose
+    covariance without support is the exponentiated quadratic one.) The other networks read x and can make their
+    covariances fall with distance, or keep them over long distances, as they learn.
 
     Args:
         network: ``"deep_set"``, ``"attention"``, ``"convolution"`` or ``"transformer"`` (see
@@ -55,8 +78,12 @@ class ProcessModel(TaskProgram):
         covariance: ``"diagonal"``: targets are independent given S (and z); or one of the two above, which need a
             Gaussian likelihood, one output and no latent.
         rank: R, of the covariance.
+        stationary: whether the covariance is multiplied as above; None: for a convolution alone.
+        length_scale: where ℓ begin, in units of x. Of standardised x 1 is a length over which functions commonly
+            change. Rather too long than too short: a covariance that is 0 between all targets has no gradient.
         width: of the network's hidden layers.
-        max_shots: more observations in a support are refused.
+        max_shots: more observations in a support are refused (with a latent, of support and query together q(z | S ∪ Q)
+            may read more: it holds their mean alone).
         seed: of the first weights; None means seed 0.
         options: of the network: ``depth``, and ``heads``, ``blocks``, ``points_per_unit``, ``max_points``, where it has
             them.
@@ -74,49 +101,36 @@ class ProcessModel(TaskProgram):
         latent_size: int = 0,
         covariance: Covariance = "diagonal",
         rank: int = 32,
+        stationary: bool | None = None,
+        length_scale: float = 1.0,
         width: int = 64,
         max_shots: int | None = None,
         seed: Seed = None,
         **options: Any,
     ) -> None:
         super().__init__(self._pyro_program)
-        check_options(likelihood, latent_size, covariance, rank, width)
+        check_options(likelihood, latent_size, covariance, rank, width, stationary, length_scale)
         self.likelihood: Likelihood | None = copy.deepcopy(likelihood)
         self.latent_size, self.covariance, self.rank, self.width = latent_size, covariance, rank, width
         self.max_shots, self.options = max_shots, options
         self._seed = seed
         self.network: nn.Module | None = None
         self.recognition: Recognition | None = None
+        self.kernel: StationaryKernel | None = None
         self.support: Observations | None = None
         self._domain: Any = None
         if isinstance(network, nn.Module):
-            self._take(network)
+            self.network_name, self.network = type(network).__name__, own_network(network, options, max_shots)
         else:
             self.network_name = str(network)
-            self._try_options()
+            try_network_options(self.network_name, self._make_options())
+        convolution = network == "convolution" or isinstance(network, ConvProcess)
+        self.stationary = covariance != "diagonal" and (convolution if stationary is None else stationary)
+        self.length_scale = length_scale
 
-    def _take(self, network: nn.Module) -> None:
-        bad = unsafe_modules(network)
-        if bad or self.options or self.max_shots is not None:
-            raise OptionError(
-                "A network of your own has its options itself, and no modules that mix tasks or draw hidden noise; got "
-                f"{sorted(self.options)}, max_shots={self.max_shots} and the modules {bad}."
-            )
-        self.network_name, self.network = type(network).__name__, copy.deepcopy(network)
-
-    def _try_options(self) -> None:
-        if self.network_name not in NETWORKS:
-            names = ", ".join(map(repr, NETWORKS))
-            raise OptionError(f"Unknown network {self.network_name!r}; expected {names}, or a module.")
-        try:
-            self._make(1, 1, 1, {})
-        except TypeError as error:
-            raise OptionError(f"The network {self.network_name!r} has no such option: {error}") from error
-
-    def _make(self, features: int, targets: int, outputs: int, reads: dict[str, Any]) -> nn.Module:
+    def _make_options(self) -> dict[str, Any]:
         sizes = {"latent_size": self.latent_size, "width": self.width, "max_shots": self.max_shots}
-        with forked_rng(as_generator(self._seed, stream="process")):
-            return NETWORKS[self.network_name](features, targets, outputs, **sizes, **reads, **self.options)
+        return sizes | self.options
 
     def config(self) -> dict[str, Any]:
         """Options that change the result, as plain values."""
@@ -126,7 +140,8 @@ class ProcessModel(TaskProgram):
             "covariance": self.covariance,
             "width": self.width,
             "max_shots": self.max_shots,
-            **({} if self.covariance == "diagonal" else {"rank": self.rank}),
+            **({} if self.covariance == "diagonal" else {"rank": self.rank, "stationary": self.stationary}),
+            **({"length_scale": self.length_scale} if self.stationary else {}),
             **self.options,
         }
 
@@ -156,20 +171,17 @@ class ProcessModel(TaskProgram):
         network = self.network
         if network is None:
             wide = found.outputs + num_extra(self.covariance, self.rank)
-            network = self._make(found.features, found.targets, wide, found.reads)
+            sizes = (found.features, found.targets, wide)
+            network = make_network(self.network_name, *sizes, self._seed, self._make_options() | found.reads)
         network = network.to(observations.x)
         if self.latent_size:
-            self._set_up_latent(found, observations)
+            recognition = make_recognition(found, self.latent_size, self.width, self._seed, observations.device)
+            self.recognition = recognition.to(observations.x)
+        if self.stationary:
+            self.kernel = StationaryKernel(found.features, self.length_scale).to(observations.x)
         self.likelihood, self._domain, self._own_outputs = found.likelihood, found.domain, found.outputs
         self._try_network(network, observations)
         self.network = network
-
-    def _set_up_latent(self, found: Setup, observations: Observations) -> None:
-        sizes: dict[str, Any] = {"hidden": [self.width] * 2, "max_shots": self.max_shots}
-        with forked_rng(as_generator(self._seed, observations.device, "recognition")):
-            encoder = PooledEncoder(found.features, found.targets, self.width, **sizes, **found.reads)
-            recognition = Recognition(encoder, self.latent_size, "diagonal", hidden=self.width)
-        self.recognition = recognition.to(observations.x)
 
     def _try_network(self, network: nn.Module, observations: Observations) -> None:
         some = Observations(observations.x[:, :2], None if observations.y is None else observations.y[:, :2])
@@ -186,30 +198,22 @@ class ProcessModel(TaskProgram):
         self._check_outputs(out, (1, some.num_tasks, asked.shape[1]))
 
     def _check_outputs(self, out: Any, lead: tuple[int, ...]) -> None:
-        expected = (*lead, self._own_outputs + num_extra(self.covariance, self.rank))
-        if not isinstance(out, Tensor) or tuple(out.shape) != expected:
-            given = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(
-                f"The network {self.network_name} gave {given}; expected a tensor {list(expected)}: [draws of z, "
-                f"tasks, targets, outputs], with {self._own_outputs} output(s) for the likelihood, then those of the "
-                "covariance."
-            )
+        check_outputs(self.network_name, out, lead, self._own_outputs, num_extra(self.covariance, self.rank))
 
     # -- checks -------------------------------------------------------------------------------------------------
 
     def check(self, observations: Observations) -> None:
-        """Check the feature width, the exposure, and targets that are counts or classes.
+        """Check the feature width, the exposure, that real data are finite, and targets that are counts or classes.
 
         Raises:
             ShapeError: for another width than that of the first data.
             UnsupportedError: for task-level covariates.
+            NonFiniteDataError: naming task and shot; padding may hold anything.
             DataError: for an exposure or targets out of range, naming task and shot.
         """
         super().check(observations)
-        if observations.w is not None:
-            raise UnsupportedError("A process does not see task-level covariates w; append them to x.")
         assert self.likelihood is not None
-        check_exposure(self.likelihood, observations)
+        check_inputs(self.likelihood, observations)
         if self._domain.is_discrete:
             self.check_targets(observations)
 
@@ -221,7 +225,15 @@ class ProcessModel(TaskProgram):
     # -- conditioning -------------------------------------------------------------------------------------------
 
     def given(self, support: Observations) -> ProcessModel:
-        """The same model (its parameters are shared) with a support to predict from."""
+        """The same model (its parameters are shared) with a support to predict from.
+
+        Raises:
+            UnsupportedError: before the first data.
+        """
+        if self._layout is None:
+            raise UnsupportedError(
+                "The process has met no data yet, at which its network is made; call model.prepare(support) first."
+            )
         other = copy.copy(self)
         other.support = support
         object.__setattr__(other, "program", other._pyro_program)
@@ -251,6 +263,10 @@ class ProcessModel(TaskProgram):
         assert self.likelihood is not None
         return replace(observations, x=self.likelihood.split(observations.x)[0])
 
+    def _asked(self, observations: Observations) -> Tensor:
+        """x of the targets as the network has it, without the exposure and what padding holds."""
+        return without_padding(self._read(observations), self._read(self._conditioned()))
+
     def outputs(self, u: Tensor, observations: Observations) -> Tensor:
         """Network outputs at the inputs of observations, ``[…, tasks, shots, outputs]`` for u ``[…, tasks, D]``.
 
@@ -261,8 +277,7 @@ class ProcessModel(TaskProgram):
         shape = (observations.num_tasks, observations.shots)
         if support.num_tasks != shape[0]:
             raise ShapeError(f"The support has {support.num_tasks} tasks, the inputs {shape[0]}; give the same tasks.")
-        read = self._read(support)
-        x = _without_padding(self._read(observations), read)
+        read, x = self._read(support), self._asked(observations)
         if not self.latent_size:
             out = self.network(read, x, None)
             self._check_outputs(out, (1, *shape))
@@ -283,15 +298,17 @@ class ProcessModel(TaskProgram):
     def _normal(self, out: Tensor, observations: Observations) -> tuple[Tensor, Tensor]:
         """Mean ``[tasks, M]`` and covariance, float64 ``[tasks, M, M]``, of dependent targets."""
         fn = self._likelihood(out, observations)
-        return fn.loc, total_covariance(self.covariance, out[..., self._own_outputs :], fn.scale)
+        factor = None if self.kernel is None else self.kernel(self._asked(observations))
+        return fn.loc, total_covariance(self.covariance, out[..., self._own_outputs :], fn.scale, factor)
 
     def predictive(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Any:
         """The distribution of each y given S and z: batch shape ``[…, tasks, shots]``, without […] if there is no z."""
         out = self.outputs(u, observations)
+        fn = self._likelihood(out, observations)
         if self.covariance == "diagonal":
-            return self._likelihood(out, observations)
-        loc, covariance = self._normal(out, observations)
-        return dist.Normal(loc, covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(loc))
+            return fn
+        variance = total_variance(self.covariance, out[..., self._own_outputs :], fn.scale)
+        return dist.Normal(fn.loc, variance.sqrt().to(fn.loc))
 
     def joint(self, observations: Observations) -> Any:
         """Of dependent targets: their multivariate normal, batch ``[tasks]``, event ``[shots]``."""
@@ -300,7 +317,7 @@ class ProcessModel(TaskProgram):
 
     def log_likelihood(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
         """log p(y_i | x_i, S, z) of each observation by itself, ``[…, tasks, shots]``; 0 where masked."""
-        y = _targets_of(observations)
+        y = targets_of(observations)
         if self.covariance == "diagonal":
             assert self.likelihood is not None
             exposure = self.likelihood.split(observations.x, observations.mask)[1]
@@ -315,7 +332,7 @@ class ProcessModel(TaskProgram):
         """log p(y_1, …, y_M | x, S, z) of all targets of a task together, ``[…, tasks]``."""
         if self.covariance == "diagonal":
             return self.log_likelihood(u, observations).sum(-1)
-        y, keep = _targets_of(observations), observations.full_mask()
+        y, keep = targets_of(observations), observations.full_mask()
         loc, covariance = self._normal(self.outputs(u, observations), observations)
         value = log_normal(loc, root_of(covariance, keep), y, keep)
         return value.to(loc).expand(u.shape[:-1])
@@ -388,29 +405,4 @@ class ProcessModel(TaskProgram):
                 with shot_plate(x, mask):
                     return pyro.sample("y", self._likelihood(out, observations), obs=y)
             loc, covariance = self._normal(out, observations)
-            if not bool(keep.all()):  # padding has variance 1 and its mean as its value: take its density off again
-                zero = loc.new_zeros(())
-                padding = -dist.Normal(zero, zero + 1.0).log_prob(zero) * (~keep).to(loc).sum(-1)
-                pyro.factor("padding", padding.unsqueeze(-1))
-            normal = dist.MultivariateNormal(
-                loc.unsqueeze(-2), scale_tril=root_of(covariance, keep).to(loc).unsqueeze(-3)
-            )
-            value = None if y is None else torch.where(keep, y, loc).unsqueeze(-2)
-            return pyro.sample("y", normal, obs=value).squeeze(-2)
-
-
-def _targets_of(observations: Observations) -> Tensor:
-    if observations.y is None:
-        raise DataError("A log-likelihood needs targets; these observations have y=None.")
-    return observations.y
-
-
-def _without_padding(observations: Observations, support: Observations) -> Tensor:
-    """x with padding replaced by a real input of the same task, so that no network meets what padding holds."""
-    if observations.mask is None:
-        return observations.x
-    x = torch.cat([observations.x, support.x], 1)
-    mask = torch.cat([observations.mask, support.full_mask()], 1)
-    first = mask.to(torch.uint8).argmax(-1)[:, None, None].expand(-1, 1, x.shape[-1])
-    real = torch.where(mask.any(-1)[:, None, None], x.gather(1, first), 0.0)
-    return torch.where(observations.mask.unsqueeze(-1), observations.x, real)
+            return sample_targets(loc, covariance, y, keep)

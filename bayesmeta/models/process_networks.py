@@ -147,7 +147,8 @@ class AttentiveProcess(ProcessNetwork):
     learned vector, ``empty``.
 
     Source: H. Kim et al., "Attentive Neural Processes", ICLR 2019, https://arxiv.org/abs/1901.05761, section 3.
-    Departure: self-attention is a pre-norm transformer layer (see :class:`~bayesmeta.models.attention.AttentionBlock`).
+    Departures: q and k are two MLPs, where the released code has one for both; self-attention is a pre-norm transformer
+    layer (see :class:`~bayesmeta.models.attention.AttentionBlock`).
 
     Args:
         features, targets, outputs, latent_size, width, classes, counts, max_shots: as in :class:`ProcessNetwork`.
@@ -214,10 +215,12 @@ class TransformerProcess(ProcessNetwork):
     Support tokens [x, y, 0] attend to the support; target tokens [x, 0, 1] to the support and to themselves: so no
     target sees another, and the outputs at a point do not depend on what else is asked.
 
-    Source: T. Nguyen, A. Grover, "Transformer Neural Processes", ICML 2022, https://arxiv.org/abs/2207.04179, section 3
-    (the tokens and the mask of TNP-D; with a covariance of :class:`~bayesmeta.ProcessModel`, TNP-ND's purpose).
-    Departures: normalisation before each part; the targets' attention is computed without the mask's empty part, so
-    that memory grows with targets × support.
+    Source: after TNP-D of T. Nguyen, A. Grover, "Transformer Neural Processes", ICML 2022,
+    https://arxiv.org/abs/2207.04179, section 3; with a covariance of :class:`~bayesmeta.ProcessModel`, TNP-ND's
+    purpose. Departures: in the released code of TNP-D targets attend to the support alone and tokens are [x, y] and [x,
+    0]; here a last column tells a target from an observation of 0, and a target also attends to itself, so that there
+    is an answer without support. Normalisation comes before each part; the targets' attention is computed without the
+    mask's empty part, so that memory grows with targets × support.
 
     Args:
         features, targets, outputs, latent_size, width, classes, counts, max_shots: as in :class:`ProcessNetwork`.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayesmeta.data import Observations
 from bayesmeta.errors import DataError, OptionError, ShapeError, UnsupportedError
+from bayesmeta.models.encoders import PooledEncoder
 from bayesmeta.models.likelihoods import HeteroscedasticGaussian, Likelihood
 from bayesmeta.models.process_covariance import Covariance
 from bayesmeta.models.processes import AttentiveProcess, ConvProcess, DeepSetProcess, TransformerProcess
+from bayesmeta.models.recognition import Recognition
 from bayesmeta.models.targets import class_probabilities, target_kind
+from bayesmeta.ops.batched import unsafe_modules
+from bayesmeta.ops.random import Seed, as_generator, forked_rng
 
 NetworkName = Literal["deep_set", "attention", "convolution", "transformer"]
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -79,6 +85,72 @@ def set_up(likelihood: Likelihood | None, covariance: Covariance, observations: 
     return Setup(likelihood, inputs.shape[-1], targets, outputs, _reading(fn), fn.support)
 
 
+def own_network(network: nn.Module, options: dict[str, Any], max_shots: int | None) -> nn.Module:
+    """A copy of a network of one's own.
+
+    Raises:
+        OptionError: for options beside it, or modules that mix tasks or draw hidden noise.
+    """
+    bad = unsafe_modules(network)
+    if bad or options or max_shots is not None:
+        raise OptionError(
+            "A network of your own has its options itself, and no modules that mix tasks or draw hidden noise; got "
+            f"{sorted(options)}, max_shots={max_shots} and the modules {bad}."
+        )
+    return copy.deepcopy(network)
+
+
+def make_network(
+    name: str, features: int, targets: int, outputs: int, seed: Seed, options: dict[str, Any]
+) -> nn.Module:
+    """One of the networks of :data:`NETWORKS`, with first weights from a seed."""
+    with forked_rng(as_generator(seed, stream="process")):
+        return NETWORKS[name](features, targets, outputs, **options)
+
+
+def make_recognition(found: Setup, latent_size: int, width: int, seed: Seed, device: torch.device) -> Recognition:
+    """q(z | observations), with first weights from a seed."""
+    # no max_shots: it bounds the support, and this reads support and query together too, and holds a mean alone
+    with forked_rng(as_generator(seed, device, "recognition")):
+        encoder = PooledEncoder(found.features, found.targets, width, hidden=[width] * 2, **found.reads)
+        return Recognition(encoder, latent_size, "diagonal", hidden=width)
+
+
+def check_outputs(name: str, out: Any, lead: tuple[int, ...], own: int, extra: int) -> None:
+    """Check what a network gave.
+
+    Args:
+        name: of the network.
+        out: what it gave.
+        lead: the shape that is wanted, without the last dimension.
+        own, extra: outputs of the likelihood, and of the covariance.
+
+    Raises:
+        ShapeError: for another shape, or no tensor.
+    """
+    expected = (*lead, own + extra)
+    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
+        given = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(
+            f"The network {name} gave {given}; expected a tensor {list(expected)}: [draws of z, tasks, targets, "
+            f"outputs], with {own} output(s) for the likelihood, then those of the covariance."
+        )
+
+
+def try_network_options(name: str, options: dict[str, Any]) -> None:
+    """Make a network and forget it.
+
+    Raises:
+        OptionError: for an unknown name, unknown options, and sizes out of range.
+    """
+    if name not in NETWORKS:
+        raise OptionError(f"Unknown network {name!r}; expected {', '.join(map(repr, NETWORKS))}, or a module.")
+    try:
+        make_network(name, 1, 1, 1, None, options)
+    except TypeError as error:
+        raise OptionError(f"The network {name!r} has no such option: {error}") from error
+
+
 def _reading(fn: Any) -> dict[str, Any]:
     kind = target_kind(fn)
     if kind == "class":
@@ -87,25 +159,15 @@ def _reading(fn: Any) -> dict[str, Any]:
     return {"counts": True} if kind == "count" else {}
 
 
-def check_exposure(likelihood: Likelihood, observations: Observations) -> None:
-    """Check that the exposure is positive, where the likelihood has one.
-
-    Raises:
-        DataError: naming the first task and shot where it is not.
-    """
-    exposure = likelihood.split(observations.x)[1].get("exposure")
-    if exposure is None:
-        return
-    bad = (~((exposure > 0) & exposure.isfinite()) & observations.full_mask()).nonzero()
-    if len(bad):
-        task, shot = bad[0].tolist()
-        raise DataError(
-            f"The exposure is {exposure[task, shot].item():.4g} at task {task}, shot {shot} (counted from 0); an "
-            "exposure is positive, in raw units."
-        )
-
-
-def check_options(likelihood: Any, latent_size: int, covariance: str, rank: int, width: int) -> None:
+def check_options(
+    likelihood: Any,
+    latent_size: int,
+    covariance: str,
+    rank: int,
+    width: int,
+    stationary: bool | None,
+    length_scale: float,
+) -> None:
     """Check the options of a process model.
 
     Raises:
@@ -122,5 +184,9 @@ def check_options(likelihood: Any, latent_size: int, covariance: str, rank: int,
         raise OptionError(
             f"latent_size must be 0 or more, rank and width at least 1; got {latent_size}, {rank} and {width}."
         )
+    if stationary and covariance == "diagonal":
+        raise OptionError("stationary=True is for a covariance: give covariance='low_rank' or 'kernel' with it.")
+    if not 0 < length_scale < math.inf:
+        raise OptionError(f"length_scale must be positive and finite; got {length_scale}.")
     if latent_size and covariance != "diagonal":
         raise OptionError("Targets are made dependent by a latent or by a covariance; give one of the two.")

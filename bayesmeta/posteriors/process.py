@@ -137,13 +137,15 @@ class ProcessPosterior(NormalPosterior):
     ) -> Tensor:
         """log p(y_1, …, y_M | x, S) of all of a task's targets together, ``[tasks]``.
 
-        In closed form without a latent; with one, the log of a mean over draws of z.
+        In closed form without a latent; with one, the log of a mean over draws of z. 0 for a task without a target.
         """
         self._same_tasks(observations)
         self.model.check_targets(observations)
         draws = self.draws(1 if self.is_point else num_samples, generator)
         with torch.no_grad():
-            return self.model.log_targets(draws.u, observations).logsumexp(0) - math.log(draws.num_samples)
+            each = self.model.log_targets(draws.u, observations)
+        total = each.logsumexp(0) - math.log(draws.num_samples)
+        return torch.where(observations.full_mask().any(-1), total, 0.0)  # no rounding where there is nothing
 
     def class_probabilities(
         self,
