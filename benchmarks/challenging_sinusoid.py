@@ -29,7 +29,7 @@ from torch import nn
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, between, main
-from benchmarks.runs import add_run_arguments, run_all, score_tasks, train_method
+from benchmarks.runs import add_run_arguments, named_bars, over_trainings, run_all, score_tasks, train_method
 
 SHOTS = (5, 10, 20)
 #: published best of the mean squared error, by shots
@@ -247,23 +247,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         each = argparse.Namespace(**{**vars(args), "seed": seed})
         trainings.append(run_all(each, steps, lambda name: RUNS[name].steps // 20, measure))
     full = not args.quick and not args.steps
-    return over_trainings(trainings, full) + against_maml(trainings, full)
-
-
-def over_trainings(trainings: list[list[Row]], full: bool) -> list[Row]:
-    """Means over trainings, with the standard error between them; of one training, its own rows."""
-    if len(trainings) == 1:
-        return trainings[0]
-    bars = {f"{name}_{row}": bar for name, settings in RUNS.items() for row, bar in settings.bars.items()}
-    rows = []
-    for same in zip(*trainings, strict=True):
-        name, reference = same[0].name, same[0].reference
-        values = torch.tensor([row.ours for row in same], dtype=torch.float64)
-        mean, error = float(values.mean()), float(values.std() / len(same) ** 0.5)
-        judged = bars[name].judge(mean) if full and name in bars else {}
-        difference = None if reference is None else mean - reference
-        rows.append(Row(name, mean, reference, None, difference, error, **judged))
-    return rows
+    return over_trainings(trainings, named_bars(RUNS) if full else {}) + against_maml(trainings, full)
 
 
 def against_maml(trainings: list[list[Row]], full: bool) -> list[Row]:

@@ -35,7 +35,7 @@ import torch
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, main
-from benchmarks.runs import add_run_arguments, run_all, train_method
+from benchmarks.runs import add_run_arguments, named_bars, over_trainings, run_all, train_method
 
 SHOTS = (5, 10)
 #: inputs: x, and the code of the amplitude
@@ -178,33 +178,8 @@ def run(args: argparse.Namespace) -> list[Row]:
         each = argparse.Namespace(**{**vars(args), "seed": seed})
         trainings.append(run_all(each, steps, lambda name: RUNS[name].steps // 20, measure))
     full = not args.quick and not args.steps
-    rows = over_trainings(trainings, full)
+    rows = over_trainings(trainings, named_bars(RUNS) if full else {})
     return rows + against_maml(rows, full)
-
-
-def over_trainings(trainings: list[list[Row]], full: bool) -> list[Row]:
-    """Means over trainings, with the standard error between them; of one training, its own rows."""
-    if len(trainings) == 1:
-        return trainings[0]
-    rows, names = [], dict.fromkeys(row.name for rows in trainings for row in rows)
-    for wanted in names:
-        same = [row for rows in trainings for row in rows if row.name == wanted]
-        if len(same) < len(trainings):  # a training diverged, and a row of its own says so
-            rows.append(same[0])
-            continue
-        values = torch.tensor([row.ours for row in same], dtype=torch.float64)
-        mean, error, reference = float(values.mean()), float(values.std() / len(same) ** 0.5), same[0].reference
-        name, row = _split(same[0].name)
-        judged = _judge(name, row, mean, full)
-        difference = None if reference is None else mean - reference
-        rows.append(Row(same[0].name, mean, reference, None, difference, error, **judged))
-    return rows
-
-
-def _split(row: str) -> tuple[str, str]:
-    """The run's name and the rest; no run's name ends in a kind of row."""
-    name = max((name for name in RUNS if row.startswith(f"{name}_")), key=len)
-    return name, row.removeprefix(f"{name}_")
 
 
 def against_maml(rows: list[Row], full: bool) -> list[Row]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import bayesmeta as bm
-from benchmarks.harness import Row
+from benchmarks.harness import Bar, Row
 
 #: Trains and scores one run: name, seed, steps, test tasks, threads, and whether it is a full run, held to its bars.
 Measure = Callable[[str, int, int, int, int, bool], list[Row]]
@@ -67,6 +67,34 @@ def add_run_arguments(parser: argparse.ArgumentParser, runs: Mapping[str, object
     parser.add_argument("--steps", type=int, default=0, help="training steps (default: the run's own)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+
+
+def named_bars(runs: Mapping[str, Any]) -> dict[str, Bar]:
+    """The bars of runs that have ``bars``, by the names of their rows, which begin with the run's."""
+    return {f"{name}_{row}": bar for name, settings in runs.items() for row, bar in settings.bars.items()}
+
+
+def over_trainings(trainings: list[list[Row]], bars: Mapping[str, Bar]) -> list[Row]:
+    """Means over trainings, with the standard error between them; of one training, its own rows.
+
+    Args:
+        trainings: rows of each; a row that some of them lack (one of them diverged) stays as it is.
+        bars: that the means are held to, by the row's name.
+    """
+    if len(trainings) == 1:
+        return trainings[0]
+    rows, names = [], dict.fromkeys(row.name for rows in trainings for row in rows)
+    for name in names:
+        same = [row for rows in trainings for row in rows if row.name == name]
+        if len(same) < len(trainings):  # a row of its own says that one diverged
+            rows.append(same[0])
+            continue
+        values = torch.tensor([row.ours for row in same], dtype=torch.float64)
+        mean, error, reference = float(values.mean()), float(values.std() / len(same) ** 0.5), same[0].reference
+        judged = bars[name].judge(mean) if name in bars else {}
+        difference = None if reference is None else mean - reference
+        rows.append(Row(name, mean, reference, None, difference, error, **judged))
+    return rows
 
 
 def train_method(

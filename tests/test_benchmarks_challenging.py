@@ -10,7 +10,7 @@ import torch
 import bayesmeta as bm
 from benchmarks import challenging_sinusoid as benchmark
 from benchmarks.harness import Row
-from benchmarks.runs import score_tasks
+from benchmarks.runs import named_bars, over_trainings, score_tasks
 
 
 class BestLinear:
@@ -96,7 +96,7 @@ def test_trainings_are_averaged_and_paired_with_maml():
         made_up(maml_k5_mse=2.0, maml_k5_nll=1.5, bmaml_k5_mse=1.8, bmaml_k5_nll=1.6),
         made_up(maml_k5_mse=3.0, maml_k5_nll=1.5, bmaml_k5_mse=2.6, bmaml_k5_nll=1.6),
     ]
-    rows = {row.name: row for row in benchmark.over_trainings(trainings, True)}
+    rows = {row.name: row for row in over_trainings(trainings, named_bars(benchmark.RUNS))}
     assert rows["maml_k5_mse"].ours == pytest.approx(2.5)
     assert rows["maml_k5_mse"].standard_error == pytest.approx(0.5)
     assert rows["maml_k5_mse"].passes is True
@@ -108,7 +108,7 @@ def test_trainings_are_averaged_and_paired_with_maml():
     assert (gap.difference, gap.passes) == (pytest.approx(-0.3), True)
     assert gap.standard_error == pytest.approx(0.1)
     assert gaps["bmaml_against_maml_k5_nll"].passes is False
-    assert benchmark.over_trainings(trainings[:1], True) == trainings[0]
+    assert over_trainings(trainings[:1], named_bars(benchmark.RUNS)) == trainings[0]
     assert benchmark.against_maml(trainings[:1], True)[0].standard_error is None
 
 

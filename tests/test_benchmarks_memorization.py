@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import memorization as benchmark
 from benchmarks.harness import Row
+from benchmarks.runs import named_bars, over_trainings
 
 
 class Oracle:
@@ -69,7 +70,7 @@ def test_ratios_to_maml_and_means_over_trainings():
         [Row("maml_k5_mse", 0.4, standard_error=0.04), Row("mr_maml_w_k5_mse", 0.1, standard_error=0.01)],
         [Row("maml_k5_mse", 0.6, standard_error=0.04), Row("mr_maml_w_k5_mse", 0.3, standard_error=0.01)],
     ]
-    rows = benchmark.over_trainings(trainings, True)
+    rows = over_trainings(trainings, named_bars(benchmark.RUNS))
     assert [row.ours for row in rows] == pytest.approx([0.5, 0.2])
     assert [row.standard_error for row in rows] == pytest.approx([0.1, 0.1])
     assert rows[1].passes is True
@@ -81,12 +82,12 @@ def test_ratios_to_maml_and_means_over_trainings():
     assert worse[0].ratio == pytest.approx(0.5)
     assert benchmark.against_maml([Row("maml_k5_mse", 0.3), Row("mr_maml_a_k5_mse", 0.2)], True)[0].passes is False
     assert benchmark.against_maml(rows, False)[0].bar is None
-    assert benchmark.over_trainings(trainings[:1], True) == trainings[0]
+    assert over_trainings(trainings[:1], named_bars(benchmark.RUNS)) == trainings[0]
 
 
 def test_a_training_that_diverged_is_told():
     rows = [Row("maml_trains", None, bar="finite loss", passes=False)]
-    found = benchmark.over_trainings([rows, [Row("maml_k5_mse", 0.3)]], True)
+    found = over_trainings([rows, [Row("maml_k5_mse", 0.3)]], {})
     assert {row.name: row.passes for row in found} == {"maml_trains": False, "maml_k5_mse": None}
 
 

@@ -7,7 +7,7 @@ and p-value here is over tasks, from each task's own mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import TaskBatch
+from bayesmeta.diagnostics.figures import Figures
 from bayesmeta.diagnostics.forecasts import Predictor, check_classes, check_finite, task_names, valid_points
 from bayesmeta.diagnostics.reliability import Reliability, reliability
 from bayesmeta.diagnostics.uniformity import Shape, bonferroni, legendre, shape_of, t_test
@@ -50,7 +51,7 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration(Mapping[str, float]):
+class Calibration(Figures):
     """Calibration of forecasts of numbers, or of counts; a mapping to the figures.
 
     Attributes:
@@ -83,19 +84,9 @@ class Calibration(Mapping[str, float]):
     finding: Finding
     verdict: str
 
-    def __getitem__(self, name: str) -> float:
-        return self.values_by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
-
     def to_dict(self) -> dict[str, float | str]:
         """Plain values: each figure, standard errors as ``<name>_se``, ``num_tasks``, ``finding`` and ``verdict``."""
-        errors = {f"{name}_se": value for name, value in self.standard_errors.items()}
-        return self.values_by_name | errors | _ends(self)
+        return self._with_errors() | _ends(self)
 
     def __str__(self) -> str:
         return _table(self)
@@ -108,7 +99,7 @@ class Calibration(Mapping[str, float]):
 
 
 @dataclass(frozen=True, eq=False)
-class ClassCalibration(Mapping[str, float]):
+class ClassCalibration(Figures):
     """Calibration of forecasts of classes: is the most probable class as often right as its probability says?
 
     Attributes:
@@ -132,19 +123,9 @@ class ClassCalibration(Mapping[str, float]):
     finding: Finding
     verdict: str
 
-    def __getitem__(self, name: str) -> float:
-        return self.values_by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
-
     def to_dict(self) -> dict[str, float | str]:
         """Plain values: each figure, standard errors as ``<name>_se``, ``num_tasks``, ``finding`` and ``verdict``."""
-        errors = {f"{name}_se": value for name, value in self.standard_errors.items()}
-        return self.values_by_name | errors | _ends(self)
+        return self._with_errors() | _ends(self)
 
     def __str__(self) -> str:
         return _table(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
+from bayesmeta.diagnostics.figures import Figures
 from bayesmeta.diagnostics.forecasts import (
     NormalForecast,
     Predictor,
@@ -51,7 +51,7 @@ CLASS_SCORES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Mapping[str, float]):
+class Scores(Figures):
     """Scores by name; a mapping to the values.
 
     Attributes:
@@ -75,21 +75,9 @@ class Scores(Mapping[str, float]):
     raw_units: bool
     target_kind: TargetKind = "real"
 
-    def __getitem__(self, name: str) -> float:
-        return self.values_by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
-
     def to_dict(self) -> dict[str, float]:
         """Plain numbers: each score, its standard error as ``<name>_se``, and ``num_tasks``."""
-        out: dict[str, float] = {}
-        for name, value in self.values_by_name.items():
-            out[name], out[f"{name}_se"] = value, self.standard_errors[name]
-        return out | {"num_tasks": self.num_tasks}
+        return self._with_errors() | {"num_tasks": self.num_tasks}
 
     def __str__(self) -> str:
         how = "closed form" if self.num_samples == 0 else f"up to {self.num_samples} draws"
