@@ -156,7 +156,10 @@ def test_the_penalty_on_weights_by_hand(make):
 
 @each_method
 def test_the_penalty_on_activations_by_hand(make):
-    """It is summed over the query's real points, and averaged over tasks; the support's points have none."""
+    """It is summed over the real points that the loss scores, and averaged over tasks.
+
+    Those of the query; under Amortised's ELBO those of the support too.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(2)
         plain, heavy = (make(bm.MetaRegularization("activations", w, scale=0.3, prior_scale=0.7)) for w in (0.0, 2.5))
@@ -167,12 +170,39 @@ def test_the_penalty_on_activations_by_hand(make):
         plain.embedding_noise.spread.weight.normal_(generator=torch.Generator().manual_seed(0))
     heavy.load_state_dict(plain.state_dict())
     embedding, spread = plain.program.embedding, plain.embedding_noise.spread
-    hidden = embedding[:-1](data.query.x)
+    scored = data.union() if make is amortised else data.query
+    hidden = embedding[:-1](scored.x)
     scale = torch.log1p(spread(hidden).exp())
-    each = by_hand(embedding(data.query.x), scale, 0.7).sum(-1) * data.query.mask
+    each = by_hand(embedding(scored.x), scale, 0.7).sum(-1) * scored.mask
     difference = heavy.loss(data, generator=4) - plain.loss(data, generator=4)
     torch.testing.assert_close(difference.detach(), 2.5 * each.sum(-1).mean().detach())
     assert difference != 2.5 * each.mean()
+
+
+def cut(everything, shots):
+    """Support and query: the first observations and the rest."""
+    parts = (slice(shots), slice(shots, None))
+    masks = [None if everything.mask is None else everything.mask[:, part] for part in parts]
+    return bm.TaskBatch(
+        *(bm.Observations(everything.x[:, p], everything.y[:, p], m) for p, m in zip(parts, masks, strict=True))
+    )
+
+
+@each_kind
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("objective", ["elbo", "predictive"])
+def test_under_an_elbo_of_everything_the_split_does_not_count(kind, refined, objective):
+    """Noise, loss and penalty of one union, cut at 1, 3 or 6 of 7; control: an objective that scores the query."""
+    option, everything = bm.MetaRegularization(kind, 3.0, scale=0.3), batch_of(4, 7, 2, 0, F64, ragged=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        method = amortised(option)
+    method.objective = objective
+    if refined:
+        method = bm.SemiAmortised(method, inner_steps=2, inner_lr=0.01)
+    losses = [method.loss(cut(everything, shots), generator=4).detach() for shots in (1, 3, 6)]
+    apart = max(abs(loss - losses[0]) for loss in losses)
+    assert (apart < 1e-9) if objective == "elbo" else (apart > 0.1)
 
 
 def test_noise_on_weights_has_its_mean_and_covariance():

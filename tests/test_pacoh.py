@@ -312,6 +312,20 @@ def test_a_networks_posterior_is_the_exact_one():
     assert (wider > u.std(0)).all()
 
 
+@pytest.mark.parametrize("shots", [0, 5])
+def test_a_network_without_support_has_draws_of_its_prior(shots):
+    """To the last bit, beside a task with support, which moves away from the same draws."""
+    method = moved(pacoh(posterior_particles=6, posterior_steps=20))
+    program = method.hyper_prior.at(method.particles[0])
+    support = batch_of(2, shots, dtype=F64)
+    support = bm.Observations(support.x, support.y, torch.tensor([[True], [False]]).expand(2, shots))
+    found = method.adapt(support, generator=3).u[0]
+    noise = torch.randn(6, 1, found.shape[-1], generator=as_generator(3, stream="adapt"), dtype=F64)
+    first = (program.prior.loc + program.prior.log_scale.exp() * noise).squeeze(1)
+    assert torch.equal(found[:, 1], first)
+    assert torch.equal(found[:, 0], first) == (shots == 0)
+
+
 # -- posteriors ---------------------------------------------------------------------------------------------------
 
 
@@ -369,10 +383,31 @@ def test_saved_posteriors_come_back(make, tmp_path):
     assert torch.equal(first, second)
 
 
+def classifier():
+    net = bm.NeuralTaskModel(network(outputs=3), bm.likelihoods.Categorical(3), "normal")
+    return bm.PACOH(net, num_particles=3, posterior_particles=4, posterior_steps=10, num_tasks=4).double()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_each_draw_counts_once_whatever_their_number(count):
+    """Numbers that K = 3 does not divide: the mean over draws, each under its own prior; control: over priors."""
+    support = batch_of(4, 5, dtype=F64)
+    support = support.with_y((support.y > 0).long())
+    posterior = moved(classifier()).adapt(support)
+    draws = posterior.draws(count)
+    each = [
+        posterior.components[i % 3].class_probabilities(support, draws=bm.Draws(draws.u[i : i + 1]))
+        for i in range(count)
+    ]
+    found = posterior.class_probabilities(support, draws=draws)
+    torch.testing.assert_close(found, torch.stack(each).mean(0), rtol=1e-12, atol=1e-12)
+    if count > 3:
+        by_prior = torch.stack([torch.stack(each[k::3]).mean(0) for k in range(3)]).mean(0)
+        assert (found - by_prior).abs().max() > 1e-3
+
+
 def test_classes_are_averaged_over_priors():
-    labels = bm.likelihoods.Categorical(3)
-    net = bm.NeuralTaskModel(network(outputs=3), labels, "normal")
-    method = bm.PACOH(net, num_particles=3, posterior_particles=4, posterior_steps=10, num_tasks=4).double()
+    method = classifier()
     support = batch_of(4, 5, dtype=F64)
     support = support.with_y((support.y > 0).long())
     posterior = method.adapt(support)
@@ -485,6 +520,29 @@ def test_the_bounds_terms():
     assert narrow.is_vacuous is None
 
 
+def test_the_bound_of_several_particles_is_over_all_of_them():
+    """Particles apart, at little smoothing: the mean of their evidences and divergences; control: those of one."""
+    batch = tasks()
+    method = gp(hyper_posterior="svgd", num_particles=3)
+    with torch.no_grad():
+        method.particles.add_(torch.tensor([[-0.5], [0.0], [1.2]], dtype=F64))
+    hyper = method.hyper_prior
+    for samples in (1, 3, 4):  # rounded up, so that each particle has its part
+        bound = method.pac_bound(batch, variance=(0.0, 0.0), smoothing=1e-5, num_samples=samples)
+        each = torch.stack([-method.log_evidence(one, batch.union()).sum() / 21 for one in method.particles])
+        assert bound.empirical == pytest.approx(each.mean().item(), rel=1e-3)
+        prior = torch.distributions.Normal(hyper.centre, hyper.scale)
+        divergences = torch.stack(
+            [
+                torch.distributions.kl_divergence(torch.distributions.Normal(one, 1e-5 * hyper.scale), prior).sum()
+                for one in method.particles.detach()
+            ]
+        )
+        assert bound.divergence == pytest.approx(divergences.mean().item(), rel=1e-9)
+    for values in (each, divergences):
+        assert (values / values.mean() - 1).abs().min() > 0.02
+
+
 def test_the_bound_holds_in_a_simulated_world():
     """Coins: h ∈ {0, 1} says what falls, loss 0 or 1, two priors; the exact risk against the bound in 300 trainings.
 
@@ -582,6 +640,36 @@ def test_the_number_of_tasks_is_needed():
     assert method.eval().loss(endless).isfinite()  # held-out tasks: no hyper-prior
     assert torch.equal(gp(num_tasks=3).loss(endless), gp().loss(batch))
     assert gp(num_tasks=30).loss(batch) != gp().loss(batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"hyper_posterior": "svgd", "num_particles": 3}])
+def test_the_loss_in_validation_is_without_the_hyper_prior(options):
+    """Of tasks of an endless distribution, also where n is given; control: of a finite set, and in training."""
+    batch = tasks()
+    endless = bm.TaskBatch(batch.support, batch.query)
+    method = moved(gp(num_tasks=3, **options)).eval()
+    expected = -torch.stack([method.log_evidence(one, batch.union()).mean() for one in method.particles]).mean()
+    torch.testing.assert_close(method.loss(endless), expected, rtol=1e-12, atol=1e-12)
+    assert method.loss(batch) - expected > 1.0
+    assert method.train().loss(endless) - expected > 1.0
+
+
+def test_its_program_is_not_what_it_has_learned():
+    """Refused by whatever takes a program; at a particle it is served."""
+    method = moved(pacoh())
+    method.prepare(tasks())
+    for take in (bm.NUTS, bm.SemiAmortised, bm.Amortised, bm.ABML, pacoh_again):
+        with pytest.raises(errors.UnsupportedError, match=r"hyper_prior\.at\(method\.particles\[k\]\)"):
+            take(method.program)
+    chains = bm.NUTS(method.hyper_prior.at(method.particles[0]), num_samples=2, warmup=2, num_chains=1)
+    values = torch.cat([p.flatten() for p in chains.program.parameters() if p.numel()])
+    assert set(method.particles[0].tolist()) <= set(values.tolist())
+    assert chains.adapt(tasks().support).u.isfinite().all()
+    assert not torch.equal(chains.program.prior.loc, method.program.prior.loc)
+
+
+def pacoh_again(program):
+    return bm.PACOH(program)
 
 
 def test_no_bound_without_its_assumptions():

@@ -228,6 +228,39 @@ def test_no_step_is_longer_than_its_bound():
     assert ((free.loc - q.loc).abs() / prior_scale).max() > 2  # control
 
 
+@pytest.mark.parametrize("posterior", ["diagonal", "full"])
+def test_from_a_q_that_is_far_too_wide_gradients_stay_finite(posterior):
+    """In single precision, through the steps; they begin at e standard deviations of the prior. Control: unbounded."""
+    batch = ragged()
+    parts = [bm.Observations(o.x.float(), o.y.float(), o.mask) for o in (batch.support, batch.query)]
+    batch = bm.TaskBatch(*parts, population=4)
+    amortised = stirred(bm.Amortised(TwoSites(), posterior=posterior, width=8, objective="predictive"), batch)
+    infer = amortised.infer
+
+    def wide(observations, theta=None):
+        q = infer(observations, theta)
+        if posterior == "diagonal":
+            q.scale = 200.0 * q.scale
+        else:
+            q.root = 200.0 * q.root
+        return q
+
+    def gradient(method):
+        method.zero_grad()
+        method.loss(batch, generator=1).backward()
+        return torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
+
+    amortised.infer = wide
+    method = bm.SemiAmortised(amortised, inner_steps=3, inner_lr=0.01)
+    assert gradient(method).isfinite().all()
+    still = bm.SemiAmortised(amortised, inner_steps=1, inner_lr=1e-30).adapt(batch.support)
+    spread = still.scale if posterior == "diagonal" else still.root.square().sum(-1).sqrt()
+    _, prior_scale = amortised.program.prior_moments(batch.support, amortised.theta_guide.centre().detach())
+    torch.testing.assert_close(spread, (math.e * prior_scale).expand_as(spread), rtol=1e-4, atol=1e-5)
+    method.vi.climb = lambda *args: bm.ABML.climb(method.vi, *args)
+    assert not gradient(method).isfinite().all()
+
+
 def test_the_square_root_of_a_covariance_goes_into_steps_and_back():
     batch = ragged()
     amortised = stirred(bm.Amortised(TwoSites().double(), posterior="full", width=8), batch)
@@ -337,7 +370,15 @@ def test_what_cannot_be_refined_or_trained():
         bm.SemiAmortised(flow)
     with pytest.raises(errors.UnsupportedError, match="Point"):
         bm.SemiAmortised(head_model("point"))
+    of_a_process = bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.5), "point")
+    for other in (bm.SemiAmortised(TwoSites()), bm.ConditionalNeuralProcess(of_a_process), bm.ABML(TwoSites())):
+        name = type(other).__name__
+        with pytest.raises(errors.UnsupportedError, match=f"Amortised, NeuralProcess or Versa; got a {name}"):
+            bm.SemiAmortised(other)
     method = bm.SemiAmortised(flow, "nuts")
+    for name in ("inner_steps", "inner_lr", "inner_lr_scale"):
+        with pytest.raises(errors.OptionError, match=f"no gradient steps; got {name}=1"):
+            bm.SemiAmortised(flow, "nuts", **{name: 1})
     with pytest.raises(errors.UnsupportedError, match="has no loss"):
         method.loss(ragged())
     with pytest.raises(errors.UnsupportedError, match="no Pyro guide"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -151,6 +153,66 @@ def test_given_draws_of_theta_are_taken_row_by_row():
     assert 5 < (found > 0).sum() < 35  # a fair coin
 
 
+def pacoh(particles, **options):
+    """PACOH on y = a x + b + noise with these particles: log noise, mean of a and b, log scale of a and b."""
+    model = bm.NeuralTaskModel(bm.nets.mlp(1, [], 1, activation="tanh"), bm.Gaussian(0.4, learn_scale=True))
+    kind = "map" if len(particles) == 1 else "svgd"
+    method = bm.PACOH(model, hyper_posterior=kind, num_particles=len(particles), **options).double()
+    shapes = [(name, list(shape)) for name, shape in method.hyper_prior.flat.shapes.items()]
+    assert shapes == [("likelihood.log_scale", []), ("prior.loc", [2]), ("prior.log_scale", [2])]
+    method.prepare(drawn(inputs()))
+    with torch.no_grad():
+        method.particles.copy_(torch.tensor(particles))
+    return method.eval()
+
+
+def test_pacoh_is_simulated_from_what_it_has_learned():
+    """MAP: with a level of scale e⁵ in its particle, tasks and zero-shot predictions spread alike.
+
+    Control: the program's own first values, from which nothing was drawn that wide.
+    """
+    method = pacoh([[0.0, 0.0, 0.0, 0.0, 5.0]], posterior_particles=2000)
+    count, expected = 2000, (math.exp(10.0) + 1 + 1) ** 0.5  # at x = 1
+    made = drawn(bm.SimulatedTasks(inputs(num_tasks=count), method), count)
+    simulated = made.support.y[:, 0].std()
+    nothing = bm.Observations(made.support.x[:1, :0], made.support.y[:1, :0])
+    predicted = method.adapt(nothing).predict(made.support.x[:1, :1], count, generator=1).std()
+    for found in (simulated, predicted):
+        assert abs(found / expected - 1) < 5 / (2 * count) ** 0.5
+    assert method.program.prior.log_scale.exp().max() < 2, "the program's own values are the first"
+
+
+def test_of_several_particles_each_batch_has_one():
+    """Means of the level at −50 and 50: all tasks of a batch on one side, and the sides fall like a coin."""
+    means = (-50.0, 50.0)
+    method = pacoh([[0.0, 0.0, mean, 0.0, 0.0] for mean in means])
+    tasks = bm.SimulatedTasks(inputs(num_tasks=20), method)
+    levels = torch.stack([drawn(tasks, 20, seed=seed).support.y[:, 0] for seed in range(40)])
+    positive = (levels > 0).double().mean(-1)
+    assert set(positive.tolist()) == {0.0, 1.0}
+    assert 5 < positive.sum() < 35
+    assert (levels.abs() - 50).abs().max() < 6 * 3**0.5
+    with torch.no_grad():  # read at each draw
+        method.particles[:, 2] += 500.0
+    assert drawn(tasks, 20).support.y.min() > 400
+
+
+def test_pacoh_with_a_gp_is_simulated_from_a_particle():
+    """The variance of y is that of its zero-shot prediction; control: the first values'."""
+    model = bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1, activation="tanh"), bm.Gaussian(0.4, learn_scale=True))
+    method = bm.PACOH(model, base_learner="gp", hyper_posterior="map").double()
+    method.prepare(drawn(inputs()))
+    with torch.no_grad():
+        method.particles.add_(0.7)
+    count = 4000
+    made = drawn(bm.SimulatedTasks(inputs(num_tasks=count), method), count)
+    nothing = bm.Observations(made.support.x[:1, :0], made.support.y[:1, :0])
+    expected = method.adapt(nothing).predictive(made.support.x[:1]).variance[0]
+    assert (made.support.y.var(0) / expected - 1).abs().max() < 5 * (2 / count) ** 0.5
+    first = bm.GPPosterior.condition(method.program, nothing).predictive(made.support.x[:1]).variance[0]
+    assert (first / expected - 1).abs().min() > 10 * (2 / count) ** 0.5
+
+
 def test_labels_and_counts_are_drawn_as_such():
     cases = ((bm.likelihoods.Bernoulli(), 1, {0, 1}), (bm.likelihoods.Categorical(3), 3, {0, 1, 2}))
     for likelihood, outputs, kinds in cases:
@@ -200,13 +262,13 @@ def test_an_encoder_trained_on_them_approaches_the_exact_posterior():
     bm.fit(
         method,
         tasks,
-        steps=200,
+        steps=300,
         support=2,
         query=2,
         tasks_per_step=64,
         optimizer=lambda p: torch.optim.Adam(p, 1e-2),
         clip=10.0,
-        schedule=bm.schedules.cosine(200),
+        schedule=bm.schedules.cosine(300),
         device="cpu",
         progress=False,
     )
@@ -231,6 +293,11 @@ def test_what_cannot_be_used_is_refused():
         drawn(bm.SimulatedTasks(inputs(), hierarchy, theta=torch.zeros(2, 3)))
     with pytest.raises(bm.errors.ModelError, match="has not seen data yet"):
         drawn(bm.SimulatedTasks(inputs(), bm.Amortised(slopes)))
+    with pytest.raises(bm.errors.UnsupportedError, match=r"hyper_prior\.at\(method\.particles\[k\]\)"):
+        bm.SimulatedTasks(inputs(), pacoh([[0.0] * 5]).program)
+    labels = bm.DeepKernelModel(bm.nets.mlp(1, [4], 1), bm.likelihoods.Bernoulli())
+    with pytest.raises(bm.errors.UnsupportedError, match="GP on labels"):
+        drawn(bm.SimulatedTasks(inputs(), labels.double()))
     tasks = bm.SimulatedTasks(inputs(), slopes)
     drawn(tasks)
     tasks.inputs = bm.tasks.FunctionTasks(lambda n, s, g: (torch.randn(n, s, 3, generator=g), torch.zeros(n, s)))

@@ -47,9 +47,12 @@ def classes(tasks=3, shots=7, num_classes=3, features=2, seed=0, names=None):
     return support.with_y(y.double())
 
 
+def classes_model(num_classes=3, **options):
+    return network_model(bm.likelihoods.Categorical(num_classes), features=2, outputs=num_classes, **options)
+
+
 def classifier(num_classes=3, **options):
-    model = network_model(bm.likelihoods.Categorical(num_classes), features=2, outputs=num_classes)
-    return bm.Versa(model, width=16, **options)
+    return bm.Versa(classes_model(num_classes), width=16, **options)
 
 
 # -- regression: the exact last layer -----------------------------------------------------------------------------
@@ -139,6 +142,26 @@ def test_the_loss_by_hand(objective):
     other = "predictive" if objective == "marginal" else "marginal"
     method.objective = other  # control: they differ
     assert abs(method.loss(batch, generator=9) - found) > 1e-3
+
+
+def test_parts_of_the_support_are_for_training_alone():
+    """With draws of φ that do not count (a q without width), the loss varies with the part; control: without."""
+    batch = ragged()
+    for subsets in (True, False):
+        method = stirred(bm.Versa(network_model(), width=8, subsets=subsets), batch)
+        infer = method.infer
+
+        def narrow(observations, theta=None, infer=infer):
+            q = infer(observations, theta)
+            q.scale = torch.zeros_like(q.scale)
+            return q
+
+        method.infer = narrow
+        for training in (True, False):
+            losses = [method.train(training).loss(batch, generator=seed).item() for seed in range(6)]
+            assert (max(losses) - min(losses) > 1e-3) == (subsets and training)
+            if not (subsets and training):
+                assert len(set(losses)) == 1
 
 
 def test_the_recognition_network_reads_features_and_trains_them():
@@ -273,6 +296,39 @@ def test_a_class_without_support_has_the_prior_that_all_classes_share():
     assert (found[:, 0] - expected).abs().max() > 0.01  # control: a class with support has moved
     # and it is a class of which nothing is known: no probability 0
     assert probabilities(method, q, support)[..., 2].min() > 1e-3
+
+
+@pytest.mark.parametrize("known", ["covariates", "theta"])
+def test_each_class_reads_what_is_known_of_its_own_task(known):
+    """w, or a draw of θ: each task in a batch is as alone; control: another task's."""
+    support = classes(4)
+    generator = torch.Generator().manual_seed(2)
+    if known == "covariates":
+        w = torch.randn(4, 2, generator=generator, dtype=F64)
+        support = bm.Observations(support.x, support.y, None, w)
+        method = bm.Versa(classes_model(covariates=2), width=16)
+    else:
+        method = bm.Versa(classes_model(prior="horseshoe"), width=16, global_guide="normal")
+    stirred(method, support)
+    theta = None
+    if method.theta_guide is not None:
+        theta = method.theta_guide.draw(3, generator).detach()
+        theta = theta + 0.3 * torch.randn(theta.shape, generator=generator, dtype=F64)
+    together = method.infer(support, theta)
+    for task in range(4):
+        alone = method.infer(support.tasks([task]), theta)
+        for one, other in ((together.loc, alone.loc), (together.scale, alone.scale)):
+            torch.testing.assert_close(one[:, task : task + 1], other, rtol=1e-10, atol=1e-12)
+    if known == "theta":
+        for group in range(3):
+            alone = method.infer(support, theta[group : group + 1])
+            torch.testing.assert_close(together.loc[group : group + 1], alone.loc, rtol=1e-10, atol=1e-12)
+        # of the network alone, which q adds to a prior that θ moves too
+        units = [method._recognise(support, one).loc for one in (theta[:1], theta[1:2])]
+        assert (units[0] - units[1]).abs().max() > 1e-4
+    else:
+        mixed = bm.Observations(support.x, support.y, None, w.flip(0))
+        assert (method._recognise(mixed, None).loc - method._recognise(support, None).loc).abs().max() > 1e-4
 
 
 def blobs(num_tasks, num_classes, shots, seed):

@@ -37,6 +37,7 @@ from bayesmeta.models.recognition import Family, Recognised, Recognition
 from bayesmeta.models.targets import class_probabilities, target_kind
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.random import Seed, as_generator, forked_rng, normal_like
+from bayesmeta.ops.whole import is_whole
 from bayesmeta.ops.sets import random_subset
 from bayesmeta.posteriors.flow import FlowPosterior
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
@@ -57,8 +58,10 @@ class EncoderRecipe:
     """
 
     def __init__(self, encoder: EncoderName | nn.Module, width: int, max_shots: int | None, seed: Seed) -> None:
-        if width < 1:
-            raise OptionError(f"width must be at least 1; got {width}.")
+        if not is_whole(width, 1):
+            raise OptionError(f"width must be a whole number, at least 1; got {width!r}.")
+        if max_shots is not None and not is_whole(max_shots, 1):
+            raise OptionError(f"max_shots must be a whole number, at least 1, or None for no bound; got {max_shots!r}.")
         self.width, self.max_shots, self.seed = width, max_shots, seed
         self._own: nn.Module | None = None
         if isinstance(encoder, nn.Module):
@@ -198,6 +201,10 @@ class Amortised(Method):
 
     #: what ``objective`` may be
     _objectives: tuple[str, ...] = get_args(Objective)
+
+    @property
+    def _scores_support(self) -> bool:
+        return self.objective == "elbo"
 
     def _check_options(self, posterior: str, objective: str, num_particles: int) -> None:
         for what, value, known in (

@@ -11,6 +11,10 @@ Departures: the paper's draws go in a random order and so do ours by default, a 
 density that belongs to those draws is the mean over orders (``num_orders``), where the paper evaluates one. One step is
 one point of x: several outputs there are drawn and scored together, as the method's likelihood has them, which are
 independent for those built in.
+
+The last targets have nearly all others in their support, so a method that learns from its training how much to believe
+a support (any with an encoder) must have been trained with supports as large as support and targets together; else the
+product can be worse than independent targets.
 """
 
 from __future__ import annotations
@@ -61,7 +65,10 @@ def autoregressive(method: Any, support: Observations, *, chunk: int | None = No
 
 
 class Autoregressive:
-    """Joint prediction one target after another, made by :func:`autoregressive`.
+    """Joint prediction one target after another, made by :func:`autoregressive`. It is no posterior.
+
+    There are no draws of φ behind it, so that :func:`~bayesmeta.scores`, :func:`~bayesmeta.plot_forecast` and
+    :func:`~bayesmeta.to_datatree` do not take it: give them ``method.adapt(support)``.
 
     One step is exact where ``posterior.predictive`` has a closed form. Elsewhere a draw takes one new draw of φ a step
     (each step has its own posterior), which is exact too, and a density is a mean over draws of φ.
@@ -186,8 +193,8 @@ class Autoregressive:
             ``[tasks]``, float64; 0 for a task whose query is all padding.
 
         Raises:
-            OptionError: for numbers below 1, an order that is none, several orders that are not random, or more
-                observations than the memory bound.
+            OptionError: for a query that is no Observations, numbers below 1, an order that is none, several orders
+                that are not random, or more observations than the memory bound.
             ShapeError, DataError: for a query that does not fit the support, has no targets, or impossible ones.
             EmptyTaskError: without a point.
         """
@@ -195,7 +202,12 @@ class Autoregressive:
             raise OptionError(f"num_orders and num_samples must be at least 1; got {num_orders} and {num_samples}.")
         if num_orders > 1 and not (isinstance(order, str) and order == "random"):
             raise OptionError(f"num_orders={num_orders} goes with order='random'; one fixed order gives one density.")
-        if isinstance(query, Observations) and query.y is None:
+        if not isinstance(query, Observations):
+            raise OptionError(
+                f"The query is Observations, which have the targets to score; got {type(query).__name__}. Give "
+                "batch.query."
+            )
+        if query.y is None:
             raise DataError("A log-likelihood needs the targets of the query; these observations have y=None.")
         points = self._points(query)
         self._check_shots(points, padded=False)

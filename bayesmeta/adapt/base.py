@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bayesmeta.adapt.meta_regularization import EmbeddingNoise, MetaRegularization
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import DataError, DeviceMismatchError, OptionError, UnsupportedError
+from bayesmeta.errors import DataError, DeviceMismatchError, ModelError, OptionError, UnsupportedError
 from bayesmeta.models.embedding import EmbeddedModel
+from bayesmeta.models.hyper_prior import refuse_held
 from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.priors import Point
-from bayesmeta.models.program import as_program
+from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.models.theta import GlobalGuide, GlobalKind, check_global_kind, kind_name
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.posteriors.base import TaskPosterior
@@ -57,7 +58,13 @@ class Method(nn.Module):
     def __init__(self, model: Any, *, global_guide: GlobalKind = "point") -> None:
         super().__init__()
         check_global_kind(global_guide)
+        if isinstance(model, Method):
+            raise ModelError(
+                f"{type(self).__name__} takes a model, and {type(model).__name__} is a method: give its model, "
+                "method.program."
+            )
         self.program = as_program(model)
+        refuse_held(self.program)
         self.global_guide: GlobalKind = global_guide
         self.global_kind = kind_name(global_guide)
         self.theta_guide: GlobalGuide | None = None
@@ -86,6 +93,11 @@ class Method(nn.Module):
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         """Loss of each task in nats, ``[tasks]``; ``theta`` is ``[1, E]`` or None."""
         raise NotImplementedError
+
+    @property
+    def _scores_support(self) -> bool:
+        """Whether the loss scores the support's targets beside the query's."""
+        return False
 
     @property
     def _is_point_network(self) -> bool:
@@ -120,6 +132,16 @@ class Method(nn.Module):
         self.program.check_targets(observations, theta)
         self._create(observations)
         self._created = True
+
+    def draw_program(self, generator: torch.Generator) -> TaskProgram:
+        """The program at one draw of what was learned of its parameters; global sites are ``theta_guide``'s.
+
+        The program itself, but for a method that has a distribution over its parameters, as PACOH.
+
+        Args:
+            generator: of the draw.
+        """
+        return self.program
 
     def _check_device(self, observations: Observations) -> None:
         for name in ("y", "w"):
@@ -238,7 +260,7 @@ class Method(nn.Module):
             return
         penalty = None
         if self.embedding_noise is not None and self.training:
-            batch, penalty = self.embedding_noise(program, batch, generator)
+            batch, penalty = self.embedding_noise(program, batch, generator, self._scores_support)
         else:
             batch = program.embed_batch(batch)
         with program.embedded():

@@ -7,14 +7,16 @@ released. With e the embedding of the inputs, which is not adapted, and β the w
     weights:      W ~ N(m, diag(s²)), x → e_W(x)         loss + β KL(N(m, diag(s²)) ‖ N(0, r² I))
     activations:  z ~ N(e(x), diag(s(x)²)), x → z        loss + β Σ_{x ∈ Q} KL(N(e(x), diag(s(x)²)) ‖ N(0, r² I))
 
-The loss is the method's own, in nats a task. On weights the penalty comes once, not once a task: with β = 1 / N for N
-tasks, it is the variational bound on all tasks with W integrated out. On activations it comes at each query point, as a
-log-likelihood does. As in the notebooks, all of x, that of the support included, goes through the embedding; what
-stands behind it (MAML's adapted weights; a process's encoder and decoder) has neither noise nor penalty.
+An ELBO of S ∪ Q (Amortised, SemiAmortised) scores the support's points as well, and the sum is then over x ∈ S ∪ Q:
+where they are cut changes nothing. The loss is the method's own, in nats a task. On weights the penalty comes once, not
+once a task: with β = 1 / N for N tasks, it is the variational bound on all tasks with W integrated out. On activations
+it comes at each point that the loss scores, as a log-likelihood does. As in the notebooks, all of x, that of the
+support included, goes through the embedding; what stands behind it (MAML's adapted weights; a process's encoder and
+decoder) has neither noise nor penalty.
 
 Departures: W is drawn for each task of a batch, once for support and query, where the paper has one draw for the batch
 (the same mean with less variance) and the notebook one for each pass; biases have noise and KL as weights do, where the
-notebook leaves them out; the KL on activations is summed over z and over the query, as the likelihood is, where the
+notebook leaves them out; the KL on activations is summed over z and over the points, as the likelihood is, where the
 notebook averages both. After training the mean of W, or of z, is used: so does the notebook for activations under MAML,
 while it draws W.
 """
@@ -122,7 +124,7 @@ class EmbeddingNoise(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.config().items())
 
     def forward(
-        self, program: EmbeddedModel, batch: TaskBatch, generator: torch.Generator
+        self, program: EmbeddedModel, batch: TaskBatch, generator: torch.Generator, scores_support: bool = False
     ) -> tuple[TaskBatch, Tensor | None]:
         """The batch with a draw of the embedded inputs for x, and the penalty of each task.
 
@@ -130,12 +132,16 @@ class EmbeddingNoise(nn.Module):
             program: the model.
             batch: with raw inputs.
             generator: of the noise.
+            scores_support: whether the loss scores the support's targets too; on activations the KL is then of all.
 
         Returns:
             The batch, and β KL in nats, ``[tasks]``, or None where β is 0. On weights it is the same for all tasks.
         """
-        draw = self._weights if self.options.kind == "weights" else self._activations
-        seen, kl = draw(program.embedding, batch, generator)
+        if self.options.kind == "weights":
+            seen, kl = self._weights(program.embedding, batch, generator)
+        else:
+            scored = torch.cat([batch.support.full_mask() & scores_support, batch.query.full_mask()], 1)
+            seen, kl = self._activations(program.embedding, batch, scored, generator)
         shots = batch.support.shots
         embedded = replace(
             batch, support=_with_x(batch.support, seen[:, :shots]), query=_with_x(batch.query, seen[:, shots:])
@@ -148,13 +154,13 @@ class EmbeddingNoise(nn.Module):
         call = (BatchedMLP if is_plain_mlp(embedding) else BatchedModule)(embedding, self._flat)
         return call(weights, _all_x(batch)), self._kl(loc, scale).sum().expand(batch.num_tasks)
 
-    def _activations(self, embedding: nn.Module, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _activations(
+        self, embedding: nn.Module, batch: TaskBatch, scored: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         assert isinstance(embedding, nn.Sequential)
         hidden = embedding[:-1](_all_x(batch))
         loc, scale = embedding[-1](hidden), nn.functional.softplus(self.spread(hidden))
-        shots = batch.support.shots
-        kl = self._kl(loc[:, shots:], scale[:, shots:]).sum(-1)
-        kl = torch.where(batch.query.full_mask(), kl, 0.0).sum(-1)
+        kl = torch.where(scored, self._kl(loc, scale).sum(-1), 0.0).sum(-1)
         return loc + scale * normal_like(loc, loc.shape, generator), kl
 
     def _kl(self, loc: Tensor, scale: Tensor) -> Tensor:

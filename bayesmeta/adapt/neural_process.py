@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayesmeta.adapt.amortised import (
@@ -39,8 +40,10 @@ from bayesmeta.models.context import ContextTaskModel, Decoder
 from bayesmeta.models.embedding import EmbeddedModel
 from bayesmeta.models.encoders import ProductEncoder
 from bayesmeta.models.neural import NeuralTaskModel
+from bayesmeta.models.program import TaskProgram
 from bayesmeta.models.recognition import Family
 from bayesmeta.ops.random import Seed
+from bayesmeta.ops.whole import is_whole
 from bayesmeta.posteriors.delta import DeltaPosterior
 from bayesmeta.posteriors.flow import FlowPosterior
 
@@ -117,6 +120,10 @@ class NeuralProcess(Amortised):
     def config(self) -> dict[str, Any]:
         """Options that change the result."""
         return super().config() | _decoder_config(self.program)
+
+    @property
+    def _scores_support(self) -> bool:
+        return False
 
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         support = part_of(batch.support, generator) if self.subsets and self.training else batch.support
@@ -231,13 +238,15 @@ def as_context_model(
         return EmbeddedModel(inner, model.embedding)
     if isinstance(model, NeuralTaskModel):
         size = default if size is None else size
-        if size < 1:
-            raise OptionError(f"latent_size must be at least 1; got {size}: a latent of size 0 says nothing.")
+        if not is_whole(size, 1):
+            raise OptionError(
+                f"latent_size must be a whole number, at least 1; got {size!r}. A latent of size 0 says nothing."
+            )
         return ContextTaskModel.widen(model, size, decoder=decoder or "concatenate", seed=seed)
     if not isinstance(model, ContextTaskModel):
         raise UnsupportedError(
-            f"{method} is a latent beside the inputs of a network; got {type(model).__name__}. A Pyro program goes "
-            "into Amortised."
+            f"{method} gives the network of a model a latent beside its inputs: it takes a NeuralTaskModel or a "
+            f"ContextTaskModel; got {type(model).__name__}. {_instead(model)}"
         )
     if model.context_size < 1:
         raise OptionError("The ContextTaskModel has context_size=0; a latent of size 0 says nothing. Give at least 1.")
@@ -245,6 +254,15 @@ def as_context_model(
         if given not in (None, own):
             raise OptionError(f"{name}={given!r}, but the ContextTaskModel has {own!r}; leave it out.")
     return model
+
+
+def _instead(model: Any) -> str:
+    """What to do with what is no model of a neural process."""
+    if isinstance(model, Method):
+        return "It is a method: give its model, method.program."
+    if isinstance(model, nn.Module) and not isinstance(model, PyroModule | TaskProgram):
+        return "A network goes into NeuralTaskModel(network, likelihood, prior='point') first."
+    return "A Pyro program goes into Amortised."
 
 
 def _decoder_config(program: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -89,6 +90,9 @@ def meta_bound(
         raise OptionError(f"delta must be in (0, 1); got {delta}.")
     if (loss_range is None) == (variance is None):
         raise OptionError("Give loss_range=(a, b) or variance=(within, between), one of the two: the bound assumes it.")
+    for name, value, parts in (("loss_range", loss_range, "(a, b)"), ("variance", variance, "(within, between)")):
+        if value is not None and not _is_pair(value):
+            raise OptionError(f"{name} is two numbers, {name}={parts}; got {value!r}.")
     if loss_range is not None:
         if not -math.inf < loss_range[0] < loss_range[1] < math.inf:
             raise OptionError(f"loss_range must be (a, b) with a < b, both finite; got {loss_range}.")
@@ -109,3 +113,8 @@ def meta_bound(
     value = empirical + complexity + constant
     vacuous = None if loss_range is None else not value < loss_range[1]
     return PACBound(value, empirical, divergence, complexity, constant, delta, vacuous)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value is two real numbers."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(one, int | float) for one in value)

@@ -92,7 +92,8 @@ class PACOH(Method):
         prior_draws: L, of a network: draws a task that estimate Z_i.
         posterior_particles: of a network: particles of a task under each of the K priors, at least 2.
         posterior_steps, posterior_lr: SVGD steps by Adam, and its rate in prior standard deviations.
-        num_tasks: n, where the batches do not say; None: theirs.
+        num_tasks: n, where the batches do not say; None: theirs. In evaluation mode the loss of a batch that does not
+            say is without the hyper-prior.
 
     Raises:
         OptionError: for unknown names, numbers out of range, or options that do not apply.
@@ -184,6 +185,11 @@ class PACOH(Method):
         gp = self.program
         return options | ({"kernel": gp.kernel_name, "inputs": gp.inputs} if isinstance(gp, DeepKernelModel) else {})
 
+    def draw_program(self, generator: torch.Generator) -> Any:
+        """The program at a particle of the hyper-posterior, each equally likely: a copy, with its values."""
+        k = torch.randint(len(self.particles), (), generator=generator, device=generator.device)
+        return self.hyper_prior.at(self.particles[int(k)])
+
     # -- the objective ------------------------------------------------------------------------------------------
 
     def _shot_weights(self, counts: Tensor) -> Tensor:
@@ -226,8 +232,10 @@ class PACOH(Method):
         return gp.density(covariance, residual, observations)
 
     def _population(self, batch: TaskBatch) -> int | None:
+        if batch.population is None and not self.training:
+            return None  # held-out tasks of an endless distribution: n is the number of training tasks, not of these
         known = self.num_tasks or batch.population
-        if known is None and self.training:
+        if known is None:
             raise DataError(
                 "PACOH needs the number of tasks n, which weighs the hyper-prior against them; this batch is of an "
                 "endless distribution. Train on a finite set, bm.tasks.FixedTasks(tasks.sample(20, …)), or give "
@@ -245,7 +253,7 @@ class PACOH(Method):
         population = self._population(batch)
         observations, particles = batch.union(), self.particles
         each = -self.log_evidences(particles, observations, generator)
-        if population is None:  # held-out tasks of an endless distribution, in evaluation: without the hyper-prior
+        if population is None:
             return each.mean(0)
         rate = self._prior_rate(batch, observations, population)
         if self.hyper_prior_weight:

@@ -37,6 +37,7 @@ from bayesmeta.models.process_model import ProcessModel
 from bayesmeta.models.process_setup import NetworkName
 from bayesmeta.models.recognition import Recognition
 from bayesmeta.ops.random import Seed
+from bayesmeta.ops.whole import is_whole
 from bayesmeta.posteriors.process import ProcessPosterior
 
 Objective = Literal["elbo", "likelihood"]
@@ -52,14 +53,15 @@ class ProcessMethod(Method):
 
     Args:
         model: the model; it is not copied.
-        objective: with a latent: ``"elbo"`` or ``"likelihood"``, see :mod:`bayesmeta.adapt.processes`.
+        objective: with a latent, and there alone: ``"elbo"`` (None is this) or ``"likelihood"``, see
+            :mod:`bayesmeta.adapt.processes`.
         num_particles: draws of z in each estimate of the loss.
         subsets: whether training replaces the support by a random part of it, of uniform size, so that the process
             works with any number of observations, none included.
 
     Raises:
         UnsupportedError: for another kind of model.
-        OptionError: for an unknown objective, or num_particles below 1.
+        OptionError: for an unknown objective, one without a latent, or num_particles below 1.
     """
 
     card = MethodCard(
@@ -70,19 +72,24 @@ class ProcessMethod(Method):
     )
 
     def __init__(
-        self, model: ProcessModel, *, objective: Objective = "elbo", num_particles: int = 5, subsets: bool = True
+        self, model: ProcessModel, *, objective: Objective | None = None, num_particles: int = 5, subsets: bool = True
     ) -> None:
         if not isinstance(model, ProcessModel):
             raise UnsupportedError(
                 f"{type(self).__name__} needs a ProcessModel; got {type(model).__name__}. A Pyro program goes into "
                 "Amortised, a NeuralTaskModel into NeuralProcess."
             )
-        if objective not in get_args(Objective):
+        if objective is not None and objective not in get_args(Objective):
             raise OptionError(f"Unknown objective {objective!r}; expected 'elbo' or 'likelihood'.")
-        if num_particles < 1:
-            raise OptionError(f"num_particles must be at least 1; got {num_particles}.")
+        if objective is not None and not model.latent_size:
+            raise OptionError(
+                f"objective={objective!r} is for a process with a latent; without one the loss is −log p(Q | S). Leave "
+                "it out, or give latent_size above 0."
+            )
+        if not is_whole(num_particles, 1):
+            raise OptionError(f"num_particles must be a whole number, 1 or more; got {num_particles!r}.")
         super().__init__(model)
-        self.objective: Objective = objective
+        self.objective: Objective = "elbo" if objective is None else objective
         self.num_particles, self.subsets = num_particles, subsets
 
     @property
@@ -187,7 +194,7 @@ class AttentiveNeuralProcess(ProcessMethod):
         depth: int = 2,
         heads: int = 4,
         blocks: int = 0,
-        objective: Objective = "elbo",
+        objective: Objective | None = None,
         num_particles: int = 5,
         subsets: bool = True,
         max_shots: int | None = None,

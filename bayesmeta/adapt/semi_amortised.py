@@ -11,7 +11,9 @@ Mandt, "Iterative Amortized Inference", ICML 2018, https://arxiv.org/abs/1807.09
 Departures: the steps are ABML's: plain gradient steps (the paper's have momentum) on mean and log standard deviation,
 of an objective divided by the number of observations; their derivative is by automatic differentiation, exact for the
 noise that was drawn, in place of the paper's finite differences. A step is bounded, as an encoder may be off by far
-where a task is unlike those of training, and one step in a log standard deviation then goes to infinity. NUTS as the
+where a task is unlike those of training, and one step in a log standard deviation then goes to infinity. For the same
+reason the steps begin at no standard deviation above e times the prior's: bounded steps alone let training drive the
+encoder to ever wider q, which they shrink again, until their derivatives overflow. NUTS as the
 refinement is ours; a linear map of the parameters is the same as a mass matrix (R. Neal, "MCMC using Hamiltonian
 dynamics", 2011, https://arxiv.org/abs/1206.1901, section 4.1), here (R Rᵀ)⁻¹ for each task.
 """
@@ -23,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesmeta.adapt.abml import ABML
 from bayesmeta.adapt.amortised import Amortised, Recognisable, log_predictive, part_of
@@ -43,6 +45,8 @@ Objective = Literal["elbo", "predictive", "marginal"]
 _SAME = {"likelihood": "predictive"}
 #: draws of a flow from which its mean and standard deviations are taken
 _FLOW_DRAWS = 256
+#: the steps begin at log standard deviations at most this much above the prior's
+_WIDEST = 1.0
 
 
 class SemiAmortised(Method):
@@ -61,9 +65,9 @@ class SemiAmortised(Method):
             trained or not, which is wrapped and not copied. Of a NeuralProcess the prior in the ELBO is N(0, I). Any
             other model gets ``Amortised(model)``.
         refine: ``"vi"`` or ``"nuts"``.
-        inner_steps: gradient steps.
-        inner_lr, inner_lr_scale: step sizes of the mean, and of the log standard deviation (and of correlations), as in
-            ABML; by default the same.
+        inner_steps: gradient steps, 5 by default; of ``"vi"`` alone, as the next two.
+        inner_lr, inner_lr_scale: step sizes of the mean (0.001 by default), and of the log standard deviation (and of
+            correlations), as in ABML; by default the same.
         max_step: no step moves a mean by more than this many standard deviations of the prior, or a log standard
             deviation by more than this. ``math.inf``: no bound.
         num_particles: draws of φ in each estimate of an inner gradient.
@@ -76,7 +80,7 @@ class SemiAmortised(Method):
 
     Raises:
         OptionError: for unknown names, or numbers out of range.
-        UnsupportedError: for a flow with ``refine="vi"``.
+        UnsupportedError: for a flow with ``refine="vi"``, or a method that is none of these.
     """
 
     card = MethodCard(
@@ -91,8 +95,8 @@ class SemiAmortised(Method):
         amortised: Amortised | Any,
         refine: Refine = "vi",
         *,
-        inner_steps: int = 5,
-        inner_lr: float = 1e-3,
+        inner_steps: int | None = None,
+        inner_lr: float | None = None,
         inner_lr_scale: float | None = None,
         max_step: float = 0.5,
         num_particles: int = 5,
@@ -103,12 +107,26 @@ class SemiAmortised(Method):
         num_chains: int = 4,
         max_tree_depth: int = 10,
     ) -> None:
+        if isinstance(amortised, nn.Module) and hasattr(amortised, "adapt") and not isinstance(amortised, Amortised):
+            raise UnsupportedError(
+                f"SemiAmortised refines the q(φ | S) of Amortised, NeuralProcess or Versa; got a "
+                f"{type(amortised).__name__}. Give one of these, or a model (of a method: method.program), which "
+                "becomes Amortised(model)."
+            )
         amortised = amortised if isinstance(amortised, Amortised) else Amortised(amortised)
         super().__init__(amortised.program, global_guide=amortised.global_guide)
         chosen = _SAME.get(amortised.objective, amortised.objective) if objective is None else objective
         for what, value, known in (("refine", refine, get_args(Refine)), ("objective", chosen, get_args(Objective))):
             if value not in known:
                 raise OptionError(f"Unknown {what} {value!r}; expected one of {', '.join(map(repr, known))}.")
+        steps = {"inner_steps": inner_steps, "inner_lr": inner_lr, "inner_lr_scale": inner_lr_scale}
+        given = [f"{name}={value}" for name, value in steps.items() if value is not None]
+        if refine == "nuts" and given:
+            raise OptionError(
+                f"refine='nuts' takes no gradient steps; got {', '.join(given)}. Its options are num_samples, warmup, "
+                "num_chains and max_tree_depth."
+            )
+        inner_steps, inner_lr = 5 if inner_steps is None else inner_steps, 1e-3 if inner_lr is None else inner_lr
         if not isinstance(inner_steps, int) or not math.isfinite(inner_lr) or not max_step > 0:
             raise OptionError(
                 "inner_steps is a whole number, inner_lr finite, max_step above 0; got "
@@ -138,6 +156,10 @@ class SemiAmortised(Method):
             num_chains=num_chains,
             max_tree_depth=max_tree_depth,
         )
+
+    @property
+    def _scores_support(self) -> bool:
+        return self.objective == "elbo"
 
     def config(self) -> dict[str, Any]:
         """Options that change the result."""
@@ -243,9 +265,25 @@ class SemiAmortised(Method):
 
 
 class _BoundedSteps(ABML):
-    """ABML's steps, none of which moves far."""
+    """ABML's steps, none of which moves far, from a q that is not much wider than the prior."""
 
     max_step: float
+
+    def climb(
+        self,
+        state: list[Tensor],
+        support: Observations,
+        theta: Tensor | None,
+        generator: torch.Generator,
+        create_graph: bool,
+    ) -> list[Tensor]:
+        """The inner steps, see :class:`ABML`."""
+        widest = self.program.prior_moments(support, theta)[1].log() + _WIDEST
+        if len(state) > 2:  # of diag(s) (I + W) the standard deviations are s times the norms of the rows of I + W
+            widest = widest - 0.5 * state[2].square().sum(-1).log1p()
+        # copies: the steps differentiate in each part by itself, so none may be made of another
+        state = [state[0], torch.minimum(state[1], widest), *(part.clone() for part in state[2:])]
+        return super().climb(state, support, theta, generator, create_graph)
 
     def _moves(self, gradients: Sequence[Tensor], support: Observations, theta: Tensor | None) -> list[Tensor]:
         moves = super()._moves(gradients, support, theta)

@@ -11,8 +11,12 @@ posterior of classes in section 3, regression in section 5.1.
 
 Departures: q is given relative to the model's prior, in its units, and is the prior at first and without support; of
 classes, relative to the mean over classes of the prior's means and log standard deviations, so that no class is
-another's superior. The network reads how many observations were pooled. ``"predictive"``, for the query's points
-together, is ours, and so is training on random parts of the support.
+another's superior. The network reads how many observations were pooled. The loss is summed over a task's query points,
+where the paper and its code (https://github.com/Gordonjo/versa) take their mean: it is in nats a task here. φ is drawn
+once for a task and all of its query, where the code draws the outputs at each query point by themselves; of the
+marginal loss that is the same in expectation. What is pooled comes from a network on each feature vector, and another
+reads the pool, where the code for classes takes the mean of the features themselves. ``"predictive"``, for the query's
+points together, is ours, and so is training on random parts of the support.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from torch import Tensor, nn
 from bayesmeta.adapt.amortised import Amortised, encoder_targets, log_predictive, part_of
 from bayesmeta.adapt.base import MethodCard
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import OptionError, UnsupportedError
+from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.models.encoders import PooledEncoder
 from bayesmeta.models.likelihoods import Categorical
 from bayesmeta.models.neural import NeuralTaskModel
@@ -118,6 +122,24 @@ class Versa(Amortised):
         """Of a Categorical likelihood; None of any other."""
         likelihood = self.model_program.likelihood
         return likelihood.num_classes if isinstance(likelihood, Categorical) else None
+
+    def prepare(self, batch: TaskBatch | Observations) -> None:
+        """As of other methods; labels beyond the number of classes name :meth:`with_classes`.
+
+        Raises:
+            DataError: for such labels.
+            ModelError and its kinds, DataError and its kinds: when program and data do not fit.
+        """
+        observations = batch.without_padding().query if isinstance(batch, TaskBatch) else batch
+        if self.num_classes is not None and isinstance(observations.y, Tensor) and observations.y.dim() == 2:
+            largest = torch.where(observations.full_mask(), observations.y, 0).amax() if observations.y.numel() else 0
+            if largest >= self.num_classes:
+                raise DataError(
+                    f"There is a label {int(largest)}, so at least {int(largest) + 1} classes; this method has "
+                    f"{self.num_classes}, labelled from 0. versa.with_classes({int(largest) + 1}) makes a trained one "
+                    "for more; before training give the network and Categorical that many."
+                )
+        super().prepare(batch)
 
     # -- the recognition network --------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.priors import Normal, Prior, as_prior
 from bayesmeta.ops.batched import FlatParameters, unsafe_modules
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.ops.whole import is_whole
 
 Decoder = Literal["concatenate", "film"]
 
@@ -57,8 +58,7 @@ class ContextTaskModel(NetworkProgram):
         decoder: Decoder = "concatenate",
         seed: Seed = None,
     ) -> None:
-        if context_size < 0:
-            raise OptionError(f"context_size must be 0 or more; got {context_size}.")
+        _check_size(context_size)
         if decoder not in get_args(Decoder) or (decoder == "film" and context_size == 0):
             raise OptionError(
                 f"decoder is 'concatenate', or 'film' with a context of at least 1; got {decoder!r} and "
@@ -95,9 +95,11 @@ class ContextTaskModel(NetworkProgram):
             seed: of the new weights; None means seed 0.
 
         Raises:
+            OptionError: for a size that is no whole number, 0 or more.
             UnsupportedError: for anything but a Sequential that begins with a Linear.
             ModelError: for a network that FiLM cannot modulate.
         """
+        _check_size(context_size)
         network = model.central_network()
         likelihood, covariates = copy.deepcopy(model.likelihood), model.prior.covariates  # like the weights
         if decoder == "film":
@@ -114,12 +116,26 @@ class ContextTaskModel(NetworkProgram):
             _widen(first, context_size, as_generator(seed, first.weight.device, "context"))
         return cls(network, likelihood, context_size, covariates=covariates, decoder=decoder)
 
+    @property
+    def _width_note(self) -> str:
+        if self.decoder == "film":
+            return " (of x alone: the context only scales and shifts)"
+        return (
+            f" ([x, context], as a context of {self.context_size} stands beside x; a NeuralTaskModel that is given to "
+            "a neural process or CAVIA has that of x alone, and the rest is added)"
+        )
+
     def _forward(self, u: Tensor, x: Tensor) -> Tensor:
         if self.decoder == "film":
             return self.network(x, u)
         shape = (*u.shape[:-2], *x.shape[:-1])
         context = u.unsqueeze(-2).expand(*shape, u.shape[-1])
         return self.network(torch.cat([x.expand(*shape, x.shape[-1]), context], -1))
+
+
+def _check_size(context_size: Any) -> None:
+    if not is_whole(context_size, 0):
+        raise OptionError(f"context_size must be a whole number, 0 or more; got {context_size!r}.")
 
 
 def _widen(linear: nn.Linear, extra: int, generator: torch.Generator) -> None:

@@ -63,7 +63,8 @@ class ConvProcess(ProcessNetwork):
     ) -> None:
         if features != 1:
             raise ShapeError(
-                f"ConvProcess is for one input; got {features} features. Use attention or a transformer for several."
+                f"The convolutional network (ConvProcess, in ConvCNP) is for one input; got {features} features. Use "
+                "attention or a transformer for several."
             )
         if depth < 1 or not 0 < points_per_unit < math.inf or max_points < 1:
             raise OptionError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bayesmeta.errors import ModelError, OptionError, ShapeError
+from bayesmeta.errors import ModelError, OptionError, ShapeError, UnsupportedError
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.batched import FlatParameters
@@ -139,7 +139,25 @@ def set_parameters(program: Any, theta: Tensor) -> Any:
     with torch.no_grad():
         for name, value in flat.views(theta.detach()).items():
             parameters[name].copy_(value)
+    program.parameters_are_set = True
     return program
+
+
+def refuse_held(program: nn.Module) -> None:
+    """Refuse a program that a hyper-prior holds: what was learned is in θ, and the program's own values are the first.
+
+    Copies by :meth:`HyperPrior.at` and :func:`set_parameters` have values of θ, and pass.
+
+    Raises:
+        UnsupportedError: for such a program, or a module that has one inside.
+    """
+    for module in program.modules():
+        if getattr(module, "held_parameters", None) is not None and not getattr(module, "parameters_are_set", False):
+            raise UnsupportedError(
+                "This is the program of a PACOH: its own parameters are those that it was made with, and what is "
+                "learned is in method.particles. Take the program at one of them: "
+                "method.hyper_prior.at(method.particles[k])."
+            )
 
 
 class _Call(nn.Module):

@@ -145,6 +145,11 @@ class NetworkProgram(TaskProgram):
                 "column, and drop rows without exposure."
             )
 
+    @property
+    def _width_note(self) -> str:
+        """What else is to be said of the network's input width where data do not fit."""
+        return ""
+
     def _try_network(self, observations: Observations) -> None:
         u, likelihood = self.prior.loc.detach()[None], self.likelihood
         inputs, exposure = likelihood.split(observations.x.new_ones(1, 2, observations.num_features))
@@ -155,7 +160,8 @@ class NetworkProgram(TaskProgram):
             beside = " beside the exposure" if exposure else ""
             raise ShapeError(
                 f"The network cannot take x with {inputs.shape[-1]} features{beside} in {observations.x.dtype}: "
-                f"{error}. Give the network that input width, and model and data one dtype and device (.to())."
+                f"{str(error).rstrip('.')}. Give the network that input width{self._width_note}, and model and data "
+                "one dtype and device (.to())."
             ) from error
         if observations.y is not None:
             self._check_outputs(out, exposure, observations.y)

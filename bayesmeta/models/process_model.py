@@ -109,7 +109,7 @@ class ProcessModel(TaskProgram):
         **options: Any,
     ) -> None:
         super().__init__(self._pyro_program)
-        check_options(likelihood, latent_size, covariance, rank, width, stationary, length_scale)
+        check_options(likelihood, latent_size, covariance, rank, width, max_shots, stationary, length_scale)
         self.likelihood: Likelihood | None = copy.deepcopy(likelihood)
         self.latent_size, self.covariance, self.rank, self.width = latent_size, covariance, rank, width
         self.max_shots, self.options = max_shots, options

@@ -19,6 +19,7 @@ from bayesmeta.models.recognition import Recognition
 from bayesmeta.models.targets import class_probabilities, target_kind
 from bayesmeta.ops.batched import unsafe_modules
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
+from bayesmeta.ops.whole import is_whole
 
 NetworkName = Literal["deep_set", "attention", "convolution", "transformer"]
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -27,6 +28,8 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "convolution": ConvProcess,
     "transformer": TransformerProcess,
 }
+#: options of networks that are whole numbers, and the least that they may be
+_WHOLE = {"depth": 1, "heads": 1, "blocks": 0, "max_points": 1}
 
 
 class Setup(NamedTuple):
@@ -145,6 +148,9 @@ def try_network_options(name: str, options: dict[str, Any]) -> None:
     """
     if name not in NETWORKS:
         raise OptionError(f"Unknown network {name!r}; expected {', '.join(map(repr, NETWORKS))}, or a module.")
+    for option, value in options.items():
+        if option in _WHOLE and not is_whole(value, _WHOLE[option]):
+            raise OptionError(f"{option} must be a whole number, {_WHOLE[option]} or more; got {value!r}.")
     try:
         make_network(name, 1, 1, 1, None, options)
     except TypeError as error:
@@ -165,6 +171,7 @@ def check_options(
     covariance: str,
     rank: int,
     width: int,
+    max_shots: int | None,
     stationary: bool | None,
     length_scale: float,
 ) -> None:
@@ -180,10 +187,11 @@ def check_options(
         )
     if covariance not in get_args(Covariance):
         raise OptionError(f"Unknown covariance {covariance!r}; expected 'diagonal', 'low_rank' or 'kernel'.")
-    if latent_size < 0 or rank < 1 or width < 1:
-        raise OptionError(
-            f"latent_size must be 0 or more, rank and width at least 1; got {latent_size}, {rank} and {width}."
-        )
+    for name, value, least in (("latent_size", latent_size, 0), ("rank", rank, 1), ("width", width, 1)):
+        if not is_whole(value, least):
+            raise OptionError(f"{name} must be a whole number, {least} or more; got {value!r}.")
+    if max_shots is not None and not is_whole(max_shots, 1):
+        raise OptionError(f"max_shots must be a whole number, 1 or more, or None for no bound; got {max_shots!r}.")
     if stationary and covariance == "diagonal":
         raise OptionError("stationary=True is for a covariance: give covariance='low_rank' or 'kernel' with it.")
     if not 0 < length_scale < math.inf:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import NoClosedFormError
+from bayesmeta.errors import NoClosedFormError, UnsupportedError
 from bayesmeta.models.plates import task_plate
 from bayesmeta.models.process_model import SITE, ProcessModel
 from bayesmeta.models.program import TaskProgram
@@ -62,6 +62,19 @@ class ProcessPosterior(NormalPosterior):
         return ProcessPosterior(self.model, empty, torch.zeros_like(self.loc), torch.ones_like(self.scale))
 
     # -- draws and densities of z -------------------------------------------------------------------------------
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """log q(z | S), ``[…, tasks]``.
+
+        Raises:
+            UnsupportedError: without a latent.
+        """
+        if self.is_point:
+            raise UnsupportedError(
+                "This process has no latent, so there is no density over φ. The density of targets is "
+                "log_likelihood(observations), and log_joint_likelihood for all of a task's together."
+            )
+        return super().log_prob(u)
 
     def prior_draws(self, num_samples: int, generator: Seed = None) -> PriorDraws:
         """Draws of z from N(0, I), with which :meth:`predict` and the like predict as without a support."""

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch, union
-from bayesmeta.errors import ModelError, OptionError, ShapeError
+from bayesmeta.errors import ModelError, OptionError, ShapeError, UnsupportedError
+from bayesmeta.models.deep_kernel import DeepKernelModel
+from bayesmeta.models.hyper_prior import refuse_held
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.models.theta import GlobalGuide
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.posteriors.gp import GPPosterior
 from bayesmeta.protocols import TaskDistribution
 
 
@@ -37,14 +40,16 @@ class SimulatedTasks:
     Args:
         inputs: a distribution of tasks whose inputs are taken.
         model: what is simulated from. A method: its program, with global sites from its q(θ), as both stand at each
-            draw. A :class:`~bayesmeta.TaskProgram` or Pyro program: with global sites from their prior. One draw of the
-            global sites for each batch, which is then a population of its own.
+            draw; of a :class:`~bayesmeta.PACOH` the program at a particle, at random. A :class:`~bayesmeta.TaskProgram`
+            or Pyro program: with global sites from their prior. One draw of the global sites (one particle) for each
+            batch, which is then a population of its own.
         theta: draws of the global sites to take in place of these, ``[n, E]``, unconstrained as a method sees them: one
             row, at random, for each batch.
 
     Raises:
         OptionError: for ``inputs`` that cannot be sampled.
         ModelError: for a model that is no program, or a method without one.
+        UnsupportedError: for the program of a PACOH, which is not what it has learned: give the method.
         ShapeError: for ``theta`` of another shape than ``[n, E]`` (at the first draw, when E is known).
     """
 
@@ -67,6 +72,7 @@ class SimulatedTasks:
             self._method, self.program = model, own
         else:
             self.program = as_program(model)
+            refuse_held(self.program)
 
     def sample(self, num_tasks: int, *, support: int, query: int | None = None, generator: Seed = None) -> TaskBatch:
         """Draw tasks as one batch on the generator's device.
@@ -84,6 +90,7 @@ class SimulatedTasks:
             DataError: for inputs without any targets, where the program has not seen data yet: it reads their kind.
             ShapeError: for inputs or ``theta`` of another width than the model's.
             SiteError: for a program with several observed sites.
+            UnsupportedError: for a GP on labels.
             NonFiniteDataError: for a model that drew an infinite target.
         """
         generator = as_generator(generator, stream="tasks")
@@ -92,7 +99,9 @@ class SimulatedTasks:
         given = given.without_padding()
         if not self.program.is_prepared:
             self._prepare(given)
-        y = self._draw(union(given.support.with_y(None), given.query.with_y(None)), generator)
+        draw_program = getattr(self._method, "draw_program", None)
+        program = self.program if draw_program is None else draw_program(generator)
+        y = self._draw(program, union(given.support.with_y(None), given.query.with_y(None)), generator)
         first, rest = y[:, : given.support.shots], y[:, given.support.shots :]
         return replace(
             given,
@@ -112,12 +121,17 @@ class SimulatedTasks:
             )
         self.program.prepare(batch.union())
 
-    def _draw(self, observations: Observations, generator: torch.Generator) -> Tensor:
+    def _draw(self, program: TaskProgram, observations: Observations, generator: torch.Generator) -> Tensor:
         """Targets of tasks without any, ``[tasks, shots, …]``."""
-        self.program.check(observations)
+        program.check(observations)
+        if isinstance(program, DeepKernelModel):  # its φ is a function: at all points at once
+            if program.link is not None:
+                raise UnsupportedError("A GP on labels regresses on ±1: it has no distribution of labels to draw.")
+            nothing = replace(observations, x=observations.x[:, :0], y=observations.x[:, :0, 0], mask=None)
+            return GPPosterior.condition(program, nothing).predict(observations, 1, generator=generator)[0].detach()
         theta = self._draw_theta(observations, generator)
-        u, theta = self.program.sample_prior(1, observations, generator, theta=theta)
-        return self.program.predict(u, observations, generator, theta=theta)[0].detach()
+        u, theta = program.sample_prior(1, observations, generator, theta=theta)
+        return program.predict(u, observations, generator, theta=theta)[0].detach()
 
     def _draw_theta(self, observations: Observations, generator: torch.Generator) -> Tensor | None:
         """One θ, ``[1, E]``; None where the program has none, or is to draw it from its prior."""
