@@ -337,6 +337,8 @@ def test_bad_input():
         predict.log_likelihood(batch.query, num_orders=2, order="given")
     with pytest.raises(errors.DataError, match="y=None"):
         predict.log_likelihood(batch.query.with_y(None))
+    with pytest.raises(errors.OptionError, match=r"got Tensor\. Give batch\.query"):
+        predict.log_likelihood(batch.query.x)
     with pytest.raises(errors.EmptyTaskError, match="no point"):
         predict.predict(batch.query.x[:, :0])
     for x in (batch.query.x[:2], batch.query.x.expand(-1, -1, 2)):

@@ -248,8 +248,20 @@ def test_models_that_have_no_latent(make):
     network = bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(), "point")
     with pytest.raises(errors.UnsupportedError, match="goes into Amortised"):
         make(TwoSites())
-    with pytest.raises(errors.OptionError, match="size 0"):
-        make(network, latent_size=0)
+    with pytest.raises(errors.UnsupportedError, match=r"NeuralTaskModel\(network, likelihood"):
+        make(bm.nets.mlp(1, [4], 1))
+    with pytest.raises(errors.UnsupportedError, match=r"give its model, method\.program"):
+        make(bm.MAML(network))
+    with pytest.raises(errors.ShapeError, match=r"stands beside x.*has that of x alone"):
+        make(bm.NeuralTaskModel(bm.nets.mlp(3, [4], 1), bm.Gaussian(), "point").double()).loss(ragged())
+    with pytest.raises(errors.ShapeError, match=r"\(of x alone"):
+        make(bm.NeuralTaskModel(bm.nets.mlp(3, [4], 1), bm.Gaussian(), "point").double(), decoder="film").loss(ragged())
+    for size in (0, 1.5, True, "2"):
+        with pytest.raises(errors.OptionError, match="latent_size must be a whole number"):
+            make(network, latent_size=size)
+    for number in (0, 1.5, True):
+        with pytest.raises(errors.OptionError, match="max_shots must be a whole number"):
+            make(network, max_shots=number)
     with pytest.raises(errors.OptionError, match="size 0"):
         make(bm.ContextTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(), 0))
     with pytest.raises(errors.OptionError, match="has 2; leave it out"):

@@ -679,6 +679,8 @@ def test_no_bound_without_its_assumptions():
         ({"loss_range": (0, 1), "variance": (1, 1)}, errors.OptionError, "one of the two"),
         ({"loss_range": (1, 0)}, errors.OptionError, "a < b"),
         ({"variance": (-1, 1)}, errors.OptionError, "≥ 0"),
+        ({"variance": 1.0}, errors.OptionError, r"variance=\(within, between\); got 1.0"),
+        ({"loss_range": (0, "a")}, errors.OptionError, r"loss_range=\(a, b\); got \(0, 'a'\)"),
         ({"loss_range": (0, 1), "delta": 1.0}, errors.OptionError, "delta"),
         ({"loss_range": (0, 1), "smoothing": -1.0}, errors.OptionError, "smoothing"),
         ({"loss_range": (0, 1), "num_samples": 0}, errors.OptionError, "num_samples"),

@@ -389,8 +389,19 @@ def test_the_datatree(size):
     tree = bm.to_datatree(posterior, batch, num_samples=8)
     assert tree["predictions"].to_dataset()["y"].shape[:2] == (1, 8)
     assert ("z" in tree["posterior"].to_dataset()) == bool(size) if "posterior" in tree else size == 0
-    with pytest.raises(errors.UnsupportedError, match=r"leave-one-out|point"):
+    with pytest.raises(errors.UnsupportedError, match="predicts from the support itself"):
         bm.loo(posterior, batch, num_samples=100)
+
+
+def test_without_a_latent_there_is_no_density_over_it():
+    batch = ragged()
+    point = shake(bm.AttentiveNeuralProcess(width=8), batch).adapt(batch.support)
+    with pytest.raises(errors.UnsupportedError, match="log_joint_likelihood"):
+        point.log_prob(point.draws(3).u)
+    latent = shake(bm.AttentiveNeuralProcess(width=8, latent_size=2), batch).adapt(batch.support)
+    u = latent.draws(3).u
+    expected = Normal(latent.loc, latent.scale).log_prob(u).sum(-1)  # control: with one there is
+    torch.testing.assert_close(latent.log_prob(u), expected, rtol=1e-12, atol=1e-12)
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------
@@ -421,9 +432,18 @@ def test_options_that_are_refused():
         bm.ProcessModel("deep_set", latent_size=2, covariance="kernel")
     with pytest.raises(errors.OptionError, match="multiple of heads"):
         bm.AttentiveNeuralProcess(width=10)
-    for options in ({"latent_size": -1}, {"rank": 0}, {"width": 0}):
-        with pytest.raises(errors.OptionError):
-            bm.ProcessModel("deep_set", **options)
+    numbers = ("latent_size", "rank", "width", "depth", "max_shots")
+    for name in numbers:
+        for value in (-1, 1.5, True, "2"):
+            with pytest.raises(errors.OptionError, match=f"{name} must be a whole number"):
+                bm.ProcessModel("deep_set", **{name: value})
+    for name in numbers[1:]:
+        with pytest.raises(errors.OptionError, match=f"{name} must be a whole number, 1 or more.*got 0"):
+            bm.ProcessModel("deep_set", **{name: 0})
+    for objective in ("elbo", "likelihood"):
+        assert bm.AttentiveNeuralProcess(latent_size=2, objective=objective).objective == objective
+        with pytest.raises(errors.OptionError, match="is for a process with a latent"):
+            bm.AttentiveNeuralProcess(objective=objective)
     with pytest.raises(errors.OptionError, match="objective"):
         bm.AttentiveNeuralProcess(latent_size=2, objective="vi")
     with pytest.raises(errors.OptionError, match="num_particles"):

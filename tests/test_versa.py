@@ -416,6 +416,15 @@ def test_labels_and_widths_that_do_not_fit():
         method.adapt(batch_of(3, 4, 3, dtype=F64).with_y(torch.zeros(3, 4, dtype=F64)))
 
 
+def test_labels_beyond_the_classes_name_with_classes():
+    method = stirred(classifier(), classes())
+    five = blobs(2, 5, 3, seed=1)
+    for call in (lambda: method.adapt(five.support), lambda: method.loss(five)):
+        with pytest.raises(errors.DataError, match=r"at least 5 classes; this method has 3.*with_classes\(5\)"):
+            call()
+    assert method.with_classes(5).loss(five).isfinite()  # control
+
+
 def test_with_classes_says_what_it_cannot_copy():
     with pytest.raises(errors.OptionError, match="no data yet"):
         classifier().with_classes(4)

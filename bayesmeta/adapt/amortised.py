@@ -37,8 +37,8 @@ from bayesmeta.models.recognition import Family, Recognised, Recognition
 from bayesmeta.models.targets import class_probabilities, target_kind
 from bayesmeta.models.theta import GlobalKind
 from bayesmeta.ops.random import Seed, as_generator, forked_rng, normal_like
-from bayesmeta.ops.whole import is_whole
 from bayesmeta.ops.sets import random_subset
+from bayesmeta.ops.whole import is_whole
 from bayesmeta.posteriors.flow import FlowPosterior
 from bayesmeta.posteriors.gaussian import MultivariateNormalPosterior, NormalPosterior
 

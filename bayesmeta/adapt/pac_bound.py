@@ -90,9 +90,9 @@ def meta_bound(
         raise OptionError(f"delta must be in (0, 1); got {delta}.")
     if (loss_range is None) == (variance is None):
         raise OptionError("Give loss_range=(a, b) or variance=(within, between), one of the two: the bound assumes it.")
-    for name, value, parts in (("loss_range", loss_range, "(a, b)"), ("variance", variance, "(within, between)")):
-        if value is not None and not _is_pair(value):
-            raise OptionError(f"{name} is two numbers, {name}={parts}; got {value!r}.")
+    for name, pair, parts in (("loss_range", loss_range, "(a, b)"), ("variance", variance, "(within, between)")):
+        if pair is not None and not _is_pair(pair):
+            raise OptionError(f"{name} is two numbers, {name}={parts}; got {pair!r}.")
     if loss_range is not None:
         if not -math.inf < loss_range[0] < loss_range[1] < math.inf:
             raise OptionError(f"loss_range must be (a, b) with a < b, both finite; got {loss_range}.")

@@ -130,15 +130,10 @@ class Versa(Amortised):
             DataError: for such labels.
             ModelError and its kinds, DataError and its kinds: when program and data do not fit.
         """
-        observations = batch.without_padding().query if isinstance(batch, TaskBatch) else batch
-        if self.num_classes is not None and isinstance(observations.y, Tensor) and observations.y.dim() == 2:
-            largest = torch.where(observations.full_mask(), observations.y, 0).amax() if observations.y.numel() else 0
-            if largest >= self.num_classes:
-                raise DataError(
-                    f"There is a label {int(largest)}, so at least {int(largest) + 1} classes; this method has "
-                    f"{self.num_classes}, labelled from 0. versa.with_classes({int(largest) + 1}) makes a trained one "
-                    "for more; before training give the network and Categorical that many."
-                )
+        sides = (batch.support, batch.query) if isinstance(batch, TaskBatch) else (batch,)
+        for side in sides:
+            if self.num_classes is not None and isinstance(side, Observations):
+                _refuse_labels(side, self.num_classes)
         super().prepare(batch)
 
     # -- the recognition network --------------------------------------------------------------------------------
@@ -262,6 +257,19 @@ class Versa(Amortised):
         support = part_of(batch.support, generator) if self.subsets and self.training else batch.support
         q, pointwise = self.infer(support, theta), self.objective == "marginal"
         return -log_predictive(self, q, batch.query, theta, generator, pointwise=pointwise).sum(-1)
+
+
+def _refuse_labels(observations: Observations, num_classes: int) -> None:
+    y = observations.y
+    if y is None or y.dim() != 2 or not y.numel():
+        return
+    largest = int(torch.where(observations.full_mask() & y.isfinite(), y, 0).amax())
+    if largest >= num_classes:
+        raise DataError(
+            f"There is a label {largest}, so at least {largest + 1} classes; this method has {num_classes}, labelled "
+            f"from 0. method.with_classes({largest + 1}) makes of a trained one another for so many; before training "
+            "give network and Categorical that many."
+        )
 
 
 def canonical(observations: Observations) -> Observations:

@@ -118,14 +118,14 @@ def loo(
     """
     import arviz_stats
 
+    refusal = _refusal(posterior)
+    if refusal is not None:
+        raise UnsupportedError(refusal)
     if posterior.is_point:
         raise UnsupportedError(
             f"{_NO_LOO} Use a method with a distribution, such as ABML or BayesianLastLayer, or score the query with "
             "bayesmeta.scores."
         )
-    refusal = _refusal(posterior)
-    if refusal is not None:
-        raise UnsupportedError(refusal)
     if posterior.num_draws is not None:
         if posterior.num_draws < _LEAST_DRAWS:
             raise UnsupportedError(
