@@ -157,6 +157,35 @@ class Predict:
 
 
 @dataclasses.dataclass
+class Report:
+    """Write one HTML page on a run of fit or demo: scores, calibration, forecasts, and warnings in plain words."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The --out of fit or demo."""
+
+    csv: Annotated[Path | None, tyro.conf.Positional] = None
+    """Of fit: the file of tasks to judge by; by default the one that was trained on, less its training tasks."""
+
+    out: Path | None = None
+    """The page; by default report.html in the folder."""
+
+    support: int | None = None
+    """Of fit: rows of each task that are seen; by default as in training."""
+
+    seed: int = 0
+    """Of fit: of the choice of rows, where it is random, and of draws."""
+
+    separator: str | None = None
+    """Of fit: what stands between two cells; by default as in training."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the choice to torch."""
+
+
+@dataclasses.dataclass
 class Methods:
     """A table of the methods: what each assumes, its posterior, its cost, its source."""
 
@@ -195,7 +224,7 @@ class Version:
     """Print the version."""
 
 
-Command = Fit | Evaluate | Predict | Methods | Demo | Version
+Command = Fit | Evaluate | Predict | Report | Methods | Demo | Version
 
 
 def _run(command: Command) -> None:
@@ -238,9 +267,30 @@ def _function(command: Command) -> Any:
         from bayesmeta.tabular.predict import predict_csv
 
         return predict_csv
+    if isinstance(command, Report):
+        return _report
     from bayesmeta.demo.run import run_demo
 
     return run_demo
+
+
+def _report(folder: Path, csv: Path | None, **options: Any) -> None:
+    """The report of a folder, by whoever left it."""
+    from bayesmeta.report.folder import kind_of
+
+    if kind_of(folder) == "tabular":
+        from bayesmeta.tabular.report import report_csv
+
+        report_csv(folder, csv, **options)
+        return
+    from bayesmeta.demo.report import report_demo
+    from bayesmeta.errors import OptionError
+
+    if csv is not None or options["support"] is not None or options["seed"] or options["separator"] is not None:
+        raise OptionError(
+            f"{folder} holds a demo, which brings its own tasks: it takes no CSV, --support, --seed or --separator."
+        )
+    report_demo(folder, out=options["out"], device=options["device"])
 
 
 #: How the library's own words for its arguments are said on the command line.
@@ -269,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Annotated[Fit, tyro.conf.subcommand("fit")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Methods, tyro.conf.subcommand("methods")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Version, tyro.conf.subcommand("version")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
 
 def test_demo_leaves_what_it_says(folder):
     out, text = folder
-    for name in ("metrics.json", "posterior.nc", "forecast.png", "best.pt", "config.json", "log.jsonl"):
+    for name in ("metrics.json", "report.html", "posterior.nc", "forecast.png", "best.pt", "config.json", "log.jsonl"):
         assert (out / name).stat().st_size > 0
         assert name in text
     assert "empirical Gaussian" in text
@@ -152,6 +153,22 @@ def test_evaluate_and_predict_go_on_from_there(table, capsys):
     assert written["y_mean"][~asked].isna().all()
 
 
+def test_report_is_written_of_either_kind_of_folder(table, folder, capsys, tmp_path):
+    place, _ = table
+    status, text, _ = command(capsys, "report", place / "run", "--device", "cpu")
+    assert status == 0
+    assert f"3 tasks judged. Written to {place / 'run' / 'report.html'}." in text
+    assert "pooled line" in (place / "run" / "report.html").read_text()
+    out, _ = folder
+    mine = (out / "report.html").read_text()
+    assert "empirical Gaussian" in mine
+    assert len(mine) < 3_000_000
+    assert command(capsys, "report", out, "--device", "cpu", "--out", tmp_path / "again.html")[0] == 0
+    again = (tmp_path / "again.html").read_text()
+    row = re.compile(r'<tr class="first">.*?</tr>', re.DOTALL)
+    assert row.search(again)[0] == row.search(mine)[0]
+
+
 def test_methods_are_shown(capsys):
     status, text, _ = command(capsys, "methods")
     assert status == 0
@@ -167,6 +184,8 @@ REFUSED = {
     "a run already": (("fit", "a.csv", *FIT, "--out", "run"), "--overwrite"),
     "no run": (("evaluate", "nowhere", "a.csv"), "nowhere holds no run"),
     "nothing to forecast": (("predict", "run", "a.csv"), "nothing to forecast"),
+    "no run to report": (("report", "nowhere"), "nowhere holds no run"),
+    "a report of no page": (("report", "run", "--out", "x.pdf"), "expected .html"),
     "threads": (("predict", "run", "a.csv", "--threads", "-1"), "threads must be at least 0"),
 }
 

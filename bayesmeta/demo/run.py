@@ -14,12 +14,14 @@ from bayesmeta.adapt.last_layer_mixture import BayesianLastLayerMixture
 from bayesmeta.data import TaskBatch
 from bayesmeta.demo.baselines import BASELINES
 from bayesmeta.demo.components import begin, curve_mixture
+from bayesmeta.demo.report import LABELS, write_demo_report
 from bayesmeta.diagnostics.datatree import save_netcdf, to_datatree
 from bayesmeta.diagnostics.plots import plot_forecast
 from bayesmeta.diagnostics.scores import Scores, scores
 from bayesmeta.errors import OptionError
 from bayesmeta.models.conjugate import ConjugateModel
 from bayesmeta.protocols import Posterior
+from bayesmeta.report.folder import REPORT
 from bayesmeta.tasks.fertility import FertilitySplit, fertility_split
 from bayesmeta.train import checkpoint
 from bayesmeta.train.fit import FitResult, fit, pick_device
@@ -38,14 +40,6 @@ SETTINGS: dict[str, Any] = {
     "rate": 3e-3,
     "tasks_per_step": 16,
     "validate_every": 10,
-}
-LABELS = {
-    "demo": "bayesmeta: mixture",
-    "empirical_gaussian": "empirical Gaussian",
-    "last_value_drift": "last value + drift",
-    "last_value": "last value",
-    "line_per_country": "line per country",
-    "gp_per_country": "GP per country",
 }
 #: of the countries that can be held out, 1960–2011
 _YEARS = 52
@@ -107,7 +101,7 @@ def run_demo(
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the demo and write ``metrics.json``, ``posterior.nc``, ``forecast.png``, checkpoint and configuration.
+    """Run the demo; write ``metrics.json``, ``report.html``, ``posterior.nc``, ``forecast.png`` and checkpoints.
 
     Returns:
         What ``metrics.json`` holds.
@@ -152,6 +146,7 @@ def run_demo(
     }
     print("\n" + _table(table))
     _write(Path(out), metrics, posterior, batch)
+    write_demo_report(Path(out), metrics, posterior, batch, scores=table["demo"])
     print(_files(Path(out), time.perf_counter() - started))
     return metrics
 
@@ -196,6 +191,7 @@ def _write(out: Path, metrics: dict[str, Any], posterior: Any, batch: TaskBatch)
 def _files(out: Path, seconds: float) -> str:
     what = {
         "metrics.json": "the table above, as JSON",
+        REPORT: "the same and more to look at, in a browser",
         "posterior.nc": "posterior and predictions, for ArviZ",
         "forecast.png": "forecasts of twelve held-out countries",
         checkpoint.BEST: "the trained θ, for bayesmeta.load_method",

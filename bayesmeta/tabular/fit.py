@@ -13,6 +13,7 @@ import torch
 from bayesmeta.adapt.base import Method
 from bayesmeta.data import Standardizer, TaskBatch
 from bayesmeta.errors import DataError, OptionError
+from bayesmeta.report.folder import REPORT
 from bayesmeta.tabular.lines import Lines
 from bayesmeta.tabular.models import (
     LIKELIHOODS,
@@ -138,7 +139,7 @@ def fit_csv(
     if overwrite and not resume:
         (Path(out) / TASKS).unlink(missing_ok=True)  # an unfinished run must not be read with the old one's tasks
     if overwrite:  # what was written about the run that is replaced would look like results of the new one
-        for name in (SCORES, PREDICTIONS):
+        for name in (SCORES, PREDICTIONS, REPORT):
             (Path(out) / name).unlink(missing_ok=True)
     result = fit(
         learner,
@@ -168,6 +169,7 @@ def fit_csv(
             "support": support,
             "order": order,
             "separator": separator,
+            "csv": str(Path(csv).resolve()),  # where bayesmeta report looks for the tasks
         },
     )
     _keep(Path(out), train, parts, settings)
@@ -348,5 +350,6 @@ def _what_next(out: Path, csv: Path, result: FitResult, parts: dict[str, TableTa
         "  log.jsonl                 losses\n"
         "Next:\n"
         f"  bayesmeta evaluate {out} {again}   scores on tasks that were not trained on\n"
+        f"  bayesmeta report {out} {again}   the same as a page with pictures and a verdict\n"
         f"  bayesmeta predict {out} NEW.csv   forecasts of the rows whose {target} is empty"
     )
