@@ -40,8 +40,12 @@ _NAMES = {
     "Calibration": "bayesmeta.diagnostics.calibration",
     "ChainDiagnostics": "bayesmeta.posteriors.chains",
     "ChainsPosterior": "bayesmeta.posteriors.chains",
+    "Choice": "bayesmeta.diagnostics.active",
+    "choose": "bayesmeta.diagnostics.active",
     "ClassCalibration": "bayesmeta.diagnostics.calibration",
     "collate": "bayesmeta.data",
+    "compare": "bayesmeta.diagnostics.compare",
+    "Comparison": "bayesmeta.diagnostics.compare",
     "concatenate": "bayesmeta.data",
     "ConditionalNeuralProcess": "bayesmeta.adapt.neural_process",
     "ConjugateModel": "bayesmeta.models.conjugate",
@@ -67,6 +71,8 @@ _NAMES = {
     "ImplicitMAML": "bayesmeta.adapt.implicit_maml",
     "KroneckerNormalPosterior": "bayesmeta.posteriors.kronecker",
     "Laplace": "bayesmeta.adapt.laplace",
+    "learning_curve": "bayesmeta.diagnostics.learning_curve",
+    "LearningCurve": "bayesmeta.diagnostics.learning_curve",
     "load_method": "bayesmeta.train.checkpoint",
     "load_netcdf": "bayesmeta.diagnostics.datatree",
     "load_posterior": "bayesmeta.posteriors.base",
@@ -91,6 +97,7 @@ _NAMES = {
     "ParticlesPosterior": "bayesmeta.posteriors.samples",
     "Platipus": "bayesmeta.adapt.platipus",
     "plot_calibration": "bayesmeta.diagnostics.plots_calibration",
+    "plot_compare": "bayesmeta.diagnostics.plots_compare",
     "plot_forecast": "bayesmeta.diagnostics.plots",
     "plot_ranks": "bayesmeta.diagnostics.plots_calibration",
     "PrecisionTaskModel": "bayesmeta.models.precision",
@@ -102,6 +109,8 @@ _NAMES = {
     "RecalibratedPosterior": "bayesmeta.diagnostics.recalibrated",
     "Recalibration": "bayesmeta.diagnostics.corrections",
     "Reptile": "bayesmeta.adapt.reptile",
+    "ROC": "bayesmeta.diagnostics.surprise",
+    "roc": "bayesmeta.diagnostics.surprise",
     "SamplesPosterior": "bayesmeta.posteriors.samples",
     "save_netcdf": "bayesmeta.diagnostics.datatree",
     "sbc": "bayesmeta.diagnostics.simulation",
@@ -113,6 +122,8 @@ _NAMES = {
     "shot_plate": "bayesmeta.models.plates",
     "SimulatedTasks": "bayesmeta.train.simulated",
     "Standardizer": "bayesmeta.data",
+    "Surprise": "bayesmeta.diagnostics.surprise",
+    "surprise": "bayesmeta.diagnostics.surprise",
     "tarp": "bayesmeta.diagnostics.tarp",
     "TARP": "bayesmeta.diagnostics.tarp",
     "task_plate": "bayesmeta.models.plates",
@@ -124,6 +135,7 @@ _NAMES = {
     "TransformerNeuralProcess": "bayesmeta.adapt.processes",
     "union": "bayesmeta.data",
     "Versa": "bayesmeta.adapt.versa",
+    "write_report": "bayesmeta.report.build",
 }
 
 __all__ = sorted([*_MODULES, *_NAMES, "__version__"])
@@ -187,16 +199,21 @@ if TYPE_CHECKING:
         union,
     )
     from bayesmeta.diagnostics import metrics
+    from bayesmeta.diagnostics.active import Choice, choose
     from bayesmeta.diagnostics.calibration import Calibration, ClassCalibration, calibration
+    from bayesmeta.diagnostics.compare import Comparison, compare
     from bayesmeta.diagnostics.corrections import Recalibration
     from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
     from bayesmeta.diagnostics.decomposition import Decomposition, decompose
+    from bayesmeta.diagnostics.learning_curve import LearningCurve, learning_curve
     from bayesmeta.diagnostics.plots import plot_forecast
     from bayesmeta.diagnostics.plots_calibration import plot_calibration, plot_ranks
+    from bayesmeta.diagnostics.plots_compare import plot_compare
     from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
     from bayesmeta.diagnostics.recalibration import recalibrate
     from bayesmeta.diagnostics.scores import Scores, scores
     from bayesmeta.diagnostics.simulation import SBC, contraction, sbc, sbc_method
+    from bayesmeta.diagnostics.surprise import ROC, Surprise, roc, surprise
     from bayesmeta.diagnostics.tarp import TARP, tarp
     from bayesmeta.models import encoders, likelihoods, nets, priors, processes
     from bayesmeta.models.conjugate import ConjugateModel
@@ -224,6 +241,7 @@ if TYPE_CHECKING:
     from bayesmeta.posteriors.process import ProcessPosterior
     from bayesmeta.posteriors.samples import ParticlesPosterior, SamplesPosterior
     from bayesmeta.protocols import TaskDistribution
+    from bayesmeta.report.build import write_report
     from bayesmeta.train import schedules
     from bayesmeta.train.checkpoint import load_method
     from bayesmeta.train.fit import FitResult, fit
