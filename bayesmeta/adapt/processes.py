@@ -68,7 +68,7 @@ class ProcessMethod(Method):
         assumes="a network that reads support and target together; many tasks",
         posterior="the support itself, and a Gaussian over a latent if there is one",
         cost="adapt nothing; predict one pass; train one gradient",
-        source="Garnelo et al. 2018; Bruinsma et al. 2021",
+        source="Garnelo, Rosenbaum et al. 2018; Bruinsma et al. 2021",
     )
 
     def __init__(
