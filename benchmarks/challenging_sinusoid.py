@@ -29,7 +29,7 @@ from torch import nn
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, between, main
-from benchmarks.runs import add_run_arguments, named_bars, over_trainings, run_all, score_tasks, train_method
+from benchmarks.runs import add_run_arguments, named_bars, over_trainings, run_trainings, score_tasks, train_method
 
 SHOTS = (5, 10, 20)
 #: published best of the mean squared error, by shots
@@ -241,11 +241,7 @@ def measure(name: str, seed: int, steps: int, num_tasks: int, threads: int, full
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All runs that were asked for, each as often as was asked for, and how they compare with MAML."""
-    steps = {name: settings.steps for name, settings in RUNS.items()}
-    trainings = []
-    for seed in range(args.seed, args.seed + args.trainings):
-        each = argparse.Namespace(**{**vars(args), "seed": seed})
-        trainings.append(run_all(each, steps, lambda name: RUNS[name].steps // 20, measure))
+    trainings = run_trainings(args, RUNS, measure)
     full = not args.quick and not args.steps
     return over_trainings(trainings, named_bars(RUNS) if full else {}) + against_maml(trainings, full)
 

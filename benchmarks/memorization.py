@@ -35,7 +35,7 @@ import torch
 
 import bayesmeta as bm
 from benchmarks.harness import Bar, Row, at_most, main
-from benchmarks.runs import add_run_arguments, named_bars, over_trainings, run_all, train_method
+from benchmarks.runs import add_run_arguments, named_bars, over_trainings, run_trainings, train_method
 
 SHOTS = (5, 10)
 #: inputs: x, and the code of the amplitude
@@ -172,11 +172,7 @@ def _judge(name: str, row: str, value: float, full: bool) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All runs that were asked for, each as often as was asked for, and their ratios to MAML."""
-    steps = {name: settings.steps for name, settings in RUNS.items()}
-    trainings = []
-    for seed in range(args.seed, args.seed + args.trainings):
-        each = argparse.Namespace(**{**vars(args), "seed": seed})
-        trainings.append(run_all(each, steps, lambda name: RUNS[name].steps // 20, measure))
+    trainings = run_trainings(args, RUNS, measure)
     full = not args.quick and not args.steps
     rows = over_trainings(trainings, named_bars(RUNS) if full else {})
     return rows + against_maml(rows, full)

@@ -69,6 +69,20 @@ def add_run_arguments(parser: argparse.ArgumentParser, runs: Mapping[str, object
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
 
 
+def run_trainings(args: argparse.Namespace, runs: Mapping[str, Any], measure: Measure) -> list[list[Row]]:
+    """The rows of each of ``--trainings`` trainings, seeds ``--seed``, ``--seed`` + 1, …
+
+    Args:
+        args: with the flags of :func:`add_run_arguments`, and ``trainings``.
+        runs: each with its ``steps``, of which a quick run takes a twentieth.
+        measure: as in :func:`run_all`.
+    """
+    steps = {name: settings.steps for name, settings in runs.items()}
+    seeds = range(args.seed, args.seed + args.trainings)
+    each = [argparse.Namespace(**{**vars(args), "seed": seed}) for seed in seeds]
+    return [run_all(one, steps, lambda name: runs[name].steps // 20, measure) for one in each]
+
+
 def named_bars(runs: Mapping[str, Any]) -> dict[str, Bar]:
     """The bars of runs that have ``bars``, by the names of their rows, which begin with the run's."""
     return {f"{name}_{row}": bar for name, settings in runs.items() for row, bar in settings.bars.items()}

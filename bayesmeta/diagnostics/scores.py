@@ -251,7 +251,7 @@ def _log_scores(predictor: Predictor, batch: TaskBatch, valid: Tensor) -> tuple[
     point = joint = None
     closed = predictor.closed_form(query)
     if closed is not None:
-        point = _density(closed, query.y).expand(valid.shape)
+        point = log_density(closed, query.y).expand(valid.shape)
         together = predictor.closed_form(query, joint=True)
         joint = None if together is None else _log_joint(together, query.y, valid)
     if point is None or joint is None:
@@ -262,7 +262,8 @@ def _log_scores(predictor: Predictor, batch: TaskBatch, valid: Tensor) -> tuple[
     return torch.where(valid, point, 0.0), joint
 
 
-def _density(distribution: Any, y: Tensor) -> Tensor:
+def log_density(distribution: Any, y: Tensor) -> Tensor:
+    """log p(y) in float64; a DataError for targets outside the support."""
     try:
         return distribution.log_prob(y).double()
     except ValueError as error:  # Pyro's validation
@@ -275,7 +276,7 @@ def _log_joint(distribution: Any, y: Tensor, valid: Tensor) -> Tensor | None:
         base = distribution.base_dist
         while isinstance(base, torch.distributions.Independent):
             base = base.base_dist
-        value = _density(base, y)
+        value = log_density(base, y)
         value = value.flatten(2).sum(-1) if value.dim() > 2 else value
         return torch.where(valid, value, 0.0).sum(-1)
     keep = valid if y.dim() == 2 else valid.unsqueeze(-1).expand(y.shape)
@@ -283,7 +284,7 @@ def _log_joint(distribution: Any, y: Tensor, valid: Tensor) -> Tensor | None:
     if isinstance(distribution, torch.distributions.MultivariateNormal):
         return _log_normal(distribution, y.flatten(1).double(), keep)
     if bool(keep.all()):
-        return _density(distribution, y.reshape(y.shape[0], *distribution.event_shape))
+        return log_density(distribution, y.reshape(y.shape[0], *distribution.event_shape))
     return None
 
 

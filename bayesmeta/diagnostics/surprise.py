@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesmeta.data import Observations
 from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
-from bayesmeta.diagnostics.scores import _density
+from bayesmeta.diagnostics.scores import log_density
 from bayesmeta.errors import DataError, EmptyTaskError, OptionError, ShapeError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -144,7 +144,7 @@ def _of_points(predictor: Predictor, points: Observations, exact: bool) -> Surpr
     valid = points.full_mask()
     closed = predictor.closed_form(points) if exact else None
     if closed is not None:
-        log_p = _density(closed, points.y).expand(valid.shape)
+        log_p = log_density(closed, points.y).expand(valid.shape)
         errors, effective = torch.zeros_like(log_p), torch.full_like(log_p, math.inf)
     else:
         log_p, errors, effective = _log_mean(predictor.log_likelihood(points))

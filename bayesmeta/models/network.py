@@ -16,6 +16,7 @@ from bayesmeta.models.likelihoods import Likelihood
 from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.models.priors import Prior
 from bayesmeta.models.program import TaskProgram, refuse_outside
+from bayesmeta.models.targets import check_exposure
 from bayesmeta.ops.batched import FlatParameters
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
 
@@ -100,7 +101,7 @@ class NetworkProgram(TaskProgram):
     def prepare(self, observations: Observations) -> NetworkProgram:
         """Check that the network takes these features and that its outputs and the likelihood fit the targets."""
         if not self.is_prepared:
-            self._check_exposure(observations)
+            check_exposure(self.likelihood, observations)
             self._check_covariates(observations)
             self._try_network(observations)
             with torch.no_grad():
@@ -122,7 +123,7 @@ class NetworkProgram(TaskProgram):
 
     def check_inputs(self, observations: Observations) -> None:
         """What :meth:`check` asks beyond the width: exposure, covariates, and targets that the likelihood admits."""
-        self._check_exposure(observations)
+        check_exposure(self.likelihood, observations)
         self._check_covariates(observations)
         if self._support is not None and self._support.is_discrete:
             self.check_targets(observations)
@@ -131,19 +132,6 @@ class NetworkProgram(TaskProgram):
         if self.prior.covariates:
             with torch.no_grad():
                 self.prior.centre(observations.w)
-
-    def _check_exposure(self, observations: Observations) -> None:
-        exposure = self.likelihood.split(observations.x)[1].get("exposure")
-        if exposure is None:
-            return
-        bad = (~((exposure > 0) & exposure.isfinite()) & observations.full_mask()).nonzero()
-        if len(bad):
-            task, shot = bad[0].tolist()
-            raise DataError(
-                f"The exposure (column {self.likelihood.exposure} of x) is {exposure[task, shot].item():.4g} at task "
-                f"{task}, shot {shot} (counted from 0); an exposure is positive, in raw units. Do not standardise that "
-                "column, and drop rows without exposure."
-            )
 
     @property
     def _width_note(self) -> str:

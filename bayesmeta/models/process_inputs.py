@@ -8,6 +8,7 @@ from torch import Tensor
 from bayesmeta.data import Observations
 from bayesmeta.errors import DataError, NonFiniteDataError, ShapeError, UnsupportedError
 from bayesmeta.models.likelihoods import Likelihood
+from bayesmeta.models.targets import check_exposure
 
 
 def check_inputs(likelihood: Likelihood, observations: Observations) -> None:
@@ -15,30 +16,13 @@ def check_inputs(likelihood: Likelihood, observations: Observations) -> None:
 
     Raises:
         UnsupportedError: for task-level covariates.
-        NonFiniteDataError, DataError: as the two below.
+        NonFiniteDataError: for x or y of a real observation that is not finite.
+        DataError: for an exposure that is not positive.
     """
     if observations.w is not None:
         raise UnsupportedError("A process does not see task-level covariates w; append them to x.")
     check_finite(observations)
     check_exposure(likelihood, observations)
-
-
-def check_exposure(likelihood: Likelihood, observations: Observations) -> None:
-    """Check that the exposure is positive, where the likelihood has one.
-
-    Raises:
-        DataError: naming the first task and shot where it is not.
-    """
-    exposure = likelihood.split(observations.x)[1].get("exposure")
-    if exposure is None:
-        return
-    bad = (~((exposure > 0) & exposure.isfinite()) & observations.full_mask()).nonzero()
-    if len(bad):
-        task, shot = bad[0].tolist()
-        raise DataError(
-            f"The exposure is {exposure[task, shot].item():.4g} at task {task}, shot {shot} (counted from 0); an "
-            "exposure is positive, in raw units."
-        )
 
 
 def check_finite(observations: Observations) -> None:

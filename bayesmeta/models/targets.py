@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 
-from bayesmeta.errors import UnsupportedError
+from bayesmeta.data import Observations
+from bayesmeta.errors import DataError, UnsupportedError
 from bayesmeta.protocols import TargetKind
+
+if TYPE_CHECKING:
+    from bayesmeta.models.likelihoods import Likelihood
 
 _WRAPPERS = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
 
@@ -61,3 +65,22 @@ def _base(distribution: Any) -> Any:
     while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
+
+
+def check_exposure(likelihood: Likelihood, observations: Observations) -> None:
+    """Check that the exposure is positive, where the likelihood has one.
+
+    Raises:
+        DataError: naming the first task and shot where it is not.
+    """
+    exposure = likelihood.split(observations.x)[1].get("exposure")
+    if exposure is None:
+        return
+    bad = (~((exposure > 0) & exposure.isfinite()) & observations.full_mask()).nonzero()
+    if len(bad):
+        task, shot = bad[0].tolist()
+        raise DataError(
+            f"The exposure (column {likelihood.exposure} of x) is {exposure[task, shot].item():.4g} at task {task}, "
+            f"shot {shot} (counted from 0); an exposure is positive, in raw units. Do not standardise that column, and "
+            "drop rows without exposure."
+        )
