@@ -51,7 +51,7 @@ _NAMES = {
     "ConjugateModel": "bayesmeta.models.conjugate",
     "ConjugatePosterior": "bayesmeta.posteriors.conjugate",
     "ContextTaskModel": "bayesmeta.models.context",
-    "contraction": "bayesmeta.diagnostics.simulation",
+    "contraction": "bayesmeta.diagnostics.contraction",
     "ConvCNP": "bayesmeta.adapt.processes",
     "decompose": "bayesmeta.diagnostics.decomposition",
     "Decomposition": "bayesmeta.diagnostics.decomposition",
@@ -77,6 +77,7 @@ _NAMES = {
     "load_netcdf": "bayesmeta.diagnostics.datatree",
     "load_posterior": "bayesmeta.posteriors.base",
     "loo": "bayesmeta.diagnostics.datatree",
+    "loo_kfold": "bayesmeta.diagnostics.kfold",
     "Lookahead": "bayesmeta.train.lookahead",
     "MAML": "bayesmeta.adapt.maml",
     "MetaRegularization": "bayesmeta.adapt.meta_regularization",
@@ -105,6 +106,8 @@ _NAMES = {
     "ProcessMethod": "bayesmeta.adapt.processes",
     "ProcessModel": "bayesmeta.models.process_model",
     "ProcessPosterior": "bayesmeta.posteriors.process",
+    "psis": "bayesmeta.diagnostics.pareto",
+    "PSIS": "bayesmeta.diagnostics.pareto",
     "recalibrate": "bayesmeta.diagnostics.recalibration",
     "RecalibratedPosterior": "bayesmeta.diagnostics.recalibrated",
     "Recalibration": "bayesmeta.diagnostics.corrections",
@@ -119,6 +122,8 @@ _NAMES = {
     "Scores": "bayesmeta.diagnostics.scores",
     "scores": "bayesmeta.diagnostics.scores",
     "SemiAmortised": "bayesmeta.adapt.semi_amortised",
+    "sensitivity": "bayesmeta.diagnostics.sensitivity",
+    "Sensitivity": "bayesmeta.diagnostics.sensitivity",
     "shot_plate": "bayesmeta.models.plates",
     "SimulatedTasks": "bayesmeta.train.simulated",
     "Standardizer": "bayesmeta.data",
@@ -202,17 +207,21 @@ if TYPE_CHECKING:
     from bayesmeta.diagnostics.active import Choice, choose
     from bayesmeta.diagnostics.calibration import Calibration, ClassCalibration, calibration
     from bayesmeta.diagnostics.compare import Comparison, compare
+    from bayesmeta.diagnostics.contraction import contraction
     from bayesmeta.diagnostics.corrections import Recalibration
     from bayesmeta.diagnostics.datatree import load_netcdf, loo, save_netcdf, to_datatree
     from bayesmeta.diagnostics.decomposition import Decomposition, decompose
+    from bayesmeta.diagnostics.kfold import loo_kfold
     from bayesmeta.diagnostics.learning_curve import LearningCurve, learning_curve
+    from bayesmeta.diagnostics.pareto import PSIS, psis
     from bayesmeta.diagnostics.plots import plot_forecast
     from bayesmeta.diagnostics.plots_calibration import plot_calibration, plot_ranks
     from bayesmeta.diagnostics.plots_compare import plot_compare
     from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
     from bayesmeta.diagnostics.recalibration import recalibrate
     from bayesmeta.diagnostics.scores import Scores, scores
-    from bayesmeta.diagnostics.simulation import SBC, contraction, sbc, sbc_method
+    from bayesmeta.diagnostics.sensitivity import Sensitivity, sensitivity
+    from bayesmeta.diagnostics.simulation import SBC, sbc, sbc_method
     from bayesmeta.diagnostics.surprise import ROC, Surprise, roc, surprise
     from bayesmeta.diagnostics.tarp import TARP, tarp
     from bayesmeta.models import encoders, likelihoods, nets, priors, processes

@@ -64,8 +64,11 @@ class Posterior(Protocol):
     def named_theta(self, draws: Any) -> dict[str, Tensor]:
         """Named draws of global sites, each ``[n, …]``."""
 
-    def log_prior(self, draws: Any) -> Tensor:
-        """log p(φ | θ), ``[n, tasks]``."""
+    def log_prior(self, draws: Any, *, jacobian: bool = True) -> Tensor:
+        """log p(φ | θ), ``[n, tasks]``: a density of unconstrained φ, or without the Jacobian of φ by its sites."""
+
+    def log_theta(self, draws: Any, *, jacobian: bool = True) -> Tensor:
+        """log p(θ) of the draws' global sites, ``[n]``; 0 where there are none."""
 
     def log_likelihood(self, observations: Observations, *, draws: Any) -> Tensor:
         """log p(y | x, φ) of each observation, ``[n, tasks, shots]``, 0 where masked."""

@@ -36,6 +36,7 @@ GROUPS = {
     "prior_predictive",
     "log_likelihood",
     "log_prior",
+    "sample_stats",
     "observed_data",
     "constant_data",
     "predictions",
@@ -313,7 +314,7 @@ def test_a_point_estimate_refuses_loo():
     batch = linear_batch()
     posterior = maml(batch)
     tree = to_datatree(posterior, batch, num_samples=10)
-    assert set(tree.children) == GROUPS - {"log_likelihood"}
+    assert set(tree.children) == GROUPS - {"log_likelihood", "sample_stats"}
     assert "point estimate" in tree.attrs["log_likelihood_note"]
     with pytest.raises(TypeError, match="log likelihood"):
         arviz_stats.loo(tree)

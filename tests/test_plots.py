@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import matplotlib
+import matplotlib.figure
 import pyro.distributions as dist
 import pytest
 import torch
@@ -200,3 +201,31 @@ def test_several_inputs_are_not_joined_by_a_line():
         method = bm.MultiTask(bm.NeuralTaskModel(bm.nets.mlp(width, [4], 1), bm.Gaussian(0.5), "point"))
         figure = bm.plot_forecast(method.adapt(narrow.support), narrow)
         assert figure.axes[0].lines[0].get_linestyle() == style
+
+
+def test_names_are_drawn_as_they_are_written(batch, tmp_path):
+    """A formula that cannot be parsed stops the drawing; one that is no formula is a name like any other."""
+    evil, hidden = r"$\frac$", "_cost_$a$"
+    figure = matplotlib.figure.Figure()
+    figure.suptitle(evil)
+    with pytest.raises(ValueError, match="frac"):  # control
+        figure.draw_without_rendering()
+    posterior, names = Line(batch.support), (evil, hidden, "c", "d", "e")
+    named = replace(batch, names=names)
+    figure = plot_forecast(posterior, named, x_label=evil, y_label=hidden, path=tmp_path / "a.png")
+    assert [a.get_title() for a in visible(figure)] == list(names)
+    found = bm.calibration(posterior, batch)
+    figure = bm.plot_calibration({evil: found, hidden: found}, path=tmp_path / "b.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [evil, hidden]
+    each = torch.arange(5.0)
+    scores = bm.Scores({"nll": 2.0}, {"nll": 0.7}, {"nll": each}, 5, 0, True)
+    figure = bm.plot_compare(bm.compare({evil: scores, hidden: scores}), path=tmp_path / "c.png")
+    assert {text.get_text() for text in figure.axes[0].get_yticklabels()} == {evil, hidden}
+    generator = torch.Generator().manual_seed(0)
+    ranks = bm.sbc(
+        lambda generator: ({evil: torch.zeros(())}, torch.zeros(1)),
+        lambda y: {evil: torch.randn(15, generator=generator)},
+        num_simulations=40,
+        num_draws=15,
+    )
+    assert bm.plot_ranks(ranks, path=tmp_path / "d.png").axes[0].get_title().startswith(evil)

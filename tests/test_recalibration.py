@@ -294,12 +294,12 @@ def test_errors_are_typed():
         conformal(posterior).predictive(batch.query)
     labels, logits = label_tasks(6)
     of_classes = Labels(labels.support, logits)
-    for how in ("isotonic", "conformal"):
-        with pytest.raises(UnsupportedError, match="'class'"):
-            bm.recalibrate(of_classes, labels, how)
+    with pytest.raises(UnsupportedError, match="'class'"):
+        bm.recalibrate(of_classes, labels, "isotonic")
     for found in (conformal, bm.recalibrate(posterior, batch)):
         with pytest.raises(UnsupportedError, match="'class'"):
             found(of_classes)
-    rate = torch.ones(6, 6, dtype=F64)
-    with pytest.raises(UnsupportedError, match="'count'"):
-        bm.recalibrate(Counts(batch.support, rate, None), batch)
+    counts = Counts(batch.support, torch.ones(6, 6, dtype=F64), None)
+    for found in (conformal, bm.recalibrate(posterior, batch), bm.recalibrate(posterior, batch, "isotonic")):
+        with pytest.raises(UnsupportedError, match="kind 'real'; the posterior's are 'count'"):
+            found(counts)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.mcmc import NUTS as PyroNUTS
 from torch import Tensor
 from tqdm import tqdm
 
 from bayesmeta.adapt.base import Method, MethodCard
+from bayesmeta.adapt.recording import RecordingNUTS
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, ShapeError, UnsupportedError
 from bayesmeta.models.theta import GlobalKind
@@ -162,13 +162,14 @@ class NUTS(Method):
     ) -> ChainsPosterior:
         starts = self._starts(support, theta, generator)
         run: list[dict[str, Tensor]] = []
-        divergences, step_sizes = [], []
+        divergences, step_sizes, stats = [], [], []
         for chain in range(self.num_chains):
             first = {name: value[chain] for name, value in starts.items()}
-            draws, diverged, step_size = self._chain(chain, first, support, theta, generator)
+            draws, diverged, step_size, transitions = self._chain(chain, first, support, theta, generator)
             run.append(draws)
             divergences.append(diverged)
             step_sizes.append(step_size)
+            stats.append(transitions)
         u = torch.cat([draws["u"] for draws in run])  # [chains × n, G, tasks, D]
         given = 0 if self.infer_theta or theta is None else theta.shape[0]
         sampled = torch.cat([draws["theta"] for draws in run]).squeeze(1) if self.infer_theta else theta
@@ -183,6 +184,7 @@ class NUTS(Method):
             divergences=torch.tensor(divergences, device=like.device),
             step_size=torch.tensor(step_sizes, device=like.device, dtype=u.dtype),
             given=given,
+            stats=torch.stack(stats),
         )
 
     def _starts(self, support: Observations, theta: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
@@ -239,8 +241,8 @@ class NUTS(Method):
         support: Observations,
         theta: Tensor | None,
         generator: torch.Generator,
-    ) -> tuple[dict[str, Tensor], int, float]:
-        """One chain: its draws ``[n, …]`` by name, its diverging transitions and its step size."""
+    ) -> tuple[dict[str, Tensor], int, float, Tensor]:
+        """One chain: its draws ``[n, …]`` by name, its diverging transitions, its step size, and all transitions."""
         potential = self._potential(support, theta)
         with torch.no_grad():
             energy = potential(start)
@@ -249,12 +251,13 @@ class NUTS(Method):
                 f"Chain {chain} cannot start: the log-density there is {-float(energy)}. Take a smaller spread, give a "
                 "start, or standardise the data."
             )
-        sampler = PyroNUTS(
+        sampler = RecordingNUTS(
             potential_fn=potential, target_accept_prob=self.target_accept, max_tree_depth=self.max_tree_depth
         )
         sampler.initial_params = start
         total = self.warmup + self.num_samples
         kept: dict[str, list[Tensor]] = {name: [] for name in start}
+        transitions = []
         # blocked: Pyro's sampler draws its momenta as sample sites
         with forked_rng(generator), poutine.block():
             sampler.setup(self.warmup)
@@ -264,8 +267,10 @@ class NUTS(Method):
                 if step >= self.warmup:
                     for name, value in z.items():
                         kept[name].append(value.detach().clone())
+                    transitions.append(sampler.transition)
             diverged = len(sampler.diagnostics()["divergences"])
-        return {name: torch.stack(values) for name, values in kept.items()}, diverged, float(sampler.step_size)
+        draws = {name: torch.stack(values) for name, values in kept.items()}
+        return draws, diverged, float(sampler.step_size), torch.stack(transitions)
 
     def _task_loss(self, batch: TaskBatch, theta: Tensor | None, generator: torch.Generator) -> Tensor:
         raise _no_loss()

@@ -331,9 +331,9 @@ class _NUTSFrom(NUTS):
         inner = super()._potential(support, theta)
         return lambda z: inner({"u": self._to_u(z["u"])})
 
-    def _chain(self, *args: Any) -> tuple[dict[str, Tensor], int, float]:
-        draws, diverged, step_size = super()._chain(*args)
-        return {"u": self._to_u(draws["u"])}, diverged, step_size
+    def _chain(self, *args: Any) -> tuple[dict[str, Tensor], int, float, Tensor]:
+        draws, *known = super()._chain(*args)
+        return {"u": self._to_u(draws["u"])}, *known
 
 
 def _units(q: Recognisable, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks, counted
+from bayesmeta.diagnostics.information import Elliptical, elliptical, greedy_mixture, greedy_normal
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.errors import EmptyTaskError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
@@ -29,16 +30,19 @@ class Choice:
             variance given those before it; NaN for a random choice.
         criterion: what was asked for.
         closed_form: whether the gains are exact.
+        real: tasks that are no padding, ``[tasks]``; None: all. Padding has gains of NaN, and its places mean nothing.
     """
 
     index: Tensor
     gains: Tensor
     criterion: Criterion
     closed_form: bool
+    real: Tensor | None = None
 
     def take(self, candidates: Observations) -> Observations:
-        """The chosen ones of the candidates, ``[tasks, size, …]``."""
-        return pick(candidates, self.index)
+        """The chosen ones of the candidates, ``[tasks, size, …]``; those of padding tasks are masked."""
+        chosen = pick(candidates, self.index)
+        return chosen if self.real is None else replace(chosen, mask=counted(chosen, self.real))
 
 
 def pick(observations: Observations, index: Tensor) -> Observations:
@@ -62,18 +66,21 @@ def choose(
     exact: bool = True,
     num_samples: int = 100,
     num_outcomes: int = 100,
+    real: Tensor | None = None,
     generator: Seed = None,
 ) -> Choice:
     """Choose which points of each task to label next, all at once; :func:`~bayesmeta.learning_curve` re-adapts between.
 
     - ``"information"``: the mutual information I(y; φ) between labels and φ. The points of a choice share what they
-      say: each next one is that of the largest I(y; φ | labels before it). Where the predictive is a joint Normal and
-      the likelihood Gaussian with noise that φ does not change, in closed form, ½ log of predictive variance over noise
-      variance. Else from draws, as in :func:`~bayesmeta.decompose`, for any likelihood: of φ, and of outcomes y, by
-      which draws of φ are reweighted. It sees no more than log(num_samples) nats.
+      say: each next one is that of the largest I(y; φ | labels before it). Where the predictive is a joint Normal, in
+      closed form, ½ log of predictive variance over noise variance; φ is then all that labels share, of a Gaussian
+      process its function. Where it is a joint Student-t, or a mixture of either, from outcomes y and their density in
+      closed form; φ is then also the component and the variance of the noise. Else from draws, as in
+      :func:`~bayesmeta.decompose`, for any likelihood: of φ, and of outcomes y, by which draws of φ are reweighted. It
+      sees no more than log(num_samples) nats, so that where a label says more, all points look alike.
     - ``"variance"``: the predictive variance, noise included, given the points before it (those of a Gaussian with the
-      same covariance). Cheap, and the same choice where the noise is the same everywhere; where it is not, it runs
-      after noise.
+      same covariance). Cheap, and the same choice for one Normal with the same noise everywhere; where the noise
+      differs, it runs after noise.
     - ``"random"``: the control.
 
     Sources: D. V. Lindley, "On a measure of the information provided by an experiment", Annals of Mathematical
@@ -89,42 +96,69 @@ def choose(
         criterion: see above.
         exact: take the closed form where there is one.
         num_samples: draws of φ; of a posterior that is made of fewer, these. A variance is of ten times as many.
-        num_outcomes: outcomes behind an information without a closed form; each takes ``size`` calls of the likelihood.
+        num_outcomes: outcomes behind an information without a closed form; by draws each takes ``size`` calls of the
+            likelihood.
+        real: tasks that are no padding, as ``batch.real_tasks()`` gives them; None: all. Padding needs no candidate.
         generator: generator or seed; None means seed 0.
 
     Raises:
         OptionError: for an unknown criterion, a size below 1, fewer than 2 draws or outcomes.
         EmptyTaskError: for a task with fewer candidates than ``size``.
-        ShapeError: for other tasks than those of the posterior.
+        ShapeError: for other tasks than those of the posterior, and ``real`` of another shape.
         UnsupportedError: for the information of a point estimate, which has no φ to learn of, or of a recalibrated
             posterior; for the variance of classes, and of several outputs.
         NonFiniteDataError: for predictions that are not finite.
     """
-    mask = _check(posterior, candidates, size, criterion, num_samples, num_outcomes)
+    mask = _check(posterior, candidates, size, criterion, num_samples, num_outcomes, real)
     source = as_generator(generator, candidates.device, "active")
-    inputs = candidates.with_y(None)
+    found = _choose(posterior, candidates.with_y(None), mask, size, criterion, exact, num_samples, num_outcomes, source)
+    return found if real is None else replace(found, real=real, gains=found.gains.where(real.unsqueeze(-1), math.nan))
+
+
+def _choose(
+    posterior: Posterior,
+    inputs: Observations,
+    mask: Tensor,
+    size: int,
+    criterion: Criterion,
+    exact: bool,
+    num_samples: int,
+    num_outcomes: int,
+    source: torch.Generator,
+) -> Choice:
     if criterion == "random":
         order = torch.rand(mask.shape, generator=source, dtype=torch.float64, device=source.device).to(mask.device)
         index = order.masked_fill(~mask, -1.0).topk(size, -1).indices
         return Choice(index, torch.full(index.shape, math.nan, dtype=torch.float64), criterion, False)
-    closed = _joint(posterior, inputs) if exact else None
+    joint = elliptical(posterior, inputs) if exact else None
+    if joint is not None:
+        _check_joint(joint, mask)
     if criterion == "variance":
+        closed = None if joint is None else joint.covariance()
         predictor = Predictor(posterior, 10 * num_samples, source)
         covariance = closed if closed is not None else _covariance(predictor.predict(inputs).double(), mask)
-        index, variances = _greedy_gaussian(covariance, mask, size, torch.ones_like(covariance[..., 0]))
+        index, variances = greedy_normal(covariance, mask, size, torch.ones_like(covariance[..., 0]))
         return Choice(index, variances, criterion, closed is not None)
-    noise = None if closed is None else _noise_variance(posterior, inputs, closed, mask, source)
-    if closed is not None and noise is not None:
-        index, ratios = _greedy_gaussian(closed, mask, size, noise)
+    if joint is not None and joint.is_normal:
+        index, ratios = greedy_normal(joint.scale[0], mask, size, joint.noise[0])
         return Choice(index, 0.5 * ratios.log(), criterion, True)
+    if joint is not None:
+        index, gains = greedy_mixture(joint, mask, size, num_outcomes, source)
+        return Choice(index, gains, criterion, False)
     count = min(num_samples, posterior.num_draws or num_samples)
     return _by_draws(posterior, inputs, mask, size, posterior.draws(count, source), num_outcomes, source)
 
 
 def _check(
-    posterior: Posterior, candidates: Observations, size: int, criterion: str, num_samples: int, num_outcomes: int
+    posterior: Posterior,
+    candidates: Observations,
+    size: int,
+    criterion: str,
+    num_samples: int,
+    num_outcomes: int,
+    real: Tensor | None,
 ) -> Tensor:
-    """The mask of the candidates."""
+    """Which candidates may be chosen, ``[tasks, points]``."""
     if criterion not in get_args(Criterion):
         raise OptionError(f"criterion={criterion!r}; expected one of {', '.join(get_args(Criterion))}.")
     if size < 1:
@@ -132,8 +166,11 @@ def _check(
     if min(num_samples, num_outcomes) < 2:
         raise OptionError(f"num_samples={num_samples}, num_outcomes={num_outcomes}; expected at least 2 of each.")
     check_same_tasks(posterior, candidates)
-    mask = candidates.full_mask()
-    few = (mask.sum(-1) < size).nonzero().flatten()
+    mask = counted(candidates, real)
+    if not bool(mask.any()):
+        raise EmptyTaskError("No task has a candidate to choose.")
+    short = mask.sum(-1) < size
+    few = (short if real is None else short & real).nonzero().flatten()
     if len(few):
         task = int(few[0])
         raise EmptyTaskError(
@@ -151,36 +188,14 @@ def _check(
     return mask
 
 
-# -- Gaussian -----------------------------------------------------------------------------------------------------
+# -- closed forms -------------------------------------------------------------------------------------------------
 
 
-def _joint(posterior: Posterior, inputs: Observations) -> Tensor | None:
-    """Covariance of a joint Normal of each task's points, float64, ``[tasks, points, points]``; None without one."""
-    joint = Predictor(posterior, 2, None).closed_form(inputs, joint=True)
-    if not isinstance(joint, torch.distributions.MultivariateNormal) or joint.event_shape != (inputs.shots,):
-        return None
-    return joint.covariance_matrix.double()
-
-
-def _noise_variance(
-    posterior: Posterior, inputs: Observations, covariance: Tensor, mask: Tensor, source: torch.Generator
-) -> Tensor | None:
-    """Variance of y given φ, ``[tasks, points]``; None where the likelihood is not Gaussian, or φ changes it.
-
-    Only the likelihood knows it. The log of a Gaussian density is a parabola in y, and its second difference over steps
-    of h is −h² / variance: exact, whatever its mean; a second one, over twice the step, tells whether it is one.
-    """
-    mean = posterior.predictive(inputs, joint=True).mean
-    step = covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(mean.dtype)
-    draws = posterior.draws(4, source)
-    at = [posterior.log_likelihood(inputs.with_y(mean + k * step), draws=draws).double() for k in (-2, -1, 0, 1, 2)]
-    near, far = (at[2 + k] + at[2 - k] - 2 * at[2] for k in (1, 2))
-    variance = -step.double().square() / near
-    keep = mask.expand(near.shape)
-    tolerance = 1e-3 if mean.dtype == torch.float32 else 1e-6
-    parabola = ((far / near / 4 - 1).abs() < tolerance)[keep].all()
-    same = ((variance / variance[:1] - 1).abs() < tolerance)[keep].all()
-    return variance.mean(0).where(mask, torch.ones_like(variance[0])) if bool(parabola and same) else None
+def _check_joint(joint: Elliptical, mask: Tensor) -> None:
+    """Refuse a predictive that is not finite."""
+    total = joint.loc.sum(0) + joint.scale.diagonal(dim1=-2, dim2=-1).sum(0)
+    total = total + joint.log_weights.exp().sum(0).unsqueeze(-1)
+    check_finite(total, mask, "predictive variance", [str(i) for i in range(len(mask))])
 
 
 def _covariance(y: Tensor, mask: Tensor) -> Tensor:
@@ -190,30 +205,6 @@ def _covariance(y: Tensor, mask: Tensor) -> Tensor:
     check_finite(y.sum(0), mask, "prediction", [str(i) for i in range(len(mask))])
     centred = y - y.mean(0)
     return torch.einsum("nti,ntj->tij", centred, centred) / (len(y) - 1)
-
-
-def _greedy_gaussian(covariance: Tensor, mask: Tensor, size: int, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Points of the largest variance over ``unit`` given those before, and these ratios, ``[tasks, size]`` each.
-
-    By a pivoted Cholesky factorisation, O(points · size²) a task.
-    """
-    left = covariance.diagonal(dim1=-2, dim2=-1).clone()
-    check_finite(left, mask, "predictive variance", [str(i) for i in range(len(mask))])
-    rows: list[Tensor] = []
-    open_, index, gains = mask.clone(), [], []
-    for _ in range(size):
-        ratio = (left / unit).masked_fill(~open_, -math.inf)
-        gain, best = ratio.max(-1, keepdim=True)
-        column = covariance.gather(1, best.unsqueeze(-1).expand(-1, 1, covariance.shape[-1])).squeeze(1)
-        for row in rows:
-            column = column - row * row.gather(1, best)
-        row = column / left.gather(1, best).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-        left = (left - row.square()).clamp(min=0.0)
-        open_ = open_.scatter(1, best, False)
-        rows.append(row)
-        index.append(best)
-        gains.append(gain)
-    return torch.cat(index, 1), torch.cat(gains, 1)
 
 
 # -- any likelihood, by draws -------------------------------------------------------------------------------------

@@ -40,9 +40,23 @@ class Recalibration:
         if posterior.target_kind != "real":
             raise UnsupportedError(
                 f"{type(self).__name__} is for real numbers; these targets are of kind {posterior.target_kind!r}. "
-                "Of classes take how='temperature'; of counts there is none, try another likelihood "
-                "(NegativeBinomial)."
+                "Learn a correction from tasks of that kind: bayesmeta.recalibrate."
             )
+
+    def _same_kind(self, posterior: Posterior, kind: str) -> None:
+        if posterior.target_kind != kind:
+            raise UnsupportedError(
+                f"This {type(self).__name__.lower()} correction was learned on targets of kind {kind!r}; the "
+                f"posterior's are {posterior.target_kind!r}."
+            )
+
+    def of_normal(self, z: Tensor) -> Tensor:
+        """Φ⁻¹(F̃(k)) of a count k, given z = Φ⁻¹(F(k)).
+
+        Raises:
+            UnsupportedError: where it is not for counts.
+        """
+        raise UnsupportedError(f"{type(self).__name__} gives no distribution of counts.")
 
     def posterior_predictive(self, distribution: Any, joint: bool) -> Any:
         """Refused, where F̃ is no known distribution."""
@@ -53,15 +67,16 @@ class Recalibration:
 class Temperature(Recalibration):
     """One number, by which the spread of the predictive is multiplied about its mean; logits are divided by it.
 
-    F̃(y) = F(m + (y − m) / τ). Of classes, of each φ: softmax(log p(k | x, φ) / τ). A Normal stays one, so closed forms
-    stay. Source: C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017,
-    https://arxiv.org/abs/1706.04599, section 4.2, for classes; of real numbers it is D. Levi, L. Gispan, N. Giladi,
-    E. Fetaya, "Evaluating and Calibrating Uncertainty Prediction in Regression Tasks", 2019,
-    https://arxiv.org/abs/1905.11659, section 4.1.
+    F̃(y) = F(m + (y − m) / τ). Of classes, of each φ: softmax(log p(k | x, φ) / τ). Of counts on the scale of Normal
+    quantiles, F̃(k) = Φ(Φ⁻¹(F(k)) / τ), which of a Normal F is the same and of counts keeps the median (ours). A Normal
+    stays one, so closed forms stay. Source: C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern
+    Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599, section 4.2, for classes; of real numbers it is D.
+    Levi, L. Gispan, N. Giladi, E. Fetaya, "Evaluating and Calibrating Uncertainty Prediction in Regression Tasks",
+    2019, https://arxiv.org/abs/1905.11659, section 4.1.
 
     Attributes:
         value: τ, above 0: above 1 the forecasts were over-confident.
-        kind: ``"real"`` or ``"class"``.
+        kind: ``"real"``, ``"count"`` or ``"class"``.
         num_tasks: the tasks on which it was learned.
     """
 
@@ -73,11 +88,11 @@ class Temperature(Recalibration):
         return f"Temperature({self.value:.4g}), from {self.num_tasks} tasks"
 
     def _check(self, posterior: Posterior) -> None:
-        if posterior.target_kind != self.kind:
-            raise UnsupportedError(
-                f"This temperature was learned on targets of kind {self.kind!r}; the posterior's are "
-                f"{posterior.target_kind!r}."
-            )
+        self._same_kind(posterior, self.kind)
+
+    def of_normal(self, z: Tensor) -> Tensor:
+        """z / τ."""
+        return z / self.value
 
     def posterior_predictive(self, distribution: Any, joint: bool) -> Any:
         """The same Normal or multivariate Normal with τ times its standard deviations."""
@@ -115,19 +130,29 @@ class Isotonic(Recalibration):
     its points, as shares only grow. Departures: R is a line on the scale of Normal quantiles, Φ⁻¹(R(Φ(z))), between
     ``num_bins`` − 1 of these points and beyond them, so that F̃ has a density and tails; and all tasks count alike. It
     corrects form and location too, and needs more tasks than a temperature. From draws it cannot reach beyond the
-    outermost draw: where forecasts are far too narrow, take a temperature first.
+    outermost draw: where forecasts are far too narrow, take a temperature first. Of counts F(y) is the randomised PIT
+    (Czado, Gneiting & Held 2009, https://doi.org/10.1111/j.1541-0420.2009.01191.x) and R changes F at the counts.
 
     Attributes:
         old, new: R maps Φ(``old``) to Φ(``new``), both ``[num_bins + 1]`` and increasing.
         num_tasks: the tasks on which it was learned.
+        kind: ``"real"`` or ``"count"``.
     """
 
     old: Tensor
     new: Tensor
     num_tasks: int
+    kind: str = "real"
 
     def __str__(self) -> str:
         return f"Isotonic({len(self.new) - 1} pieces), from {self.num_tasks} tasks"
+
+    def _check(self, posterior: Posterior) -> None:
+        self._same_kind(posterior, self.kind)
+
+    def of_normal(self, z: Tensor) -> Tensor:
+        """Φ⁻¹(R(Φ(z)))."""
+        return interpolate(z, self.old, self.new)[0]
 
     def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
         """F⁻¹(R⁻¹(u))."""
@@ -159,16 +184,18 @@ class Conformal(Recalibration):
     ((K + 1) n_k) + δ(∞) / (K + 1) over K validation tasks of n_k points. The probability is over all K + 1 tasks, which
     are taken to be exchangeable: drawn alike, adapted alike by one method that saw none of them. Source: Y. Lee, R. F.
     Barber, R. Willett, "Distribution-free inference with hierarchical data", 2023, https://arxiv.org/abs/2306.06342,
-    section 3 (hierarchical conformal prediction). It says nothing of a given task, or a given x.
+    section 3 (hierarchical conformal prediction). It says nothing of a given task, or a given x. Of counts s² is the
+    variance and 1/12, that of a number within its count, so that it is never 0; the ends are counts.
 
-    :meth:`interval` has that guarantee. Called on a posterior, it gives a predictive whose central intervals are these
-    at ``num_bins`` levels, and between them and beyond follows a Normal: for scores, pictures and calibration, without
-    a guarantee.
+    :meth:`interval` has that guarantee. Of counts it is all there is. Of real numbers, called on a posterior, it
+    gives a predictive whose central intervals are these at ``num_bins`` levels, and between them and beyond follows a
+    Normal: for scores, pictures and calibration, without a guarantee.
 
     Attributes:
         scores, weights: sorted scores of the validation points, and their weights 1 / ((K + 1) n_k), ``[points]``.
         radius, stretched: that many standard deviations of a Normal become so many, ``[knots]``, from 0.
         num_tasks: K.
+        kind: ``"real"`` or ``"count"``.
     """
 
     scores: Tensor
@@ -176,6 +203,15 @@ class Conformal(Recalibration):
     radius: Tensor
     stretched: Tensor
     num_tasks: int
+    kind: str = "real"
+
+    def _check(self, posterior: Posterior) -> None:
+        self._same_kind(posterior, self.kind)
+        if self.kind == "count":
+            raise UnsupportedError(
+                "Conformal correction of counts gives intervals and no distribution: call its interval(). For "
+                "forecasts take how='temperature' or 'isotonic'."
+            )
 
     def __str__(self) -> str:
         return f"Conformal, from {self.num_tasks} tasks: 90% intervals are mean ± {self.factor(0.9):.4g} s.d."
@@ -209,15 +245,20 @@ class Conformal(Recalibration):
             num_samples, generator: as at the validation tasks, where there is no closed form.
 
         Returns:
-            Its lower and upper end, ``[tasks, shots]``, in the units of y of the batch.
+            Its lower and upper end, ``[tasks, shots]``, both within it, in the units of y of the batch; of counts
+            they are counts.
 
         Raises:
             OptionError: for a level outside (0, 1).
-            UnsupportedError: for counts and classes.
+            UnsupportedError: for targets of another kind than those it was learned on.
         """
-        self._check(posterior)
+        self._same_kind(posterior, self.kind)
         mean, scale = moments(Predictor(posterior, num_samples, generator), observations)
         half = self.factor(level) * scale
+        if self.kind == "count":
+            # rounding must not take away the end on which a count lies that was as far off as the factor says
+            slack = 1e-9 * (1.0 + mean)
+            return (mean - half - slack).ceil().clamp(min=0.0), (mean + half + slack).floor()
         return mean - half, mean + half
 
     def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
@@ -238,12 +279,14 @@ class Conformal(Recalibration):
 
 
 def moments(predictor: Predictor, observations: Observations) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the predictive, float64, in the shape of y."""
+    """Mean and standard deviation of the predictive, float64, in the shape of y; of counts see :class:`Conformal`."""
     parts = normal_parts(predictor.posterior, observations)
     if parts is not None:
         return parts
     forecast = predictor.forecast(observations)
     assert not isinstance(forecast, NormalForecast)
+    if forecast.counts:
+        return forecast.mean, (forecast.draws.var(0) + 1 / 12).sqrt()
     return forecast.mean, forecast.draws.std(0)
 
 

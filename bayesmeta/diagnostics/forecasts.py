@@ -249,6 +249,49 @@ def check_same_tasks(posterior: Posterior, observations: Observations) -> None:
         )
 
 
+def counted(observations: Observations, real: Tensor | None) -> Tensor:
+    """Which observations count: those that are no padding, of tasks that are none.
+
+    Args:
+        observations: of any tasks.
+        real: True for tasks that are no padding, ``[tasks]``, as ``TaskBatch.real_tasks`` gives; None: all.
+
+    Returns:
+        ``[tasks, shots]``.
+
+    Raises:
+        ShapeError: for ``real`` of another shape or dtype.
+    """
+    if real is None:
+        return observations.full_mask()
+    if not isinstance(real, Tensor) or real.shape != (observations.num_tasks,) or real.dtype != torch.bool:
+        given = f"{list(real.shape)} of {real.dtype}" if isinstance(real, Tensor) else type(real).__name__
+        raise ShapeError(f"real is {given}; expected [{observations.num_tasks}] of bool, as batch.real_tasks() gives.")
+    return observations.full_mask() & real.to(observations.device).unsqueeze(-1)
+
+
+def real_tasks(posterior: Posterior, batch: Any | None) -> Tensor:
+    """Which tasks of a posterior count: those that a batch does not call padding, or all where there is no batch.
+
+    Returns:
+        True for tasks that count, ``[tasks]``.
+
+    Raises:
+        OptionError, ShapeError: for what is no batch, or one of other tasks.
+        EmptyTaskError: when all are padding.
+    """
+    real = None
+    if batch is not None:
+        check_batch(batch)
+        check_same_tasks(posterior, batch.support)
+        real = batch.real_tasks()
+    if real is None:
+        return torch.ones(posterior.num_tasks, dtype=torch.bool, device=posterior.support.device)
+    if not bool(real.any()):
+        raise EmptyTaskError("All tasks of the batch are padding (task_id -1); at least one must be real.")
+    return real
+
+
 def task_names(batch: TaskBatch) -> list[str]:
     """A name for each task: the batch's own, else its id, else its place."""
     if batch.names is not None:

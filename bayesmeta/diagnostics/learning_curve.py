@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch, union
-from bayesmeta.diagnostics.active import Criterion, choose, pick
-from bayesmeta.diagnostics.forecasts import check_batch
+from bayesmeta.diagnostics.active import Criterion, choose
+from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, counted, task_names, valid_points
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import DataError, EmptyTaskError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
@@ -88,7 +88,8 @@ def learning_curve(
 
     Args:
         adapt: from a support to its posterior, such as ``method.adapt``.
-        batch: its support is what is labelled at first, its query is scored.
+        batch: its support is what is labelled at first, its query is scored. Padding tasks do not count, and need no
+            pool.
         pool: points of the same tasks with targets, of which only the chosen ones are shown to ``adapt``.
         steps: how often to choose.
         size: points chosen together at each step.
@@ -112,19 +113,24 @@ def learning_curve(
         raise OptionError(f"score={score!r} is no mean over tasks that ranks; take 'mse', 'nll' or 'crps'.")
     if pool.y is None:
         raise DataError("The pool needs targets, to be shown when they are chosen; it has y=None.")
-    least = int(pool.full_mask().sum(-1).min())
+    real = batch.real_tasks()
+    counts = counted(pool, real).sum(-1)
+    if not bool(counts.any()):
+        raise EmptyTaskError("The pool has no point of any task.")
+    least = int((counts if real is None else counts[real]).min())
     if least < steps * size:
         raise EmptyTaskError(f"A task has {least} points in the pool, but {steps * size} are to be labelled.")
     source = as_generator(generator, pool.device, "learning curve")
     seed = int(torch.randint(2**31, (), generator=source, device=source.device))  # the same noise in all scores
 
     def value(posterior: Posterior, support: Observations) -> Tensor:
+        if score == "mse" and posterior.target_kind != "class":
+            return _squared_error(Predictor(posterior, score_samples, seed), batch)
         found = scores(posterior, replace(batch, support=support), num_samples=score_samples, generator=seed,
                        energy=score == "energy")  # fmt: skip
-        name = "rmse" if score == "mse" else score
-        if name not in found:
+        if score not in found:
             raise OptionError(f"score={score!r} is unknown here; expected one of {', '.join(found)}.")
-        return found.per_task[name].square() if score == "mse" else found.per_task[name]
+        return found.per_task[score]
 
     def run(by: Criterion) -> tuple[Tensor, Tensor]:
         support, open_, taken = batch.support, pool.full_mask(), []
@@ -133,11 +139,11 @@ def learning_curve(
         for _ in range(steps):
             choice = choose(
                 posterior, replace(pool, y=None, mask=open_), size=size, criterion=by, exact=exact,
-                num_samples=num_samples, num_outcomes=num_outcomes, generator=source,
+                num_samples=num_samples, num_outcomes=num_outcomes, real=real, generator=source,
             )  # fmt: skip
             open_ = open_.scatter(1, choice.index, False)
             taken.append(choice.index)
-            support = union(support, pick(pool, choice.index))
+            support = union(support, choice.take(pool))
             posterior = adapt(support)
             curve.append(value(posterior, support))
         return torch.stack(curve), torch.cat(taken, 1)
@@ -146,6 +152,20 @@ def learning_curve(
     at_random = torch.stack([run("random")[0] for _ in range(repeats)]).mean(0)
     labels = tuple(i * size for i in range(steps + 1))
     return LearningCurve(labels, chosen, at_random, index, criterion, score, score == "accuracy")
+
+
+def _squared_error(predictor: Predictor, batch: TaskBatch) -> Tensor:
+    """Of the predictive mean, in raw units, ``[tasks]``; NaN for tasks that do not count."""
+    valid, query = valid_points(predictor.posterior, batch, "A learning curve needs"), batch.query
+    assert query.y is not None
+    closed = predictor.closed_form(query)
+    mean = predictor.predict(query).double().mean(0) if closed is None else closed.mean.expand(query.y.shape).double()
+    check_finite(mean, valid, "predictive mean", task_names(batch))
+    square = (mean - query.y.double()).square()
+    if batch.standardizer is not None:
+        square = square * batch.standardizer.y_scale.double().to(square.device).square()
+    square = square if square.dim() == 2 else square.mean(-1)
+    return torch.where(valid, square, 0.0).sum(-1) / torch.where(valid.any(-1), valid.sum(-1), math.nan)
 
 
 def _mean(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -245,6 +245,7 @@ def _figure(panels: list[_Panel], columns: int | None, x_label: str, y_label: st
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=entries, frameon=False, fontsize=9
     )
+    as_written(figure)
     return figure
 
 
@@ -304,6 +305,21 @@ def _class_lines(axis: Any, panel: _Panel) -> dict[str, Any]:
         (line,) = axis.plot(panel.grid.numpy(), band.numpy(), color=_CLASS_COLOURS[k], zorder=2, **style)
         handles[f"class {k}"] = line
     return handles
+
+
+def as_written(figure: Figure) -> None:
+    """Have titles, labels and legends drawn as they are written: a name such as ``$a_1$`` is no formula.
+
+    Names of tasks, columns and methods come from outside. Numbers along the axes keep matplotlib's own notation; names
+    there take ``parse_math=False`` in ``set_yticks``.
+    """
+    texts = list(figure.texts)
+    for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes)]:
+        texts += [] if legend is None else [legend.get_title(), *legend.get_texts()]
+    for axis in figure.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label]
+    for text in texts:
+        text.set_parse_math(False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

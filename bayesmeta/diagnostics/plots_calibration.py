@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bayesmeta.diagnostics.calibration import Calibration, ClassCalibration
-from bayesmeta.diagnostics.plots import BLUE, GREY, INK, ORANGE, save_figure
+from bayesmeta.diagnostics.plots import BLUE, GREY, INK, ORANGE, as_written, save_figure
 from bayesmeta.diagnostics.reliability import Reliability
 from bayesmeta.errors import OptionError
 
@@ -57,8 +57,8 @@ def plot_calibration(
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise OptionError(f"Results of kinds {names}; expected all Calibration or all ClassCalibration.")
     figure, axes = _axes(2)
-    for place, (name, each) in enumerate(results.items()):
-        style = {"color": _COLOURS[place], "label": name or None}
+    for place, each in enumerate(results.values()):
+        style = {"color": _COLOURS[place], "label": str(place)}
         if isinstance(each, Calibration):
             _coverage(axes[0], each, style, _MARKERS[place])
             _histogram(axes[1], each, style, bins, alone=len(results) == 1)
@@ -76,7 +76,8 @@ def plot_calibration(
         _finish(axis, title, x_label, y_label)
     if of_numbers:
         axes[1].set_ylim(bottom=0.0)  # last, since it stops the upper end from following the data
-    _legend(figure, axes[0], len(results))
+    _legend(figure, axes[0], list(results))
+    as_written(figure)
     if path is not None:
         save_figure(figure, Path(path))
     return figure
@@ -171,6 +172,7 @@ def plot_ranks(result: Any, *, level: float = 0.95, columns: int = 3, path: str 
         axis.tick_params(labelbottom=True)
     figure.supxlabel(f"share of the ranks (grey: {level:.0%} of calibrated curves)", fontsize=9, color=INK)
     figure.supylabel("rank curve − diagonal", fontsize=9, color=INK)
+    as_written(figure)
     if path is not None:
         save_figure(figure, Path(path))
     return figure
@@ -189,16 +191,15 @@ def _finish(axis: Any, title: str, x_label: str, y_label: str) -> None:
         spine.set_color(GREY)
 
 
-def _legend(figure: Any, axis: Any, count: int) -> None:
+def _legend(figure: Any, axis: Any, names: list[str]) -> None:
+    """What several results are called. The names are set last: matplotlib would leave out those that begin with _."""
     figure.supxlabel(_TWO_ERRORS, fontsize=8, color=INK)
-    if count > 1:
-        figure.legend(
-            *axis.get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=min(count, 3),
-            frameon=False,
-            fontsize=9,
-        )
+    if len(names) < 2:
+        return
+    place = {"loc": "outside upper center", "ncols": min(len(names), 3)}
+    legend = figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=9, **place)
+    for text in legend.get_texts():
+        text.set_text(names[int(text.get_text())])
 
 
 def _numpy(value: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayesmeta.diagnostics.compare import Comparison
-from bayesmeta.diagnostics.plots import BLUE, GREY, INK, ORANGE, save_figure
+from bayesmeta.diagnostics.plots import BLUE, GREY, INK, ORANGE, as_written, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,12 +52,13 @@ def plot_compare(result: Comparison, *, path: str | Path | None = None) -> Figur
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(GREY)
     right.axvline(0.0, color=GREY, linewidth=1.0, linestyle="--", zorder=0)
-    left.set_yticks(place, result.names)
+    left.set_yticks(place, result.names, parse_math=False)
     left.set_ylim(count - 0.5, -0.5)
     better = "more" if result.more_is_better else "less"
     left.set_xlabel(f"{result.score} ({better} is better)", fontsize=9, color=INK)
     right.set_xlabel(f"difference from {result.names[0]}, paired", fontsize=9, color=INK)
     figure.suptitle(f"{result.num_tasks} tasks, ± 2 standard errors; filled: not told from the best", fontsize=8.5)
+    as_written(figure)
     if path is not None:
         save_figure(figure, Path(path))
     return figure

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.diagnostics.recalibrated_counts import CountForecast, count_forecast
 from bayesmeta.errors import NoClosedFormError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior, TargetKind
 
 #: Of the draws that give the moments of the predictive.
 _STREAM = "moments of the predictive"
+_WITHIN = "places within a count"
 
 
 class BaseForecast:
@@ -64,6 +66,9 @@ class Map(Protocol):
         ``log_density`` gives the log of the density of F at a y, and ``log_before`` is that at ``before(y)``.
         """
 
+    def of_normal(self, z: Tensor) -> Tensor:
+        """Of counts, Φ⁻¹(F̃(k)) given z = Φ⁻¹(F(k))."""
+
 
 class RecalibratedPosterior:
     """A posterior with other predictions of the same φ. Made by calling a :class:`~bayesmeta.Recalibration`.
@@ -78,7 +83,7 @@ class RecalibratedPosterior:
     not saved.
 
     Args:
-        posterior: what is recalibrated, of real numbers; of classes for a temperature.
+        posterior: what is recalibrated; of classes for a temperature.
         map: from the predictive to the recalibrated one.
     """
 
@@ -89,6 +94,7 @@ class RecalibratedPosterior:
     )
 
     def __init__(self, posterior: Posterior, map: Map) -> None:
+        check_not_twice(posterior)
         self.posterior, self.map = posterior, map
         self._prior: Any = None
 
@@ -136,9 +142,13 @@ class RecalibratedPosterior:
         """Named global sites of draws."""
         return self.posterior.named_theta(draws)
 
-    def log_prior(self, draws: Any) -> Tensor:
+    def log_prior(self, draws: Any, *, jacobian: bool = True) -> Tensor:
         """log p(φ | θ), ``[n, tasks]``."""
-        return self.posterior.log_prior(draws)
+        return self.posterior.log_prior(draws, jacobian=jacobian)
+
+    def log_theta(self, draws: Any, *, jacobian: bool = True) -> Tensor:
+        """log p(θ), ``[n]``."""
+        return self.posterior.log_theta(draws, jacobian=jacobian)
 
     # -- recalibrated -------------------------------------------------------------------------------------------
 
@@ -163,6 +173,8 @@ class RecalibratedPosterior:
         generator = as_generator(generator, observations.device, "predictions")
         draws = self.draws(num_samples, generator) if draws is None else draws
         y = self.posterior.predict(observations, num_samples, draws=draws, generator=generator)
+        if self.target_kind == "count":
+            return self._predict_counts(observations, draws, y)
         base = self._base(observations, draws, y)
         if base.sorted is None:
             u = torch.special.ndtr((y.double() - base.loc) / base.scale)
@@ -179,6 +191,8 @@ class RecalibratedPosterior:
         draws = self.draws(num_samples) if draws is None else draws
         if self.target_kind == "class":
             return self._log_classes(observations, draws)[0]
+        if self.target_kind == "count":
+            return self._log_counts(observations, draws)
         assert observations.y is not None
         y = observations.y.double()
         base = self._base(observations, draws)
@@ -228,6 +242,29 @@ class RecalibratedPosterior:
         y = y.double().sort(0).values
         return BaseForecast(y.mean(0), y.std(0), y)
 
+    def _counts(self, observations: Observations, draws: Any) -> CountForecast:
+        def each(at: Observations) -> Tensor:
+            return self.posterior.log_likelihood(at, draws=draws)
+
+        return count_forecast(self.posterior, observations, draws, each)
+
+    def _predict_counts(self, observations: Observations, draws: Any, y: Tensor) -> Tensor:
+        """A draw y becomes F̃⁻¹ of its randomised PIT."""
+        forecast = self._counts(observations.with_y(y.amax(0)), draws)
+        generator = as_generator(0, y.device, _WITHIN)
+        uniform = torch.rand(y.shape, generator=generator, dtype=torch.float64, device=y.device)
+        return forecast.quantile(forecast.pit(y, uniform), self.map.of_normal).to(y.dtype)
+
+    def _log_counts(self, observations: Observations, draws: Any) -> Tensor:
+        assert observations.y is not None
+        values = self.posterior.log_likelihood(observations, draws=draws).double()
+        mask = observations.full_mask()
+        y = torch.where(mask, observations.y, 0)
+        after, before = self._counts(observations, draws).log_prob(y, self.map.of_normal), _log_mean(values)
+        # a count that every draw deems impossible has its new probability under each of them
+        new = torch.where(before == -math.inf, after, values + (after - before))
+        return torch.where(mask, new, 0.0)
+
     def _log_classes(self, observations: Observations, draws: Any) -> tuple[Tensor, Tensor]:
         """log p̃(y | x, φ) ``[n, tasks, shots]`` (of class 0 without y), and that of every class ``[n, classes, …]``."""
         temperature = getattr(self.map, "value", 1.0)
@@ -238,6 +275,19 @@ class RecalibratedPosterior:
         index = observations.y.long().expand(len(every), 1, *observations.y.shape)
         chosen = every.gather(1, index).squeeze(1)
         return torch.where(observations.full_mask(), chosen, 0.0), every
+
+
+def check_not_twice(posterior: Posterior) -> None:
+    """Check that forecasts are no counts that were recalibrated before: a table of tables would take too long.
+
+    Raises:
+        UnsupportedError: if they are.
+    """
+    if isinstance(posterior, RecalibratedPosterior) and posterior.target_kind == "count":
+        raise UnsupportedError(
+            "Forecasts of counts are recalibrated once; recalibrate the posterior that this one was made of, or take "
+            "how='conformal' for intervals."
+        )
 
 
 def class_log_likelihoods(posterior: Posterior, observations: Observations, draws: Any) -> Tensor:

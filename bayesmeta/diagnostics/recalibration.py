@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
+from bayesmeta.diagnostics.conformal_sets import conformal_sets
 from bayesmeta.diagnostics.corrections import (
     Conformal,
     Isotonic,
@@ -23,7 +24,8 @@ from bayesmeta.diagnostics.corrections import (
     weighted_quantile,
 )
 from bayesmeta.diagnostics.forecasts import Predictor, check_finite, task_names, valid_points
-from bayesmeta.diagnostics.recalibrated import class_log_likelihoods, normal_parts
+from bayesmeta.diagnostics.recalibrated import check_not_twice, class_log_likelihoods, normal_parts
+from bayesmeta.diagnostics.recalibrated_counts import CountForecast, count_forecast, log_step
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
@@ -47,19 +49,21 @@ def recalibrate(
     Args:
         posterior: adapted to ``batch.support``, as those that are to be corrected.
         batch: validation tasks with a query, which the method was not trained on and no reported figure uses.
-        how: ``"temperature"``, one factor on the spread that gives the best log score: for tens of tasks, numbers and
-            classes; ``"isotonic"``, a map of all quantiles: for hundreds of tasks, real numbers; ``"conformal"``,
-            intervals with a guarantee, real numbers.
+        how: ``"temperature"``, one factor on the spread that gives the best log score: for tens of tasks, any targets;
+            ``"isotonic"``, a map of all quantiles: for hundreds of tasks, numbers and counts; ``"conformal"``,
+            intervals with a guarantee, numbers and counts; of classes sets with a guarantee.
         num_bins: of ``"isotonic"`` and ``"conformal"``: pieces of the map.
         num_samples: draws, where there is no closed form.
         generator: generator or seed; None means seed 0.
 
     Returns:
-        A :class:`Temperature`, :class:`Isotonic` or :class:`Conformal`: call it on a posterior of new tasks.
+        A :class:`Temperature`, :class:`Isotonic`, :class:`Conformal` or, of classes, :class:`ConformalSets`: call it on
+        a posterior of new tasks.
 
     Raises:
         OptionError: for another ``how``, or fewer than 2 bins or draws.
-        UnsupportedError: for counts; for classes but with a temperature; for several outputs but with a temperature.
+        UnsupportedError: for an isotonic map of classes; for several outputs but with a temperature of numbers; for
+            counts above 2000, and those that were recalibrated before, but with ``"conformal"``.
         DataError: for fewer than 2 tasks with a query, and for forecasts without any width.
         ShapeError, EmptyTaskError, NonFiniteDataError: as :func:`~bayesmeta.scores`.
     """
@@ -72,31 +76,52 @@ def recalibrate(
     if tasks < 2:
         raise DataError(f"Recalibration needs at least 2 tasks with a query; this batch has {tasks}.")
     kind = posterior.target_kind
-    if kind == "count" or (kind == "class" and how != "temperature"):
-        raise UnsupportedError(
-            f"how={how!r} is not for targets of kind {kind!r}: classes take 'temperature', counts none of these. For "
-            "counts try another likelihood (NegativeBinomial)."
-        )
+    if kind == "class" and how == "isotonic":
+        raise UnsupportedError("how='isotonic' is not for targets of kind 'class'; take 'temperature' or 'conformal'.")
     assert batch.query.y is not None
-    if batch.query.y.dim() == 3 and how != "temperature":
-        raise UnsupportedError(f"how={how!r} is for one output; this y has several. Take 'temperature'.")
+    if batch.query.y.dim() == 3 and (kind != "real" or how != "temperature"):
+        raise UnsupportedError(f"how={how!r} of targets of kind {kind!r} is for one output; this y has several.")
     # all draws of a point are the same; but those of y are not
     predictor = Predictor(posterior, 2 if posterior.is_point and kind == "class" else num_samples, generator)
-    weight = _weights(valid)
     if kind == "class":
-        value = _class_temperature(predictor, batch.query, weight)
-        return Temperature(value, kind, tasks)
-    mean, scale = moments(predictor, batch.query)
+        if how == "conformal":
+            return conformal_sets(predictor, batch.query, valid)
+        return Temperature(_class_temperature(predictor, batch.query, _weights(valid)), kind, tasks)
+    if kind == "count" and how != "conformal":
+        return _of_counts(predictor, batch.query, valid, how, num_bins, generator)
+    return _of_numbers(predictor, batch, valid, how, num_bins, generator)
+
+
+def _of_counts(
+    predictor: Predictor, query: Observations, valid: Tensor, how: How, num_bins: int, generator: Seed
+) -> Recalibration:
+    check_not_twice(predictor.posterior)
+    assert query.y is not None
+    table = count_forecast(predictor.posterior, query, predictor.draws, predictor.log_likelihood)
+    if how == "temperature":
+        return Temperature(_count_temperature(table, query, _weights(valid)), "count", int(valid.any(-1).sum()))
+    pit = table.pit(query.y.double(), _uniform(query, generator))
+    return _isotonic(pit, valid, num_bins, "count")
+
+
+def _of_numbers(
+    predictor: Predictor, batch: TaskBatch, valid: Tensor, how: How, num_bins: int, generator: Seed
+) -> Recalibration:
+    kind, query = predictor.posterior.target_kind, batch.query
+    assert query.y is not None
+    mean, scale = moments(predictor, query)
     for moment, what in ((mean, "predictive mean"), (scale, "width of the predictive")):
         check_finite(moment, valid, what, task_names(batch))
     keep = valid if scale.dim() == 2 else valid.unsqueeze(-1)
     if bool(((scale <= 0) & keep).any()):
         raise DataError("Some forecasts have no width at all, which no factor can widen. Give the likelihood noise.")
     if how == "temperature":
-        return Temperature(_temperature(predictor, batch.query, weight, mean, scale), kind, tasks)
+        value = _temperature(predictor, query, _weights(valid), mean, scale)
+        return Temperature(value, kind, int(valid.any(-1).sum()))
     if how == "isotonic":
-        return _isotonic(predictor, batch.query, valid, weight, num_bins, generator)
-    return _conformal(batch.query, valid, mean, scale, num_bins)
+        pit = predictor.forecast(query).pit(query.y.double(), _uniform(query, generator))
+        return _isotonic(pit, valid, num_bins, kind)
+    return _conformal(query, valid, mean, scale, num_bins, kind)
 
 
 # -- fits ---------------------------------------------------------------------------------------------------------
@@ -122,6 +147,18 @@ def _temperature(predictor: Predictor, query: Observations, weight: Tensor, mean
         each = predictor.log_likelihood(query.with_y(before))
         point = each.logsumexp(0) - math.log(len(each))
         return outputs * log_value - float(torch.where(keep, weight * point, 0.0).sum())
+
+    return math.exp(_minimum(loss))
+
+
+def _count_temperature(table: CountForecast, query: Observations, weight: Tensor) -> float:
+    assert query.y is not None
+    keep = weight > 0
+    low, high = table.around(torch.where(keep, query.y, 0))
+
+    def loss(log_value: float) -> float:
+        point = log_step(low / math.exp(log_value), high / math.exp(log_value))
+        return -float(torch.where(keep, weight * point, 0.0).sum())
 
     return math.exp(_minimum(loss))
 
@@ -162,21 +199,23 @@ def _minimum(loss: Any) -> float:
     return (low + high) / 2
 
 
-def _isotonic(
-    predictor: Predictor, query: Observations, valid: Tensor, weight: Tensor, num_bins: int, generator: Seed
-) -> Isotonic:
+def _uniform(query: Observations, generator: Seed) -> Tensor:
+    """Of the PIT: numbers in (0, 1), in the shape of y."""
     assert query.y is not None
     generator = as_generator(generator, query.device, "PIT")
-    uniform = torch.rand(query.y.shape, generator=generator, dtype=torch.float64, device=query.device)
-    pit = predictor.forecast(query).pit(query.y.double(), uniform)[valid]
+    return torch.rand(query.y.shape, generator=generator, dtype=torch.float64, device=query.device)
+
+
+def _isotonic(pit: Tensor, valid: Tensor, num_bins: int, kind: str) -> Isotonic:
+    pit = pit[valid]
     order = pit.argsort()
-    share = weight[valid][order].cumsum(0)
+    share = _weights(valid)[valid][order].cumsum(0)
     levels = torch.linspace(0.0, 1.0, num_bins + 1, dtype=torch.float64, device=pit.device)[1:-1]
     inner = pit[order][torch.searchsorted(share, levels - 1e-12).clamp(max=len(pit) - 1)]
     old, new = torch.special.ndtri(inside(inner)), torch.special.ndtri(levels)
     # strictly increasing also where values are tied, so that R has an inverse
     old = torch.cat([old[:1], old[0] + old.diff().clamp(min=1e-6).cumsum(0)])
-    return Isotonic(_with_tails(old), _with_tails(new), int(valid.any(-1).sum()))
+    return Isotonic(_with_tails(old), _with_tails(new), int(valid.any(-1).sum()), kind)
 
 
 def _with_tails(knots: Tensor) -> Tensor:
@@ -188,7 +227,9 @@ def _with_tails(knots: Tensor) -> Tensor:
     return torch.cat([2 * knots[:1] - knots[middle], knots, 2 * knots[-1:] - knots[len(knots) - 1 - middle]])
 
 
-def _conformal(query: Observations, valid: Tensor, mean: Tensor, scale: Tensor, num_bins: int) -> Conformal:
+def _conformal(
+    query: Observations, valid: Tensor, mean: Tensor, scale: Tensor, num_bins: int, kind: str = "real"
+) -> Conformal:
     assert query.y is not None
     tasks = int(valid.any(-1).sum())
     score = ((query.y.double() - mean) / scale).abs()[valid]
@@ -206,4 +247,4 @@ def _conformal(query: Observations, valid: Tensor, mean: Tensor, scale: Tensor, 
     radius.append(2 * radius[-1])
     stretched.append(2 * stretched[-1])
     old, new = (torch.tensor(knots, dtype=torch.float64, device=score.device) for knots in (radius, stretched))
-    return Conformal(score, weights, old, new, tasks)
+    return Conformal(score, weights, old, new, tasks, kind)

@@ -253,7 +253,7 @@ def _log_scores(predictor: Predictor, batch: TaskBatch, valid: Tensor) -> tuple[
     if closed is not None:
         point = log_density(closed, query.y).expand(valid.shape)
         together = predictor.closed_form(query, joint=True)
-        joint = None if together is None else _log_joint(together, query.y, valid)
+        joint = None if together is None else log_joint_density(together, query.y, valid)
     if point is None or joint is None:
         each = torch.where(valid, predictor.log_likelihood(query), 0.0)
         log_n = math.log(each.shape[0])
@@ -270,7 +270,7 @@ def log_density(distribution: Any, y: Tensor) -> Tensor:
         raise DataError(f"The query has targets outside the support of the predictive: {error}") from error
 
 
-def _log_joint(distribution: Any, y: Tensor, valid: Tensor) -> Tensor | None:
+def log_joint_density(distribution: Any, y: Tensor, valid: Tensor) -> Tensor | None:
     """log-density of each task's real targets under a joint distribution; None when it cannot be marginalised."""
     if isinstance(distribution, torch.distributions.Independent):
         base = distribution.base_dist
@@ -298,7 +298,7 @@ def _log_normal(distribution: Any, y: Tensor, keep: Tensor) -> Tensor:
     covariance = torch.where(both, covariance, 0.0) + torch.diag_embed((~keep).double())
     residual = torch.where(keep, y - distribution.loc.double(), 0.0)
     normal = torch.distributions.MultivariateNormal(torch.zeros_like(residual), covariance, validate_args=False)
-    return normal.log_prob(residual) + 0.5 * math.log(2.0 * math.pi) * (~keep).sum(-1)
+    return normal.log_prob(residual) + 0.5 * math.log(2.0 * math.pi) * (~keep).double().sum(-1)
 
 
 # -- means over tasks ---------------------------------------------------------------------------------------------

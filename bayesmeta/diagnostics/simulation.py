@@ -6,8 +6,9 @@ so that its rank among them is uniform. That tells wrong inference from a wrong 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.uniformity import EcdfBand, bonferroni, chi_squared, legendre, shape_of
+from bayesmeta.diagnostics.uniformity import EcdfBand, Shape, bonferroni, chi_squared, legendre, shape_of
 from bayesmeta.errors import DataError, NonFiniteDataError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
@@ -26,10 +27,18 @@ if TYPE_CHECKING:
 #: What ranks say of a posterior; "miscalibrated" in another way than these.
 RankFinding = Literal["calibrated", "too narrow", "too wide", "too low", "too high", "miscalibrated"]
 Values = Mapping[str, Tensor]
+Quantities = Mapping[str, Callable[[Values, Any], Tensor]]
+#: the quantity that :func:`sbc_method` adds
+LOG_LIKELIHOOD = "log_likelihood"
 
 
 class Adapts(Protocol):
-    """A method, as far as simulation needs it."""
+    """A method, as far as simulation needs it.
+
+    A true attribute ``infer_theta`` says that ``adapt`` infers the global sites too, from the tasks of the support
+    together; its ``program.sample_prior`` then draws them. A parameter ``num_theta`` of ``adapt`` is the number of
+    draws of a learned q(θ) behind the posterior.
+    """
 
     def adapt(self, support: Observations, *, generator: torch.Generator | int | None = None) -> Any:
         """Posterior over φ given the support alone."""
@@ -44,6 +53,7 @@ class SBC(Mapping[str, float]):
         p_values: by quantity, from the whole rank curve (ECDF band), χ² over bins and the moments, Bonferroni over the
             three.
         details: by quantity, these three: ``ecdf``, ``chi_squared``, ``moments``.
+        shapes: by quantity, location and dispersion of the ranks with their standard errors.
         findings: by quantity; "too narrow" and so on are of the posterior, with Bonferroni over the quantities.
         band: of the rank curves.
         num_draws: draws of the posterior of each simulation.
@@ -53,6 +63,7 @@ class SBC(Mapping[str, float]):
     ranks: dict[str, Tensor]
     p_values: dict[str, float]
     details: dict[str, dict[str, float]]
+    shapes: dict[str, Shape]
     findings: dict[str, RankFinding]
     band: EcdfBand
     num_draws: int
@@ -95,7 +106,7 @@ def sbc(
     num_simulations: int,
     num_draws: int = 63,
     num_bins: int = 16,
-    quantities: Mapping[str, Callable[[Values, Any], Tensor]] | None = None,
+    quantities: Quantities | None = None,
     shared: Collection[str] = (),
     alpha: float = 0.01,
     generator: Seed = None,
@@ -109,14 +120,19 @@ def sbc(
     M. Modrák et al., "Simulation-Based Calibration Checking for Bayesian Computation: The Choice of Test Quantities
     Shapes Sensitivity", Bayesian Analysis 2023, https://arxiv.org/abs/2211.02383.
 
-    Ties (of discrete quantities) are broken at random. The draws must be independent: thin a chain.
+    Ties (of discrete quantities) are broken at random. The draws must be independent, and none may come twice. So of a
+    posterior that is made of draws, such as chains, ``num_draws`` different ones are taken, evenly spaced: let a chain
+    be long enough that these are independent, for ranks among autocorrelated draws look as those of a posterior that is
+    too narrow. Ranks do not tell a posterior that is too narrow from one that lies off, now to one side and now to the
+    other (as one that shrinks too much): "too narrow" is said of both.
 
     Args:
         simulate: given a generator, the truth by name and the data. Each truth is ``[tasks, …]``, a task parameter, or
             ``[…]``, a global one.
         infer: from the data to a posterior, or to draws by name, each ``[num_draws, *shape of the truth]``.
         num_simulations: how often. If the truth holds nothing global, all tasks of a call count, as they are
-            independent given θ; else only the first, as all share one θ.
+            independent given θ; else only the first, as all share one θ. So a θ that is drawn anew in each simulation
+            belongs into the truth, even if it is of no interest.
         num_draws: draws of each posterior, n; n + 1 must divide into the bins.
         num_bins: of the χ² test.
         quantities: by name, functions of the values by name (the truth ``[tasks, …]``, or draws ``[n, tasks, …]``; a
@@ -130,31 +146,23 @@ def sbc(
         The ranks, their tests, and the findings in words.
 
     Raises:
-        OptionError: for options out of range.
+        OptionError: for options out of range, or a posterior that is made of fewer draws than ``num_draws``.
         ShapeError, DataError: for a truth without draws of its name, or with draws of another shape.
         NonFiniteDataError: for NaN among truths or draws.
     """
-    if num_simulations < 1 or num_draws < 3 or not 0.0 < alpha < 1.0:
-        raise OptionError(
-            f"num_simulations={num_simulations}, num_draws={num_draws}, alpha={alpha}; expected at least 1, at least "
-            "3, and a number between 0 and 1."
-        )
+    _check(num_simulations, num_draws, alpha)
     generator = as_generator(generator, stream="simulations")
     found: dict[str, list[Tensor]] = {}
     for _ in range(num_simulations):
         truth, data = simulate(generator)
         draws, common = _draws(infer(data), truth, num_draws, generator)
         common |= set(shared)
-        true_values, drawn = _scalars(truth, 0, common), _scalars(draws, 1, common)
-        for name, function in (quantities or {}).items():
-            true_values[name], drawn[name] = function(truth, data), function(draws, data)
-        for name, value in true_values.items():
-            rank = rank_of(name, value, drawn[name], num_draws, generator)
+        for name, rank in _ranks(truth, draws, data, quantities or {}, common, num_draws, generator).items():
             found.setdefault(name, []).append(rank[:1] if common & set(truth) else rank)
-    ranks = {name: torch.cat(each) for name, each in found.items()}
-    return _judge(ranks, num_draws, num_bins, alpha)
+    return _judge({name: torch.cat(each) for name, each in found.items()}, num_draws, num_bins, alpha)
 
 
+@torch.no_grad()
 def sbc_method(
     method: Adapts,
     template: Observations,
@@ -162,15 +170,24 @@ def sbc_method(
     num_simulations: int = 1,
     num_draws: int = 63,
     num_bins: int = 16,
-    quantities: Mapping[str, Callable[[Values, Any], Tensor]] | None = None,
+    quantities: Quantities | None = None,
+    log_likelihood: bool = True,
     alpha: float = 0.01,
     generator: Seed = None,
 ) -> SBC:
     """:func:`sbc` of a trained method under its own model: φ from its prior, y from its likelihood, then ``adapt``.
 
     It asks whether ``adapt`` finds the posterior of the method's own θ, whatever the real tasks are. The template's
-    tasks are simulated all at once, so that one simulation of a template of 1000 tasks is a good beginning. Where θ has
-    a posterior too, only one task of each simulation counts, and φ alone is judged.
+    tasks are simulated all at once, so that one simulation of a template of 1000 tasks is a good beginning. Beside each
+    number of φ, the log-likelihood of the simulated support is ranked (Modrák et al. 2023, see :func:`sbc`): "too low"
+    is a posterior that has used too little of the data, "too high" one that clings to them.
+
+    Where θ is more than a point, it is drawn anew in each simulation, and only one task of each counts:
+
+    - of a method that infers θ in ``adapt`` (``NUTS(…, infer_theta=True)``), from its prior. θ is judged too, and the
+      log-likelihood is that of all tasks together.
+    - of a method with a learned q(θ), from q(θ), and φ alone is judged. ``adapt`` leaves q(θ) as it is, although the
+      simulated support tells of θ; a wide q(θ) may be why such a method fails.
 
     Args:
         method: anything with ``adapt``.
@@ -178,6 +195,7 @@ def sbc_method(
             only says what y may look like.
         num_simulations, num_draws, num_bins, quantities, alpha, generator: as of :func:`sbc`; the data that a quantity
             gets are the simulated support.
+        log_likelihood: rank that of the support too, as ``"log_likelihood"`` (unless ``quantities`` has that name).
 
     Returns:
         As :func:`sbc`.
@@ -188,39 +206,105 @@ def sbc_method(
     """
     if template.y is None:
         raise DataError("The template needs some y, by which the method's model is looked at; this one has y=None.")
-    first = method.adapt(template, generator=0)
-    shared = bool(first.named_theta(first.draws(2, 0)))
-    example = template.y
+    _check(num_simulations, num_draws, alpha)
+    source = as_generator(generator, template.device, "simulations")
+    own = OwnModel(method, template, num_draws, log_likelihood and LOG_LIKELIHOOD not in (quantities or {}))
+    found: dict[str, list[Tensor]] = {}
+    for _ in range(num_simulations):
+        truth, data = own.simulate(source)
+        draws = own.infer(data, source)
+        for name, rank in _ranks(truth, draws, data, quantities or {}, own.shared, num_draws, source).items():
+            found.setdefault(name, []).append(rank[:1] if own.theta_varies else rank)
+    return _judge({name: torch.cat(each) for name, each in found.items()}, num_draws, num_bins, alpha)
 
-    def simulate(source: torch.Generator) -> tuple[Values, Observations]:
-        model = method.adapt(template, generator=source) if shared else first  # for another θ
-        draws = model.prior_draws(1, source)
-        y = model.predict(template.with_y(None), draws=draws, generator=source)[0]
+
+class OwnModel:
+    """A method's own model, simulated and inferred: the two halves of :func:`sbc_method`.
+
+    Attributes:
+        theta_varies: whether the tasks of a simulation share a θ that is drawn anew in each.
+        shared: names of the global values.
+    """
+
+    def __init__(self, method: Adapts, template: Observations, num_draws: int, log_likelihood: bool) -> None:
+        self.method, self.template, self.num_draws, self.log_likelihood = method, template, num_draws, log_likelihood
+        self.first = method.adapt(template, generator=0)
+        self.infers_theta = bool(getattr(method, "infer_theta", False))
+        theta = self.first.named_theta(self.first.draws(8, 0))
+        self.theta_varies = self.infers_theta or any(bool((v != v[:1]).any()) for v in theta.values())
+        self.shared: set[str] = set()
+        if self.infers_theta:
+            self.shared = {*theta, LOG_LIKELIHOOD} if log_likelihood else set(theta)
+        # with fewer draws of q(θ) than of φ, draws of φ would have θ in common
+        learned = self.theta_varies and not self.infers_theta
+        takes = "num_theta" in inspect.signature(method.adapt).parameters
+        self.options: dict[str, Any] = {"num_theta": num_draws} if learned and takes else {}
+
+    def simulate(self, generator: torch.Generator) -> tuple[dict[str, Tensor], Observations]:
+        """The truth by name, and the support that it gave."""
+        model, template, example = self.first, self.template, self.template.y
+        assert example is not None
+        if self.theta_varies and not self.infers_theta:
+            model = self.method.adapt(template, generator=generator)  # another θ
+        draws = model.prior_draws(1, generator)
+        if self.infers_theta:
+            u, theta = self.method.program.sample_prior(1, template, generator)  # type: ignore[attr-defined]
+            draws = replace(draws, u=u, theta=theta)
+        y = model.predict(template.with_y(None), draws=draws, generator=generator)[0]
         keep = template.full_mask() if y.dim() == 2 else template.full_mask().unsqueeze(-1)
         data = template.with_y(torch.where(keep, y, example).to(example.dtype))
-        values = {name: value[0] for name, value in model.named(draws).items()}
-        # θ varies with the simulation, so that the tasks of one are not independent
-        return ({k: v[:1] for k, v in values.items()} if shared else values), data
+        return {name: value[0] for name, value in self._values(model, draws, data).items()}, data
 
-    def infer(data: Observations) -> Values:
-        posterior = method.adapt(data, generator=generator_of_adapt)
-        values = posterior.named(posterior.draws(num_draws, generator_of_adapt))
-        return {k: v[:, :1] for k, v in values.items()} if shared else values
+    def infer(self, data: Observations, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draws by name."""
+        posterior = self.method.adapt(data, generator=generator, **self.options)
+        return self._values(posterior, distinct_draws(posterior, self.num_draws, generator), data)
 
-    generator_of_adapt = as_generator(generator, template.device, "adapt to simulations")
-    return sbc(
-        simulate,
-        infer,
-        num_simulations=num_simulations,
-        num_draws=num_draws,
-        num_bins=num_bins,
-        quantities=quantities,
-        alpha=alpha,
-        generator=as_generator(generator, template.device, "simulations"),
-    )
+    def _values(self, posterior: Any, draws: Any, data: Observations) -> dict[str, Tensor]:
+        values = dict(posterior.named(draws))
+        if self.infers_theta:
+            values |= posterior.named_theta(draws)
+        if self.log_likelihood:
+            each = posterior.log_likelihood(data, draws=draws).double().sum(-1)
+            values[LOG_LIKELIHOOD] = each.sum(-1) if self.infers_theta else each
+        return values
 
 
 # -- ranks --------------------------------------------------------------------------------------------------------
+
+
+def _check(num_simulations: int, num_draws: int, alpha: float) -> None:
+    if num_simulations < 1 or num_draws < 3 or not 0.0 < alpha < 1.0:
+        raise OptionError(
+            f"num_simulations={num_simulations}, num_draws={num_draws}, alpha={alpha}; expected at least 1, at least "
+            "3, and a number between 0 and 1."
+        )
+
+
+def distinct_draws(posterior: Posterior, num_draws: int, generator: torch.Generator) -> Any:
+    """Draws of which none comes twice: of a posterior that is made of draws, some of them, evenly spaced.
+
+    Raises:
+        OptionError: where it is made of fewer.
+    """
+    total = posterior.num_draws
+    if total is None:
+        return posterior.draws(num_draws, generator)
+    if total < num_draws:
+        raise OptionError(
+            f"The posterior is made of {total} draws, and num_draws={num_draws} different ones are needed: repeated, "
+            f"they would look too narrow. Take num_draws of at most {total} (num_bins must divide num_draws + 1), or "
+            "a method with more particles or samples."
+        )
+    draws = posterior.draws(total, generator)
+    index = torch.arange(num_draws) * total // num_draws
+    theta = getattr(draws, "theta", None)
+    if theta is not None and len(theta.unique(dim=0)) < total:
+        # φ was sampled given some draws of θ, which come in turn: even spacing might meet one of them alone
+        width = total // num_draws
+        index = index + torch.randint(width, index.shape, generator=generator, device=generator.device).cpu()
+    parts = {f.name: getattr(draws, f.name) for f in fields(draws)}
+    return replace(draws, **{name: part[index.to(part.device)] for name, part in parts.items() if part is not None})
 
 
 def _draws(
@@ -228,20 +312,35 @@ def _draws(
 ) -> tuple[dict[str, Tensor], set[str]]:
     """Draws by name, and the names of the global ones as far as they are known."""
     if isinstance(result, Mapping):
-        values, common = dict(result), set()
-    else:
-        draws = result.draws(num_draws, generator)
-        theta = result.named_theta(draws)
-        values, common = result.named(draws) | theta, set(theta)
+        return dict(result), set()
+    draws = distinct_draws(result, num_draws, generator)
+    theta = result.named_theta(draws)
+    return result.named(draws) | theta, set(theta)
+
+
+def _ranks(
+    truth: Values,
+    draws: Values,
+    data: Any,
+    quantities: Quantities,
+    shared: Collection[str],
+    num_draws: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Ranks of every number of the truth and of the quantities, ``[tasks]`` or, of global ones, ``[1]``."""
     for name, value in truth.items():
-        if name not in values:
+        if name not in draws:
             raise DataError(
-                f"The truth has {name!r}, of which there are no draws; the posterior has {', '.join(sorted(values))}."
+                f"The truth has {name!r}, of which there are no draws; the posterior has {', '.join(sorted(draws))}."
             )
         expected = [num_draws, *value.shape]
-        if list(values[name].shape) != expected:
-            raise ShapeError(f"The draws of {name!r} have shape {list(values[name].shape)}; expected {expected}.")
-    return {name: values[name] for name in values if name in truth}, common
+        if list(draws[name].shape) != expected:
+            raise ShapeError(f"The draws of {name!r} have shape {list(draws[name].shape)}; expected {expected}.")
+    draws = {name: draws[name] for name in truth}
+    true_values, drawn = _scalars(truth, 0, shared), _scalars(draws, 1, shared)
+    for name, function in quantities.items():
+        true_values[name], drawn[name] = function(truth, data), function(draws, data)
+    return {name: rank_of(name, value, drawn[name], num_draws, generator) for name, value in true_values.items()}
 
 
 def _scalars(values: Values, lead: int, shared: Collection[str]) -> dict[str, Tensor]:
@@ -284,9 +383,9 @@ def _judge(ranks: dict[str, Tensor], num_draws: int, num_bins: int, alpha: float
     if counts == {1}:
         raise DataError("One simulation of one task has one rank, of which no test can be made. Simulate more.")
     band = EcdfBand(counts.pop(), num_draws)
-    p_values, details, findings = {}, {}, {}
+    p_values, details, findings, shapes = {}, {}, {}, {}
     for name, each in ranks.items():
-        shape = shape_of(legendre(smooth(each, num_draws)))
+        shape = shapes[name] = shape_of(legendre(smooth(each, num_draws)), independent=True)
         details[name] = {
             "ecdf": band.p_value(each),
             "chi_squared": chi_squared(each, num_draws, num_bins),
@@ -295,7 +394,7 @@ def _judge(ranks: dict[str, Tensor], num_draws: int, num_bins: int, alpha: float
         p = p_values[name] = bonferroni(list(details[name].values()))
         level = alpha / len(ranks)
         findings[name] = finding_of(p, shape.dispersion, shape.location, shape.p_dispersion, shape.p_location, level)
-    return SBC(ranks, p_values, details, findings, band, num_draws, alpha)
+    return SBC(ranks, p_values, details, shapes, findings, band, num_draws, alpha)
 
 
 def smooth(ranks: Tensor, num_draws: int) -> Tensor:
@@ -315,70 +414,3 @@ def finding_of(
     if p_location < alpha:
         return "too low" if location > 0 else "too high"
     return "miscalibrated"
-
-
-# -- contraction --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def contraction(
-    adapt: Callable[[Observations], Posterior],
-    support: Observations,
-    shots: tuple[int, ...] = (1, 2, 5, 10),
-    *,
-    num_samples: int = 1000,
-    generator: Seed = None,
-) -> dict[int, dict[str, tuple[float, float]]]:
-    """How much the posterior of φ shrinks against its prior as a task shows more observations.
-
-    1 − var(posterior) / var(prior) of each component, the mean over a parameter's components and over tasks: near 0
-    the data say nothing of it, near 1 they say all; below 0 the posterior is wider than the prior. It should rise with
-    the shots. Source: M. Betancourt, "Calibrating Model-Based Inferences and Decisions", 2018,
-    https://arxiv.org/abs/1803.08393, section 4.2 (posterior z-score against contraction), there for one posterior.
-
-    Args:
-        adapt: from a support to its posterior, such as ``method.adapt``.
-        support: tasks with at least as many observations as the largest number of shots; the first ones are taken.
-        shots: numbers of shots, each at least 1.
-        num_samples: draws of posterior and prior.
-        generator: generator or seed; None means seed 0.
-
-    Returns:
-        For each number of shots, by parameter the mean and its standard error over tasks (NaN for one task).
-
-    Raises:
-        OptionError: for numbers of shots that the tasks do not have.
-        UnsupportedError: by ``prior_draws``, for a prior without a density.
-    """
-    least = int(support.counts().min())
-    if not shots or min(shots) < 1 or max(shots) > least:
-        raise OptionError(f"shots={list(shots)}; expected numbers from 1 to {least}, which every task has.")
-    order = (~support.full_mask()).to(torch.int8).argsort(dim=1, stable=True)  # the real ones first
-    out: dict[int, dict[str, tuple[float, float]]] = {}
-    for count in shots:
-        posterior = adapt(_first(support, order[:, :count]))
-        source = as_generator(generator, support.device, "contraction")
-        after = posterior.named(posterior.draws(num_samples, source))
-        before = posterior.named(posterior.prior_draws(num_samples, source))
-        out[count] = {}
-        for name, value in after.items():
-            prior = before[name].double().var(0)
-            each = torch.where(prior > 0, 1.0 - value.double().var(0) / prior, torch.nan)
-            task = each.flatten(1).nanmean(-1) if each.dim() > 1 else each
-            error = float(task.std()) / len(task) ** 0.5 if len(task) > 1 else float("nan")
-            out[count][name] = float(task.mean()), error
-    return out
-
-
-def _first(support: Observations, index: Tensor) -> Observations:
-    """The observations of each task at these places, ``[tasks, count]``."""
-
-    def take(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        places = index.reshape(*index.shape, *[1] * (value.dim() - 2)).expand(*index.shape, *value.shape[2:])
-        return value.gather(1, places)
-
-    x = take(support.x)
-    assert x is not None
-    return replace(support, x=x, y=take(support.y), mask=None)

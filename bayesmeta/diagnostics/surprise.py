@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks, counted
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.diagnostics.scores import log_density
 from bayesmeta.errors import DataError, EmptyTaskError, OptionError, ShapeError, UnsupportedError
@@ -83,6 +83,7 @@ def surprise(
     per_point: bool = False,
     exact: bool = True,
     num_samples: int = 1000,
+    real: Tensor | None = None,
     generator: Seed = None,
 ) -> Surprise:
     """How surprising tasks are under the meta-learned prior, or points under the posterior.
@@ -104,6 +105,7 @@ def surprise(
             is not then the same for them, only comparable.
         exact: take the closed form where there is one.
         num_samples: draws, where there is none.
+        real: tasks that are no padding, as ``batch.real_tasks()`` gives them; None: all. The scores of padding are NaN.
         generator: generator or seed; None means seed 0.
 
     Returns:
@@ -112,7 +114,7 @@ def surprise(
     Raises:
         OptionError: for fewer than 2 draws, and ``per_point`` with points.
         DataError: for data without targets.
-        ShapeError: for other tasks than those of the posterior.
+        ShapeError: for other tasks than those of the posterior, and ``real`` of another shape.
         EmptyTaskError: when no observation is real.
         UnsupportedError: for the tasks of a recalibrated posterior, whose likelihood is not that of φ.
         NonFiniteDataError: for NaN.
@@ -122,32 +124,32 @@ def surprise(
     if given.y is None:
         raise DataError("Surprise is about targets; these observations have y=None.")
     given.check()
-    if not bool(given.full_mask().any()):
+    valid = counted(given, real)
+    if not bool(valid.any()):
         raise EmptyTaskError("No observation is real, so there is nothing to be surprised about.")
     predictor = Predictor(posterior, num_samples, generator)
     if observations is not None:
         if per_point:
             raise OptionError("per_point=True is for whole tasks; points are scored one by one.")
-        return _of_points(predictor, given, exact)
+        return _of_points(predictor, given, valid, exact)
     if isinstance(posterior, RecalibratedPosterior):
         raise UnsupportedError("A recalibrated posterior has no evidence; take the posterior that was recalibrated.")
     log_p, errors, effective = _evidence(predictor, exact)
-    counts = given.full_mask().sum(-1)
+    counts = valid.sum(-1)
     known, names = torch.where(log_p == -math.inf, 0.0, log_p).unsqueeze(-1), [str(i) for i in range(len(counts))]
     check_finite(known, (counts > 0).unsqueeze(-1), "evidence", names)
     unit = torch.where(counts > 0, counts if per_point else 1.0, math.nan)
     return Surprise(-log_p / unit, errors / unit, effective, counts, per_point)
 
 
-def _of_points(predictor: Predictor, points: Observations, exact: bool) -> Surprise:
+def _of_points(predictor: Predictor, points: Observations, valid: Tensor, exact: bool) -> Surprise:
     assert points.y is not None
-    valid = points.full_mask()
     closed = predictor.closed_form(points) if exact else None
     if closed is not None:
         log_p = log_density(closed, points.y).expand(valid.shape)
         errors, effective = torch.zeros_like(log_p), torch.full_like(log_p, math.inf)
     else:
-        log_p, errors, effective = _log_mean(predictor.log_likelihood(points))
+        log_p, errors, effective = log_mean(predictor.log_likelihood(points))
     check_finite(torch.where(log_p == -math.inf, 0.0, log_p), valid, "log score", [str(i) for i in range(len(valid))])
     seen = predictor.posterior.support.full_mask().sum(-1)
     scores, errors, effective = (torch.where(valid, v, math.nan) for v in (-log_p, errors, effective))
@@ -166,9 +168,9 @@ def _evidence(predictor: Predictor, exact: bool) -> tuple[Tensor, Tensor, Tensor
     if ours is not None:
         prior = _weights(Predictor(posterior, half, predictor.generator, prior=True))
         if prior is not None:
-            return _log_mean(ours, prior)
+            return log_mean(ours, prior)
     prior_alone = Predictor(posterior, predictor.num_samples, predictor.generator, prior=True)
-    return _log_mean(_log_likelihood(prior_alone))
+    return log_mean(_log_likelihood(prior_alone))
 
 
 def _log_likelihood(predictor: Predictor) -> Tensor:
@@ -194,7 +196,7 @@ def _weights(predictor: Predictor) -> Tensor | None:
     return _log_likelihood(predictor) + log_prior - mixture
 
 
-def _log_mean(*strata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def log_mean(*strata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log of the mean of weights given by their logs ``[n, …]``, its standard error, and the effective draws.
 
     Several strata of one length are means of their own; the result is that of all.
@@ -227,6 +229,8 @@ class ROC:
             score is at least each threshold.
         thresholds: falling; the first is infinite.
         num_inside, num_outside: tasks that count.
+        placements: of each score inside the share outside that is above it, and of each one outside the share inside
+            that is below it, ties half, in the shape of the scores; NaN where there is none. Their means are the area.
     """
 
     auroc: float
@@ -236,6 +240,29 @@ class ROC:
     thresholds: Tensor
     num_inside: int
     num_outside: int
+    placements: tuple[Tensor, Tensor]
+
+    def difference(self, other: ROC) -> tuple[float, float]:
+        """Area less that of another score of the very same tasks, and its standard error over tasks.
+
+        Paired, as in DeLong et al. (1988): what is easy or hard for both scores does not count, so that it is smaller
+        than the two errors suggest.
+
+        Args:
+            other: of the same scores inside and outside, in the same order.
+
+        Raises:
+            ShapeError: if the two are not of the same tasks or points.
+        """
+        variance = 0.0
+        for side, ours, theirs in zip(("inside", "outside"), self.placements, other.placements, strict=True):
+            if ours.shape != theirs.shape or not bool((ours.isnan() == theirs.isnan()).all()):
+                raise ShapeError(
+                    f"The two are of different scores {side}: {list(ours.shape)} and {list(theirs.shape)}, of which "
+                    f"{int((~ours.isnan()).sum())} and {int((~theirs.isnan()).sum())} count; give both the same tasks."
+                )
+            variance += _clustered(ours - theirs)
+        return self.auroc - other.auroc, math.sqrt(variance)
 
     def false_positives_at(self, rate: float = 0.95) -> float:
         """Share inside that is flagged by the highest threshold that flags at least ``rate`` of those outside."""
@@ -279,28 +306,30 @@ def roc(inside: Surprise | Tensor, outside: Surprise | Tensor) -> ROC:
     kept_low, kept_high = (side[~side.isnan()].sort().values for side in (low, high))
     below = _placement(high, kept_low)  # share of the inside that each outside one exceeds
     above = 1.0 - _placement(low, kept_high)
-    auroc = float(below[~high.isnan()].mean())
-    error = math.sqrt(_clustered(below, high, auroc) + _clustered(above, low, auroc))
+    auroc = float(below.nanmean())
+    error = math.sqrt(_clustered(below) + _clustered(above))
     levels = torch.cat([kept_low, kept_high]).unique().flip(0)
     thresholds = torch.cat([levels.new_tensor([math.inf]), levels])
     fpr, tpr = (1.0 - torch.searchsorted(side, thresholds) / len(side) for side in (kept_low, kept_high))
     fpr[0] = tpr[0] = 0.0  # above all, also where a score is infinite
     sizes = [int((~side.isnan()).any(-1).sum()) for side in (low, high)]
-    return ROC(auroc, error, fpr.double(), tpr.double(), thresholds, *sizes)
+    placements = (above.reshape(sides[0].shape), below.reshape(sides[1].shape))
+    return ROC(auroc, error, fpr.double(), tpr.double(), thresholds, sizes[0], sizes[1], placements)
 
 
 def _placement(values: Tensor, others: Tensor) -> Tensor:
-    """Share of the sorted others below each value, ties half."""
+    """Share of the sorted others below each value, ties half; NaN for NaN."""
     values = values.contiguous()
     left, right = (torch.searchsorted(others, values, right=right) for right in (False, True))
-    return 0.5 * (left + right).double() / len(others)
+    return torch.where(values.isnan(), math.nan, 0.5 * (left + right).double() / len(others))
 
 
-def _clustered(placement: Tensor, scores: Tensor, auroc: float) -> float:
-    """Variance of the mean of one side's placements over its scores, with rows as clusters; NaN for one of them."""
-    valid = ~scores.isnan()
+def _clustered(placement: Tensor) -> float:
+    """Variance of the mean of one side's placements, with rows as clusters; NaN for one of them."""
+    placement = placement.reshape(len(placement), -1)
+    valid = ~placement.isnan()
     tasks = int(valid.any(-1).sum())
     if tasks < 2:
         return math.nan
-    sums = torch.where(valid, placement - auroc, 0.0).sum(-1)
+    sums = (placement - placement.nanmean()).nansum(-1)
     return float(sums.square().sum()) * tasks / (tasks - 1) / int(valid.sum()) ** 2

@@ -84,7 +84,7 @@ def tarp(
     own = ((truth - references) / width).square().sum(-1)
     ranks = rank_of("distance", own, distance, num_draws, generator)
     values = smooth(ranks, num_draws)
-    shape = shape_of(legendre(values))
+    shape = shape_of(legendre(values), independent=True)
     p = bonferroni([EcdfBand(len(ranks), num_draws).p_value(ranks), shape.p_value])
     # the references lie outside of a narrow posterior, so that the fractions of one are 0 or 1
     finding = finding_of(p, shape.dispersion, 0.0, shape.p_dispersion, 1.0, alpha)

@@ -27,7 +27,8 @@ class Shape:
         dispersion: mean of √5 (6u² − 6u + 1): positive where they crowd at both ends (∪), negative in the middle (∩).
         p_location, p_dispersion: two-sided p-values of these being 0 (t-tests over clusters); NaN for one cluster.
         p_value: that the first four moments are those of uniform values: the smallest of the p-values of four such
-            t-tests, times four (Bonferroni).
+            tests, times four (Bonferroni).
+        location_error, dispersion_error: standard errors over the clusters; NaN for one cluster.
     """
 
     location: float
@@ -35,9 +36,11 @@ class Shape:
     p_location: float
     p_dispersion: float
     p_value: float
+    location_error: float
+    dispersion_error: float
 
 
-def shape_of(moments: Tensor) -> Shape:
+def shape_of(moments: Tensor, *, independent: bool = False) -> Shape:
     """Tests of clusters, each of which has its mean of :func:`legendre`.
 
     The moments are those of J. Neyman, "'Smooth' test for goodness of fit", Skandinavisk Aktuarietidskrift 20 (1937).
@@ -48,10 +51,18 @@ def shape_of(moments: Tensor) -> Shape:
 
     Args:
         moments: ``[clusters, 4]``.
+        independent: each cluster is one value, as ranks of simulations are. Uniform ones then have variance 1, which
+            ``p_value`` takes instead of an estimate: of 30 values it is then right to p-values of 0.001.
     """
     tests = [t_test(column) for column in moments.unbind(-1)]
     (location, p_location), (dispersion, p_dispersion) = tests[:2]
-    return Shape(location, dispersion, p_location, p_dispersion, bonferroni([p for _, p in tests]))
+    p_values = [p for _, p in tests]
+    if independent:
+        root = math.sqrt(len(moments))
+        p_values = [math.erfc(abs(mean) * root / math.sqrt(2.0)) for mean, _ in tests]
+    errors = moments.std(0) / math.sqrt(len(moments)) if len(moments) > 1 else moments.new_full((4,), math.nan)
+    location_error, dispersion_error = errors[:2].tolist()
+    return Shape(location, dispersion, p_location, p_dispersion, bonferroni(p_values), location_error, dispersion_error)
 
 
 def bonferroni(p_values: Sequence[float]) -> float:
@@ -114,7 +125,7 @@ class EcdfBand:
         num_values: n, the number of ranks.
         num_draws: ranks go from 0 to this.
         num_points: where the curve is looked at, at most num_draws.
-        num_simulations: uniform samples behind the adjustment; the p-values are multiples of one over it.
+        num_simulations: uniform samples behind the adjustment.
         generator: generator or seed; None means seed 0.
 
     Attributes:
@@ -139,9 +150,11 @@ class EcdfBand:
         steps = np.unique(np.linspace(1, num_draws, min(num_points, num_draws)).round().astype(int))
         self._steps = steps  # the curve at step s counts the ranks below s
         self.points = steps / (num_draws + 1)
-        # P(count < k) for k = 0 … n + 1, [n + 2, points]
-        inner = special.bdtr(np.arange(num_values)[:, None], num_values, self.points)
+        # P(count < k) for k = 0 … n + 1, and P(count ≥ k) for k = 0 … n, [k, points]; 1 less the other would round to 0
+        k = np.arange(num_values)[:, None]
+        inner, outer = (tail(k, num_values, self.points) for tail in (special.bdtr, special.bdtrc))
         self._below = np.concatenate([np.zeros_like(inner[:1]), inner, np.ones_like(inner[:1])])
+        self._above = np.concatenate([np.ones_like(outer[:1]), outer])
         uniform = torch.randint(num_draws + 1, (num_simulations, num_values), generator=generator).numpy()
         self._least = np.sort([self._least_tail(self._counts(each)) for each in uniform])
 
@@ -152,7 +165,7 @@ class EcdfBand:
     def _least_tail(self, counts: np.ndarray) -> float:
         """The smallest two-sided binomial tail along the curve."""
         index = np.arange(len(counts))
-        lower, upper = self._below[counts + 1, index], 1.0 - self._below[counts, index]
+        lower, upper = self._below[counts + 1, index], self._above[counts, index]
         return float(2 * np.minimum(lower, upper).min())
 
     def curve(self, ranks: Tensor) -> np.ndarray:
@@ -161,11 +174,14 @@ class EcdfBand:
         return self._counts(ranks.cpu().numpy()) / self.num_values
 
     def p_value(self, ranks: Tensor) -> float:
-        """Share of uniform samples whose curve strays as far, at least 1 / (num_simulations + 1)."""
+        """Share of uniform samples whose curve strays as far.
+
+        Where fewer of them do than can be counted, the bound by Bonferroni over the points, which has no floor.
+        """
         self._check(ranks)
         tail = self._least_tail(self._counts(ranks.cpu().numpy()))
         further = np.searchsorted(self._least, tail * (1 + 1e-9), side="right")
-        return float((further + 1) / (len(self._least) + 1))
+        return float(min((further + 1) / (len(self._least) + 1), len(self.points) * tail))
 
     def limits(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper limit of the curve at each point, ``[points]``."""

@@ -375,6 +375,10 @@ class ProcessModel(TaskProgram):
         """log N(z; 0, I), ``[…, tasks]``; 0 without a latent."""
         return dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
 
+    def log_jacobian(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
+        """0, ``[…, tasks]``: z is unconstrained."""
+        return u.new_zeros(u.shape[:-1])
+
     def named(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> dict[str, Tensor]:
         """``z``, where there is one."""
         return {SITE: u} if self.latent_size else {}

@@ -200,6 +200,15 @@ class TaskProgram(nn.Module):
             value = value + sum(result.log_dets[site.name] for site in self.layout.theta)
         return value
 
+    def log_jacobian(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> Tensor:
+        """log |dφ / du| of the map from u to the local sites' own supports, ``[…, tasks]``."""
+        parts = self.evaluate(u, observations.with_y(None), theta).log_dets
+        value = u.new_zeros(u.shape[:-1])
+        for site in self.layout.local:
+            if site.name in parts:
+                value = value + parts[site.name].squeeze(-1)
+        return value
+
     # -- values -------------------------------------------------------------------------------------------------
 
     def named(self, u: Tensor, observations: Observations, theta: Tensor | None = None) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +35,15 @@ class Draws:
     Attributes:
         u: unconstrained task parameters, ``[n, tasks, D]``.
         theta: unconstrained global sites, ``[n, E]``; None where there are none.
+        log_q: log-density in unconstrained space of what they were drawn from, where only the drawing knows it: of
+            each task's φ, ``[n, tasks]``, or of θ and the φ of all tasks together, ``[n]``; else None.
+        stats: what a sampler says of each draw, by name, each ``[n]``; None where there is no sampler.
     """
 
     u: Tensor
     theta: Tensor | None = None
+    log_q: Tensor | None = None
+    stats: Mapping[str, Tensor] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -69,6 +75,8 @@ class TaskPosterior:
     is_point = False
     #: how many different draws there are, of a posterior that is made of draws and has no density; else None
     num_draws: int | None = None
+    #: whether θ's sites were inferred from this support, together with φ: their prior is then p(θ), not a learned q(θ)
+    theta_is_inferred = False
     #: set by ``method.guide``, which has sampled the global sites that this posterior's draws of θ are
     paired = False
 
@@ -132,20 +140,34 @@ class TaskPosterior:
             return self.program.named_theta(draws.theta, self.support)
 
     def prior_draws(self, num_samples: int, generator: Seed = None) -> Draws:
-        """Draw from the prior p(φ | θ, w) of the same tasks; global sites are drawn from q(θ), the meta-learned one."""
+        """Draw from the prior p(φ | θ, w) of the same tasks.
+
+        Global sites are drawn from q(θ), the meta-learned one; from p(θ) where they were inferred from this support.
+        """
         generator = as_generator(generator, self.support.device, "prior")
-        theta = self._theta_draws(num_samples, generator)
+        theta = None if self.theta_is_inferred else self._theta_draws(num_samples, generator)
         u, theta = self.program.sample_prior(num_samples, self.support, generator, theta)
         return Draws(u, theta)
 
     def _theta_draws(self, num_samples: int, generator: torch.Generator) -> Tensor | None:
         return self.draws(num_samples, generator).theta
 
-    def log_prior(self, draws: Draws) -> Tensor:
-        """log p(φ | θ) with Jacobian, ``[n, tasks]``."""
+    def log_prior(self, draws: Draws, *, jacobian: bool = True) -> Tensor:
+        """log p(φ | θ), ``[n, tasks]``: a density of unconstrained φ, or without the Jacobian of φ by its sites."""
         with torch.no_grad():
             values = [self.program.log_prior(d.u, self.support, d.theta).expand(d.u.shape[:-1]) for d in draws.slices()]
+            if not jacobian:
+                parts = [self.program.log_jacobian(d.u, self.support, d.theta) for d in draws.slices()]
+                values = [value - part for value, part in zip(values, parts, strict=True)]
         return torch.cat(values)
+
+    def log_theta(self, draws: Draws, *, jacobian: bool = True) -> Tensor:
+        """log p(θ) of the global sites, ``[n]``; 0 where there are none. ``jacobian`` as in :meth:`log_prior`."""
+        if draws.theta is None:
+            return draws.u.new_zeros(draws.num_samples)
+        with torch.no_grad():
+            value = self.program.log_theta(draws.theta, self.support, jacobian=jacobian)
+        return value.expand(draws.num_samples)
 
     def log_likelihood(
         self,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import OptionError
+from bayesmeta.errors import OptionError, ShapeError
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.posteriors.samples import SamplesPosterior
+
+#: What is kept of each transition, by ArviZ's names: the mean acceptance along the trajectory; whether it diverged; the
+#: Hamiltonian that it began with; log p(S, u) (with θ's prior where θ is sampled) at the draw, summed over the tasks;
+#: leapfrog steps; whether the tree was as deep as it may be; step size; doublings of the trajectory.
+CHAIN_STATS = (
+    "acceptance_rate", "diverging", "energy", "lp", "n_steps", "reached_max_treedepth", "step_size", "tree_depth",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,11 @@ class ChainsPosterior(SamplesPosterior):
         step_size: step size of each chain after warm-up, ``[chains]``.
         given: G, how many draws of θ φ was sampled given; 0 where θ was sampled itself, or where there is none. An
             integer or a tensor with one.
+        stats: of each transition, ``[chains, n, 8]`` in the order of :data:`CHAIN_STATS`; None where nobody kept them.
+
+    Raises:
+        OptionError: for draws that do not part into the chains.
+        ShapeError: for stats of another shape.
     """
 
     def __init__(
@@ -76,17 +89,36 @@ class ChainsPosterior(SamplesPosterior):
         divergences: Tensor,
         step_size: Tensor,
         given: int | Tensor = 0,
+        stats: Tensor | None = None,
     ) -> None:
         super().__init__(program, support, u, theta)
         self.divergences, self.step_size, self.given = divergences, step_size, int(given)
         per_chain = len(divergences) * max(self.given, 1)
         if len(u) % per_chain:
             raise OptionError(f"{len(u)} draws do not part into {len(divergences)} chains of {max(self.given, 1)} θ.")
+        expected = (len(divergences), len(u) // per_chain, len(CHAIN_STATS))
+        if stats is not None and stats.shape != expected:
+            raise ShapeError(
+                f"stats has shape {list(stats.shape)}; expected [chains, draws, {len(CHAIN_STATS)}] = {list(expected)}."
+            )
+        self.transitions = stats
+        self.theta_is_inferred = theta is not None and not self.given
 
     @property
-    def num_chains(self) -> int:
+    def num_chains(self) -> int:  # type: ignore[override]  # the chains of a sampler are counted
         """Number of chains."""
         return len(self.divergences)
+
+    def _stats(self) -> Mapping[str, Tensor] | None:
+        """Of the transition that each draw of φ comes from, ``[chains × n × G]``."""
+        if self.transitions is None:
+            return None
+        each = self.transitions.flatten(0, 1).repeat_interleave(max(self.given, 1), 0)
+        kinds = {"diverging": torch.bool, "reached_max_treedepth": torch.bool}
+        kinds |= {"n_steps": torch.int64, "tree_depth": torch.int64}
+        return {
+            name: part.to(kinds.get(name, part.dtype)) for name, part in zip(CHAIN_STATS, each.unbind(-1), strict=True)
+        }
 
     def chains(self) -> Tensor:
         """The draws of u by chain, ``[chains, n, tasks, D]``, or ``[chains, n, G, tasks, D]`` with G given θ."""
@@ -106,7 +138,8 @@ class ChainsPosterior(SamplesPosterior):
     def state(self) -> dict[str, Tensor]:
         """u, theta where there is one, and what is known of the chains."""
         given = torch.tensor(self.given)
-        return super().state() | {"divergences": self.divergences, "step_size": self.step_size, "given": given}
+        known = {"divergences": self.divergences, "step_size": self.step_size, "given": given}
+        return super().state() | known | ({} if self.transitions is None else {"stats": self.transitions})
 
 
 def _convergence(draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ class GPPosterior(TaskPosterior):
         """log p(u | S), ``[…, tasks]``."""
         return dist.MultivariateNormal(self.loc, scale_tril=lower_root(self.root)).log_prob(u)
 
-    def log_prior(self, draws: Draws) -> Tensor:
+    def log_prior(self, draws: Draws, *, jacobian: bool = True) -> Tensor:
         """log p(u), standard normal, ``[n, tasks]``."""
         return dist.Normal(0.0, 1.0).log_prob(draws.u).sum(-1)
 

@@ -184,9 +184,9 @@ class PriorMixturePosterior(TaskPosterior):
         """Refused, as :meth:`u_distribution`."""
         return self.u_distribution()
 
-    def log_prior(self, draws: Draws) -> Tensor:
+    def log_prior(self, draws: Draws, *, jacobian: bool = True) -> Tensor:
         """log p(u) of each draw under its own prior, ``[n, tasks]``."""
-        return self._each(draws, lambda component, part: component.log_prior(part))
+        return self._each(draws, lambda component, part: component.log_prior(part, jacobian=jacobian))
 
     def log_likelihood(
         self,

@@ -61,6 +61,15 @@ class ProcessPosterior(NormalPosterior):
         empty = Observations(s.x[:, :0], None if s.y is None else s.y[:, :0])
         return ProcessPosterior(self.model, empty, torch.zeros_like(self.loc), torch.ones_like(self.scale))
 
+    @property
+    def log_evidence(self) -> Tensor | None:
+        """log p(y_S | x_S, θ) of the support's targets together, as without a support, ``[tasks]``.
+
+        Without a covariance they are independent, so that it sees each point and not whether they hang together. None
+        with a latent, where it has no closed form.
+        """
+        return self._before().log_joint_likelihood(self.support) if self.is_point else None
+
     # -- draws and densities of z -------------------------------------------------------------------------------
 
     def log_prob(self, u: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import UnsupportedError
+from bayesmeta.errors import ShapeError, UnsupportedError
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.posteriors.base import Draws, TaskPosterior
@@ -23,20 +24,52 @@ class SamplesPosterior(TaskPosterior):
         support: what was conditioned on.
         u: unconstrained draws, ``[n, tasks, D]``.
         theta: unconstrained global sites, ``[n, E]``.
+        log_q: log-density of each draw in unconstrained space, where a guide knows it: of a task's φ,
+            ``[n, tasks]``, where the guide's tasks are independent and there are no global sites; else of θ and the φ
+            of all tasks together, ``[n]``.
+
+    Attributes:
+        is_point: True where all of several draws are the same, as an ``AutoDelta`` gives them.
     """
 
-    def __init__(self, program: TaskProgram, support: Observations, u: Tensor, theta: Tensor | None = None) -> None:
+    #: Markov chains that the draws come from, chain after chain; independent draws count as one
+    num_chains = 1
+
+    def __init__(
+        self,
+        program: TaskProgram,
+        support: Observations,
+        u: Tensor,
+        theta: Tensor | None = None,
+        log_q: Tensor | None = None,
+    ) -> None:
         super().__init__(program, support)
-        self.u, self.theta = u, theta
+        if log_q is not None and log_q.shape not in (u.shape[:1], u.shape[:2]):
+            raise ShapeError(
+                f"log_q has shape {list(log_q.shape)}; expected [draws, tasks] = {list(u.shape[:2])}, or [draws]."
+            )
+        self.u, self.theta, self.log_q = u, theta, log_q
         self.num_draws = len(u)
+        parts = [u] if theta is None else [u, theta]
+        self.is_point = len(u) > 1 and all(bool((part == part[:1]).all()) for part in parts)
 
     def draws(self, num_samples: int, generator: Seed = None) -> Draws:
         """The draws themselves when all are asked for, else a random choice of them with replacement."""
         if num_samples == self.u.shape[0]:
-            return Draws(self.u, self.theta)
+            return Draws(self.u, self.theta, self.log_q, self._stats())
         generator = as_generator(generator, self.u.device, "draws")
         pick = torch.randint(self.u.shape[0], (num_samples,), generator=generator, device=self.u.device)
-        return Draws(self.u[pick], None if self.theta is None else self.theta[pick])
+        stats = self._stats()
+        return Draws(
+            self.u[pick],
+            None if self.theta is None else self.theta[pick],
+            None if self.log_q is None else self.log_q[pick],
+            None if stats is None else {name: value[pick.to(value.device)] for name, value in stats.items()},
+        )
+
+    def _stats(self) -> Mapping[str, Tensor] | None:
+        """What the sampler says of each draw."""
+        return None
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Refused: samples have no density.
@@ -55,8 +88,9 @@ class SamplesPosterior(TaskPosterior):
         raise UnsupportedError("Samples have no density, so they are no Pyro guide; read them with sample or draws.")
 
     def state(self) -> dict[str, Tensor]:
-        """u, and theta where there is one."""
-        return {"u": self.u} | ({} if self.theta is None else {"theta": self.theta})
+        """u, and theta and log_q where there are such."""
+        parts = {"u": self.u, "theta": self.theta, "log_q": self.log_q}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 class ParticlesPosterior(TaskPosterior):

@@ -365,11 +365,15 @@ class GuideTasks:
                 return choice, self.known.rows(choice, ids)
         return choices[-1], self.known.rows(choices[-1], ids)
 
+    def runs_some(self, rows: Tensor | None) -> bool:
+        """Whether the guide is run for these rows alone, rather than for all of its tasks."""
+        return self.known is not None and rows is not None and self.takes_some and len(rows) < self.known.size
+
     def take(self, trace: Any, rows: Tensor | None) -> None:
         """Keep these rows of the local sites in a trace of the guide, where it was run for all of its tasks."""
         if self.known is None or rows is None or rows.equal(torch.arange(self.known.size)):
             return
-        if self.takes_some and len(rows) < self.known.size:  # the guide was run for these rows
+        if self.runs_some(rows):
             return
         for name in local_names(self.parts, trace):
             node = trace.nodes[name]

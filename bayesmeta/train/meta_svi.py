@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -13,12 +14,16 @@ from pyro import poutine
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import EmptyTaskError, NonFiniteLossError, OptionError, ShapeError, SiteError
+from bayesmeta.errors import EmptyTaskError, NonFiniteLossError, OptionError, ShapeError, SiteError, UnsupportedError
 from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
 from bayesmeta.posteriors.samples import SamplesPosterior
+from bayesmeta.train.guide_density import log_density
 from bayesmeta.train.known_tasks import GuideTasks, as_arguments, as_observations
+
+if TYPE_CHECKING:
+    from xarray import DataTree
 
 
 class MetaSVI:
@@ -70,6 +75,8 @@ class MetaSVI:
         self._known: dict[int, Tensor] = {}
         self._tasks = GuideTasks(guide)
         self.steps = 0
+        #: what each step's ELBO was, by step, those that were not finite too
+        self.losses: list[float] = []
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -88,6 +95,7 @@ class MetaSVI:
         parameters = self._parameters(capture.trace)
         self.steps += 1
         value = _number(loss)
+        self.losses.append(value)
         sound = all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters)
         if not sound or not math.isfinite(value):
             for parameter in parameters:
@@ -172,6 +180,7 @@ class MetaSVI:
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "steps": self.steps,
             "tasks": self._tasks.state(),
+            "losses": list(self.losses),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,6 +200,7 @@ class MetaSVI:
         if state["optimizer"] is not None and self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self.losses = list(state.get("losses", []))
         self._tasks.load(state.get("tasks"))
 
     def posterior(
@@ -201,6 +211,10 @@ class MetaSVI:
         A guide with parameters for each task has a posterior given what it was trained on alone: of a batch its support
         where that was all, else support and query, so that its query is no test.
 
+        The draws bring the guide's density along (``log_q``), so that :func:`~bayesmeta.loo` can correct for what the
+        guide gets wrong; not where a guide without parameters for each task samples θ, which it may have learned from
+        other tasks: :meth:`to_datatree` is for the tasks of training.
+
         Args:
             observations: what the guide sees; for a guide with parameters for each task, tasks that it knows.
             num_samples: draws.
@@ -209,7 +223,54 @@ class MetaSVI:
         Raises:
             SiteError: when the guide does not sample all latent sites of the model.
             DataError, ShapeError: for tasks that a guide with parameters for each task does not know.
+            OptionError: for no draws.
         """
+        return self._posterior(observations, num_samples, generator, whole=False)
+
+    def to_datatree(
+        self,
+        data: Observations | TaskBatch,
+        *,
+        num_samples: int = 1000,
+        generator: Seed = None,
+        raw_units: bool = True,
+    ) -> DataTree:
+        """The whole run for ArviZ: θ's sites and each task's φ in one ``posterior``, the losses in ``fit_stats``.
+
+        See :func:`bayesmeta.to_datatree` for the groups. ``prior`` is the model's own, with θ from p(θ). The log
+        importance weights in ``sample_stats`` are of θ and the φ of all tasks together, where the guide has a density.
+
+        Args:
+            data: all tasks of training, as :meth:`step` was given them: of a batch support and query together, where
+                both have targets (else its query is what is predicted).
+            num_samples: draws.
+            generator: generator or seed; None means seed 0.
+            raw_units: x, y and densities of y in raw units when the batch has a standardiser.
+
+        Raises:
+            UnsupportedError: before the first step.
+            SiteError, DataError, ShapeError: as :meth:`posterior`.
+            OptionError: for fewer than 2 draws.
+        """
+        from bayesmeta.diagnostics.datatree import to_datatree
+
+        if not self.steps:
+            raise UnsupportedError("MetaSVI has taken no step, so there is nothing to show yet: call step(data) first.")
+        owner = getattr(self.model, "__self__", None)
+        batch = _conditioned(data, join=not hasattr(owner, "adapt"))
+        posterior = self._posterior(batch, num_samples, generator, whole=True)
+        if posterior.support is not batch.support:  # the guide knows them as support and query
+            batch = _conditioned(batch, join=True)
+        return to_datatree(
+            posterior, batch, num_samples=num_samples, generator=generator, raw_units=raw_units, losses=self.losses
+        )
+
+    def _posterior(
+        self, observations: Observations | TaskBatch, num_samples: int, generator: Seed, *, whole: bool
+    ) -> SamplesPosterior:
+        """As :meth:`posterior`; ``whole``: θ was inferred from these tasks, and no others."""
+        if num_samples < 1:
+            raise OptionError(f"num_samples={num_samples}; expected at least 1 draw.")
         observations, rows = self._tasks.find(observations)
         observations.check()
         args, kwargs = _unpack(observations)
@@ -217,22 +278,42 @@ class MetaSVI:
         program.prepare(observations)
         program.scope.copy_from(self._store["params"])
         generator = as_generator(generator, observations.device, "posterior")
-        u, theta = [], []
+        whole, some = whole or rows is not None, self._tasks.runs_some(rows)
+        u, theta, log_q = [], [], []
         within = self._tasks.within(observations, rows)
         with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store), within:
             for _ in range(num_samples):
-                guide_trace, trace = self._traces(args, kwargs, rows)
-                u.append(self._flat(program, guide_trace, trace, program.layout.local, observations.num_tasks))
+                guide_trace, trace, density = self._traces(args, kwargs, rows)
+                flat, jacobian = self._flat(program, guide_trace, trace, program.layout.local, observations.num_tasks)
+                u.append(flat)
                 if program.has_theta_sites:
-                    theta.append(self._flat(program, guide_trace, trace, program.layout.theta, None))
-        return SamplesPosterior(program, observations, torch.stack(u), torch.stack(theta) if theta else None)
+                    flat, more = self._flat(program, guide_trace, trace, program.layout.theta, None)
+                    theta.append(flat)
+                    # of θ and φ together, or none: where θ was learned from other tasks too, these cannot weigh it
+                    density = density.sum() if density is not None and whole and not some else None
+                    jacobian = jacobian.sum() + more
+                if density is not None:
+                    log_q.append(density + (jacobian if density.dim() else jacobian.sum()))
+        posterior = SamplesPosterior(
+            program,
+            observations,
+            torch.stack(u),
+            torch.stack(theta) if theta else None,
+            torch.stack(log_q) if log_q else None,
+        )
+        posterior.theta_is_inferred = whole and program.has_theta_sites
+        return posterior
 
-    def _traces(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor | None) -> tuple[Any, Any]:
+    def _traces(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor | None
+    ) -> tuple[Any, Any, Tensor | None]:
+        """Of the guide and of the model replayed, and the guide's log-density in the sites' own space."""
         try:
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            density = log_density(guide_trace, None if self._tasks.runs_some(rows) else rows)
             self._tasks.take(guide_trace, rows)
             replayed = poutine.replay(self.model, trace=guide_trace)
-            return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+            return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs), density
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or ["no detail"])[0].rstrip(". ")
             raise ShapeError(
@@ -245,8 +326,12 @@ class MetaSVI:
         owner = getattr(self.model, "__self__", None)
         return owner.program if owner is not None and hasattr(owner, "program") else as_program(self.model)
 
-    def _flat(self, program: TaskProgram, guide_trace: Any, trace: Any, sites: Any, tasks: int | None) -> Tensor:
-        parts = []
+    def _flat(
+        self, program: TaskProgram, guide_trace: Any, trace: Any, sites: Any, tasks: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Unconstrained sites side by side, ``[tasks, D]`` or ``[E]``; log Jacobian, ``[tasks]`` or ``[]``."""
+        parts: list[Tensor] = []
+        jacobian = torch.zeros(())
         for site in sites:
             if site.name not in guide_trace.nodes:
                 raise SiteError(
@@ -254,9 +339,12 @@ class MetaSVI:
                     "the plate where the model has it."
                 )
             node = trace.nodes[site.name]
-            raw = bijection(site.name, node["fn"]).inv(node["value"])
+            transform = bijection(site.name, node["fn"])
+            raw = transform.inv(node["value"])
             parts.append(raw.reshape(-1) if tasks is None else raw.reshape(tasks, -1))
-        return torch.cat(parts, -1)
+            log_det = transform.log_abs_det_jacobian(raw, node["value"])
+            jacobian = jacobian.to(raw) + (log_det.sum() if tasks is None else log_det.reshape(tasks, -1).sum(-1))
+        return torch.cat(parts, -1), jacobian
 
 
 @contextmanager
@@ -271,6 +359,22 @@ def _named_sites() -> Iterator[None]:
             f"A name is used twice: {error} Give every site, parameter and attribute of a PyroModule a name of its own "
             "(an attribute may not bear a site's name)."
         ) from error
+
+
+def _conditioned(data: Observations | TaskBatch, *, join: bool) -> TaskBatch:
+    """What the guide's posterior is given as the support, and no query, but where the query has no targets."""
+    if isinstance(data, Observations):
+        return TaskBatch(data, _nothing(data))
+    batch = data.check().without_padding()
+    if join and batch.query.shots and batch.query.y is not None and batch.support.y is not None:
+        return replace(batch, support=batch.union(), query=_nothing(batch.support))
+    return batch
+
+
+def _nothing(observations: Observations) -> Observations:
+    """The same tasks without observations."""
+    y = None if observations.y is None else observations.y[:, :0]
+    return Observations(observations.x[:, :0], y, None, observations.w)
 
 
 def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
