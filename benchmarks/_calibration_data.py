@@ -92,7 +92,9 @@ def _fertility_fold(train: list[int], validation: list[int], test: list[int]) ->
     others = [i for i, length in enumerate(table.lengths) if length != _COMPLETE]
     learned = table.subset(train + others)
     units = learned.fit_standardizer()
-    split = FertilitySplit(*(part.with_standardizer(units) for part in (learned, *map(table.subset, (validation, test)))))
+    split = FertilitySplit(
+        *(part.with_standardizer(units) for part in (learned, *map(table.subset, (validation, test))))
+    )
     held_back = split.validation.all(support=shots)
     return Fold(split.train, held_back, split.test.all(support=shots), [held_back], split)
 
@@ -106,7 +108,9 @@ def _counties() -> bm.tasks.TableTasks:
     return bm.tasks.TableTasks.from_csv(csv, task="county.name", x=["basement"], y="log.radon")
 
 
-def _radon_fold(table: bm.tasks.TableTasks, train: list[int], validation: list[int], test: list[int], seed: int) -> Fold:
+def _radon_fold(
+    table: bm.tasks.TableTasks, train: list[int], validation: list[int], test: list[int], seed: int
+) -> Fold:
     learned = table.subset(train)
     units = learned.fit_standardizer()
 

@@ -142,7 +142,9 @@ def _normals(posterior: Any, query: bm.Observations, num_samples: int, generator
         return closed.loc.expand(shape).unsqueeze(0), closed.scale.expand(shape).unsqueeze(0), None
     if isinstance(closed, ListMixture):  # of a Gaussian process under each of several priors, equally likely
         component = torch.arange(num_samples) % len(closed.components)
-        loc, scale = (torch.stack([getattr(c, name).expand(shape) for c in closed.components]) for name in ("loc", "scale"))
+        loc, scale = (
+            torch.stack([getattr(c, name).expand(shape) for c in closed.components]) for name in ("loc", "scale")
+        )
         return loc[component], scale[component], closed
     locs, scales = [], []
     for draws in posterior.draws(num_samples, generator).slices():
@@ -183,7 +185,12 @@ class Judged:
         """Means over tasks with their standard errors, and the coverage curve."""
         root = len(self.nll) ** 0.5
         levels = torch.tensor(LEVELS, dtype=torch.float64)
-        named = {"nll": self.nll, "crps": self.crps, "coverage50": self.coverage[:, 0], "coverage90": self.coverage[:, 1]}
+        named = {
+            "nll": self.nll,
+            "crps": self.crps,
+            "coverage50": self.coverage[:, 0],
+            "coverage90": self.coverage[:, 1],
+        }
         out: dict[str, Any] = {"tasks": len(self.nll)}
         for name, each in named.items():
             out[name], out[f"{name}_error"] = float(each.mean()), float(each.std() / root)

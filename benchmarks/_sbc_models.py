@@ -44,16 +44,16 @@ class Inputs:
     def __init__(self, model: str) -> None:
         self.outputs = (2,) if model == "inverse_wishart" else ()
 
-    def sample(
-        self, num_tasks: int, *, support: int, query: int | None = None, generator: Any = None
-    ) -> bm.TaskBatch:
+    def sample(self, num_tasks: int, *, support: int, query: int | None = None, generator: Any = None) -> bm.TaskBatch:
         """Tasks with targets 0 and 1, which only say of what kind they are."""
         generator = as_generator(generator, stream="SBC inputs")
-        parts = []
-        for shots in (support, query or 0):
+
+        def part(shots: int) -> bm.Observations:
             y = (torch.arange(shots) % 2).float().reshape(1, shots, *(1 for _ in self.outputs))
-            parts.append(bm.Observations(inputs(num_tasks, shots, generator), y.expand(num_tasks, shots, *self.outputs)))
-        return bm.TaskBatch(*parts)
+            x = inputs(num_tasks, shots, generator)
+            return bm.Observations(x, y.expand(num_tasks, shots, *self.outputs))
+
+        return bm.TaskBatch(part(support), part(query or 0))
 
 
 # -- linear in φ ------------------------------------------------------------------------------------------------------
@@ -63,9 +63,10 @@ def regression(likelihood: Any, mean: tuple[float, ...] = MEAN, scale: tuple[flo
     """A Linear on x whose three weights are φ."""
     network = nn.Sequential(nn.Linear(FEATURES, 1, bias=False))
     model = bm.NeuralTaskModel(network, likelihood, bm.priors.Normal(1.0), task_modules="head")
+    prior: Any = model.prior
     with torch.no_grad():
-        model.prior.loc.copy_(torch.tensor(mean))
-        model.prior.log_scale.copy_(torch.tensor(scale).log())
+        prior.loc.copy_(torch.tensor(mean))
+        prior.log_scale.copy_(torch.tensor(scale).log())
     return model
 
 
@@ -76,7 +77,7 @@ def linear() -> bm.NeuralTaskModel:
 
 def poisson() -> bm.NeuralTaskModel:
     """Counts, log rate linear in φ: skewed posteriors where a task has only zeros."""
-    return regression(bm.likelihoods.Poisson(), mean=(0.0, 0.0, 0.3), scale=(0.7, 0.7, 0.5))
+    return regression(bm.likelihoods.Poisson(), mean=(0.0, 0.0, 0.3), scale=(0.7, 0.5, 0.5))
 
 
 def bernoulli() -> bm.NeuralTaskModel:
@@ -86,13 +87,14 @@ def bernoulli() -> bm.NeuralTaskModel:
 
 def kernel() -> bm.DeepKernelModel:
     """The linear model as a Gaussian process; φ is the function at the support."""
-    network = nn.Sequential(nn.Linear(FEATURES, FEATURES, bias=False), nn.Linear(FEATURES, 1))
+    first = nn.Linear(FEATURES, FEATURES, bias=False)
+    network = nn.Sequential(first, nn.Linear(FEATURES, 1))
     with torch.no_grad():
-        network[0].weight.copy_(torch.diag(torch.tensor(SCALE)))
+        first.weight.copy_(torch.diag(torch.tensor(SCALE)))
     return bm.DeepKernelModel(network, bm.Gaussian(NOISE), "linear", inputs="features")
 
 
-def conjugate(outputs: int, components: int, noise: str) -> bm.ConjugateModel:
+def conjugate(outputs: int, components: int, noise: Any) -> bm.ConjugateModel:
     """A last layer on fixed tanh features; components differ in everything, and their weights' means lie apart."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -109,9 +111,9 @@ def conjugate(outputs: int, components: int, noise: str) -> bm.ConjugateModel:
 
 
 def scale(x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> None:
-    """A positive φ alone: the scale of the noise, with a heavy tail (half-Cauchy) to the right."""
+    """A positive φ alone: the scale of the noise, its posterior skewed where there are few shots."""
     with bm.task_plate(x):
-        sigma = pyro.sample("sigma", dist.HalfCauchy(x.new_ones(())))
+        sigma = pyro.sample("sigma", dist.LogNormal(x.new_zeros(()), 0.75))
         with bm.shot_plate(x, mask):
             pyro.sample("y", dist.Normal(torch.zeros_like(x[..., 0]), sigma), obs=y)
 

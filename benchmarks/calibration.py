@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -187,8 +186,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     share, max_folds = (0.01, 1) if args.quick else (args.share, 100)
     return [
         Job(method, data, args.seed, tasks, draws, share, max_folds, args.threads)
-        for data in args.data
         for method in args.runs
+        for data in args.data
     ]
 
 
@@ -330,7 +329,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", nargs="+", default=None, help=f"methods (default: {' '.join(METHODS)})")
     parser.add_argument("--data", nargs="+", default=list(DATA), help=f"data sets (default: {' '.join(DATA)})")
     parser.add_argument("--tasks", type=int, default=2000, help="synthetic tasks to judge by (default: 2000)")
-    parser.add_argument("--draws", type=int, default=200, help="of φ, where there is no closed form (default: 200)")
+    parser.add_argument("--draws", type=int, default=100, help="of φ, where there is no closed form (default: 100)")
     parser.add_argument("--share", type=float, default=1.0, help="of the training steps (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")

@@ -260,6 +260,74 @@ def test_adapt_sees_what_was_chosen_and_nothing_else():
     assert curve.labels == (0, 2, 4)
 
 
+# -- padding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("criterion", "closed"), [("information", True), ("information", False), ("variance", True),
+                                                   ("variance", False), ("random", True)])  # fmt: skip
+def test_padding_tasks_need_no_candidate(criterion, closed):
+    family, support, candidates = line_tasks(4)
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[2] = False
+    padded = bm.Observations(candidates.x, candidates.y, mask)
+    posterior = Linear(family, support, closed=closed)
+    with pytest.raises(EmptyTaskError, match=r"Task 2 .* has 0 candidate"):
+        bm.choose(posterior, padded, size=2, criterion=criterion)
+    for given in (padded, candidates):  # padding that no mask tells of is padding too
+        real = torch.tensor([True, True, False, True])
+        found = bm.choose(posterior, given, size=2, criterion=criterion, real=real)
+        assert found.gains.isnan().any(-1).tolist() == [criterion == "random"] * 2 + [True] + [criterion == "random"]
+        assert found.take(given).full_mask().tolist() == [[True] * 2, [True] * 2, [False] * 2, [True] * 2]
+        if closed and criterion != "random":
+            whole = bm.choose(posterior, candidates, size=2, criterion=criterion)
+            assert found.index[real].equal(whole.index[real])
+            torch.testing.assert_close(found.gains[real], whole.gains[real])
+    with pytest.raises(EmptyTaskError, match="No task"):
+        bm.choose(posterior, padded, criterion=criterion, real=torch.zeros(4, dtype=torch.bool))
+    for wrong in (real[:3], real.double(), "all"):
+        with pytest.raises(ShapeError, match="real is"):
+            bm.choose(posterior, padded, criterion=criterion, real=wrong)
+
+
+def test_padding_tasks_do_not_count_in_a_curve():
+    family, support, pool = line_tasks(5, points=8)
+    mask = torch.ones(5, 8, dtype=torch.bool)
+    mask[4] = False
+    empty = torch.zeros(5, 2, dtype=torch.bool).index_fill(0, torch.arange(4), True)
+    batch = bm.TaskBatch(
+        bm.Observations(support.x, support.y, empty), bm.Observations(pool.x, pool.y, mask),
+        task_id=torch.tensor([3, 1, 0, 2, -1]),
+    )  # fmt: skip
+    curve = bm.learning_curve(lambda s: Linear(family, s), batch, bm.Observations(pool.x, pool.y, mask), steps=2)
+    assert curve.chosen.isnan().any(0).tolist() == [False] * 4 + [True]
+    alone = bm.TaskBatch(support.tasks(slice(4)), pool.tasks(slice(4)))
+    expected = bm.learning_curve(lambda s: Linear(family, s), alone, pool.tasks(slice(4)), steps=2)
+    torch.testing.assert_close(curve.chosen[:, :4], expected.chosen)
+    torch.testing.assert_close(curve.difference()[0][1:], (curve.chosen - curve.random)[1:, :4].mean(1))
+    nobody = bm.TaskBatch(batch.support, batch.query, task_id=torch.full((5,), -1))
+    with pytest.raises(EmptyTaskError, match="pool"):
+        bm.learning_curve(lambda s: Linear(family, s), nobody, pool, steps=2)
+
+
+def test_the_error_of_a_curve_is_in_raw_units_and_that_of_the_scores():
+    """Of a mean in closed form exactly; of draws within their noise; a standardizer multiplies it by its square."""
+    family, support, pool = line_tasks(6)
+    batch = bm.TaskBatch(support, pool)
+    by_hand = bm.scores(Linear(family, support), batch).per_task["rmse"].square()
+    for factor in (1.0, 3.0):
+        scaled = bm.TaskBatch(support, pool, standardizer=standardizer(factor))
+        curve = bm.learning_curve(lambda s: Linear(family, s), scaled, pool, steps=1, repeats=1)
+        torch.testing.assert_close(curve.chosen[0], factor**2 * by_hand)
+    drawn = bm.learning_curve(lambda s: Linear(family, s, closed=False), batch, pool, steps=1, repeats=1)
+    torch.testing.assert_close(drawn.chosen[0], by_hand, rtol=0.2, atol=0.02)
+    assert not drawn.chosen[0].equal(by_hand)
+
+
+def standardizer(factor):
+    one = torch.ones(2, dtype=F64)
+    return bm.Standardizer(0 * one, one, torch.zeros((), dtype=F64), torch.tensor(factor, dtype=F64))
+
+
 def test_errors_are_typed():
     family, batch = linear_tasks(4)
     posterior = Linear(family, batch.support)

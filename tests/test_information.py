@@ -1,4 +1,4 @@
-"""Information by closed forms of the predictive: against quadrature, the entropies of Student-t, and Gaussian processes."""
+"""Information by closed forms of the predictive: against quadrature, entropies of Student-t, Gaussian processes."""
 
 import math
 from types import SimpleNamespace
@@ -193,12 +193,12 @@ def test_closed_forms_and_draws_agree_where_labels_say_little():
         batch = bm.tasks.ChallengingSinusoid().sample(8, support=3, query=5, generator=0)
         method.prepare(batch)
         posterior = method.adapt(batch.support)
-        found = bm.choose(posterior, batch.query, num_outcomes=2000)
-        drawn = bm.choose(posterior, batch.query, exact=False, num_samples=1000, num_outcomes=1000)
+        found = bm.choose(posterior, batch.query, num_outcomes=1000)
+        drawn = bm.choose(posterior, batch.query, exact=False, num_samples=200, num_outcomes=100)
         error = (found.gains - drawn.gains).squeeze(-1)
         assert (found.gains > 0.1).all()
-        assert abs(float(error.mean())) < 5 * float(error.std()) / math.sqrt(8) + 0.02
-        assert float(error.abs().max()) < 0.25
+        assert abs(float(error.mean())) < 5 * float(error.std()) / math.sqrt(8) + 0.05
+        assert float(error.abs().max()) < 0.3
         variance = bm.choose(posterior, batch.query, criterion="variance")
         assert variance.closed_form
         expected = posterior.predictive(batch.query).variance.double().max(-1).values

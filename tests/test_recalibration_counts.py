@@ -10,6 +10,8 @@ from forecast_cases import Labels, Phi, label_tasks
 
 import bayesmeta as bm
 from bayesmeta.diagnostics import recalibration
+from bayesmeta.diagnostics.conformal_sets import ConformalSets, _scores
+from bayesmeta.diagnostics.forecasts import Predictor
 from bayesmeta.diagnostics.recalibrated_counts import CountForecast, log_step
 from bayesmeta.errors import NoClosedFormError, OptionError, UnsupportedError
 from bayesmeta.ops.random import as_generator
@@ -231,12 +233,8 @@ def test_sets_of_classes_cover(factor, level):
 
 def test_sets_by_hand():
     p = torch.tensor([[[0.5, 0.3, 0.2], [0.4, 0.4, 0.2]]], dtype=F64)
-    from bayesmeta.diagnostics.conformal_sets import ConformalSets, _scores
-
     support = bm.Observations(torch.tensor([[[0.0], [1.0]]], dtype=F64))
     posterior = Labels(support, p.log())
-    from bayesmeta.diagnostics.forecasts import Predictor
-
     torch.testing.assert_close(
         _scores(Predictor(posterior, 2, 0), support), torch.tensor([[[0.5, 0.8, 1.0], [0.8, 0.8, 1.0]]], dtype=F64)
     )
@@ -244,6 +242,12 @@ def test_sets_by_hand():
     assert sets.sets(posterior, support, 0.3).tolist() == [[[True, False, False], [True, True, False]]]
     assert sets.sets(posterior, support, 0.6).tolist() == [[[True, True, False], [True, True, False]]]
     assert sets.sets(posterior, support, 0.7).all(), "more than two tasks can promise"
+    x, y = torch.tensor([[[0.0], [1.0]]] * 2, dtype=F64), torch.tensor([[0.0, 2.0], [1.0, 0.0]], dtype=F64)
+    ragged = bm.Observations(x, y, torch.tensor([[True, True], [True, False]]))
+    two = Labels(ragged, p.log().expand(2, 2, 3))
+    found = bm.recalibrate(two, bm.TaskBatch(ragged, ragged), "conformal", num_samples=2)
+    torch.testing.assert_close(found.scores, torch.tensor([0.5, 0.8, 1.0], dtype=F64))
+    torch.testing.assert_close(found.weights, torch.tensor([1 / 6, 1 / 3, 1 / 6], dtype=F64))
 
 
 def test_a_real_posterior_with_scores_tree_and_picture(tmp_path):

@@ -16,8 +16,9 @@ import torch
 from forecast_cases import Labels, Linear, label_tasks, linear_tasks
 
 import bayesmeta as bm
+from bayesmeta.diagnostics import plots
 from bayesmeta.errors import OptionError, RunFolderError
-from bayesmeta.report import findings
+from bayesmeta.report import alarms, findings
 from bayesmeta.report.folder import kind_of
 from bayesmeta.tabular.fit import fit_csv
 from bayesmeta.tabular.report import report_csv
@@ -137,6 +138,15 @@ def test_it_can_be_read_without_seeing_it(written):
     ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
     links = [a["href"] for a in page.all("a")]
     assert links[0] == "#main"
+    focusable = [(t, a) for t, a in page.tags if t in ("a", "summary", "button", "input") or "tabindex" in a]
+    assert focusable[0] == ("a", {"class": "skip", "href": "#main"}), "the first that the Tab key reaches"
+    assert {a.get("tabindex", "0") for _, a in focusable} <= {"0", "-1"}, "the order is that of the page"
+    assert all(a.get("aria-label") for _, a in focusable if a.get("role") == "region")
+    (nav,) = page.all("nav")
+    assert nav["aria-label"]
+    assert {a["aria-labelledby"] for a in page.all("section")} <= ids
+    assert len(page.all("table")) == len(page.all("caption"))
+    assert len(page.all("img")) == len(page.all("figure")) == len(page.all("figcaption"))
     assert {link[1:] for link in links} <= ids
     images = page.all("img")
     assert len(images) == 1 + 2 + 1 + 6 + 2 + 1  # curve, calibration, signs, forecasts, φ, θ
@@ -152,15 +162,39 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def contrast(a, b):
+    high, low = sorted([luminance(a), luminance(b)], reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def schemes(style):
+    """The colours by day and by night."""
+    parts = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(parts) == 2
+    assert "prefers-color-scheme: dark" in style.split(parts[1])[0]
+    return parts
+
+
 def test_contrast_is_that_of_wcag_aa(written):
     _, text = read(written[0])
-    colours = dict(re.findall(r"--(ink|soft|link): (#\w{6})", text))
-    grounds = ["#ffffff", *re.findall(r"background: (#\w{6})", text)]
-    assert len(colours) == 3
-    assert len(grounds) == 4
-    for colour in colours.values():
-        for ground in grounds:
-            assert (luminance(ground) + 0.05) / (luminance(colour) + 0.05) > 4.5
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in schemes(style))
+    assert set(light) == set(dark)
+    assert light["ground"] != dark["ground"]
+    # every other colour is white, that of the pictures, or one of these by name
+    assert set(re.findall(r"#[0-9a-fA-F]{3,6}\b", style)) == {"#ffffff", *light.values(), *dark.values()}
+    for scheme in (light, dark):
+        grounds = [scheme[name] for name in ("ground", "note", "warning", "good")]
+        for name in ("ink", "soft", "link"):
+            for ground in grounds:
+                assert contrast(scheme[name], ground) >= 4.5, (name, ground)
+        for name in ("note", "warning", "good"):  # edges are no text: 3
+            assert contrast(scheme[f"{name}-edge"], scheme[name]) >= 3
+    for colour in (plots.INK, plots.BLUE):
+        assert contrast(colour, "#ffffff") >= 4.5
+    for colour in (plots.ORANGE, plots.GREY):  # lines and dots
+        assert contrast(colour, "#ffffff") >= 3
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01), "control: just not enough"
 
 
 def test_names_from_outside_are_escaped(written):
@@ -262,6 +296,7 @@ def test_few_tasks_and_classes(tmp_path):
     labels = Labels(batch.support, logits)
     labels.named = lambda draws: {}
     labels.named_theta = lambda draws: {}
+    labels.prior_draws = labels.draws
     page, _ = read(bm.write_report(tmp_path / "labels.html", labels, batch))
     words = " ".join("".join(page.words).split())
     assert "no task parameters by name" in words
@@ -289,6 +324,135 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunFolderError, match="damaged"):
         kind_of(tmp_path)
+
+
+# -- what it warns of ---------------------------------------------------------------------------------------------
+
+
+class WithDensity(Linear):
+    """Has a density of φ, and the evidence of its support in closed form."""
+
+    @property
+    def log_evidence(self):
+        return self.tasks.log_evidence(self.support)
+
+    def _normal(self, u, mean, covariance):
+        return torch.distributions.MultivariateNormal(mean, covariance).log_prob(u)
+
+    def log_prob(self, u):
+        return self._normal(u, self.mean, self.covariance)
+
+    def log_prior(self, draws):
+        return self._normal(draws.u, self.tasks.mean, self.tasks.covariance)
+
+    def log_likelihood(self, observations, *, draws):
+        """Of the model, whatever the factor."""
+        mean = torch.einsum("tsd,ntd->nts", observations.x, draws.u)
+        value = torch.distributions.Normal(mean, float(self.tasks.noise)).log_prob(observations.y)
+        return torch.where(observations.full_mask(), value, 0.0)
+
+
+def test_surprise_is_the_evidence_of_the_support(tmp_path):
+    posterior, batch = case(kind=WithDensity)
+    family, more = linear_tasks(99, seed=5)
+    known = WithDensity(family, more.support)
+    found = alarms.strangeness(posterior, known, 100, 0)
+    torch.testing.assert_close(found.scores, -family.log_evidence(batch.support))
+    torch.testing.assert_close(found.p_values, bm.surprise(posterior).p_values(bm.surprise(known)))
+    assert (found.reference, found.remark, alarms.strange_tasks(found)) == (99, "", [])
+    chosen = findings.choose(bm.scores(posterior, batch), bm.calibration(posterior, batch), 2, found)
+    order = [i for i in found.scores.argsort(descending=True).tolist() if i not in chosen.worst]
+    assert chosen.surprising == order[:2]
+    page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch, validation=known))
+    words = " ".join("".join(page.words).split())
+    task = order[0]
+    number = f"{float(found.scores[task]):.3g}".replace("-", "−")
+    assert f"surprise of the support {number} nats, p = {float(found.p_values[task]):.2g} among 99" in words
+    assert "whose support was least to be expected" in words
+    page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch, examples=1))
+    assert "No validation tasks were given" in "".join(page.words)
+
+
+@pytest.mark.parametrize("shift", [-0.7, 0.7])
+def test_bias_is_warned_of_with_its_size(shift):
+    family, batch = linear_tasks(60, seed=4)
+    posterior = Linear(family, batch.support, 0.6, shift)  # too narrow, which alone the verdict says
+    verdict = bm.calibration(posterior, batch)
+    assert verdict.finding == "over-confident"
+    (text,) = findings.warnings_of(bm.scores(posterior, batch), verdict, posterior)
+    share = ((batch.query.y - posterior.predictive(batch.query).mean) * shift < 0).double().mean()
+    side = "above" if shift < 0 else "below"
+    assert re.match(rf"Bias: {share:.0%} ± \d% of the outcomes lie {side} the middle", text)
+    level = Linear(family, batch.support, 0.6)
+    assert findings.warnings_of(bm.scores(level, batch), bm.calibration(level, batch), level) == []
+
+
+def test_tasks_from_elsewhere_are_warned_of():
+    family, batch = linear_tasks(60, seed=4)
+    known = WithDensity(family, linear_tasks(80, seed=5)[1].support)
+    support = batch.support.with_y(torch.where(torch.arange(60).unsqueeze(-1) < 15, 8.0, 0.0) + batch.support.y)
+    found = alarms.strangeness(WithDensity(family, support), known, 100, 0)
+    (text,) = alarms.strange_tasks(found)
+    count = int((found.p_values <= 0.05).sum())
+    assert 14 <= count <= 22
+    assert text.startswith(f"{count} of 60 tasks ({count / 60:.0%}) are more surprising than 95% of the 80 validation")
+    alone = alarms.strangeness(WithDensity(family, support), None, 100, 0)
+    assert alone.p_values is None
+    assert alarms.strange_tasks(alone) == [], "nothing is known without validation tasks"
+
+
+def test_an_evidence_that_is_not_known_is_not_used(tmp_path):
+    """Few of the prior's draws fit forty precise shots."""
+    family, batch = linear_tasks(20, seed=4, shots=40, noise=0.01)
+    posterior = Linear(family, batch.support)
+    found = alarms.strangeness(posterior, None, 200, 0)
+    assert found.scores is None
+    assert "effective draws in the median task" in found.remark
+    page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch, num_samples=200))
+    words = "".join(page.words)
+    assert "effective draws in the median task" in words
+    assert "farthest out in the tails" in words
+
+
+def test_a_posterior_that_its_own_weights_contradict_is_warned_of():
+    family, batch = linear_tasks(20, seed=4)
+    assert alarms.untrusted(WithDensity(family, batch.support), 0) == []
+    (text,) = alarms.untrusted(WithDensity(family, batch.support, 0.3), 0)
+    assert text.startswith("Pareto k is above")
+    assert text == bm.psis(WithDensity(family, batch.support, 0.3), num_samples=1000, generator=0).verdict
+    assert alarms.untrusted(Linear(family, batch.support, 0.3), 0) == [], "no density, nothing to say"
+
+
+def losses(values, key="loss"):
+    return [{"step": 10 * (i + 1), key: float(value)} for i, value in enumerate(values)]
+
+
+def test_training_that_diverged_or_did_not_converge_is_warned_of():
+    rng = np.random.default_rng(0)
+    time = np.arange(60)
+    settled = 5 * np.exp(-time / 6) + 0.05 * rng.normal(size=60)
+    assert alarms.training(losses(settled)) == []
+    (text,) = alarms.training(losses(5 - time / 12 + 0.05 * rng.normal(size=60)))
+    fall = re.fullmatch(r"The training loss was still falling when training ended, by (.*) nats a task over .*", text)
+    assert float(fall[1]) == pytest.approx(19 / 12, abs=0.15)
+    assert text.endswith("Train for more than 600 steps.")
+    (text,) = alarms.training(losses(settled + time**2 / 100))
+    assert "rose from" in text
+    assert "diverged" in text
+    (text,) = alarms.training(losses([3.0, 2.0, float("nan"), 1.0]))
+    assert "not finite at step 30" in text
+    over = losses(settled + time / 10, "validation")
+    assert alarms.training(over, best_step=120) == [], "the best step was kept"
+    (text,) = alarms.training(over)
+    assert "by heart" in text
+    assert alarms.training(losses([9.0, 5.0, 1.0])) == [], "too few to tell"
+    assert alarms.training([]) == []
+
+
+def test_losses_that_only_vary_are_seldom_warned_of():
+    rng = np.random.default_rng(1)
+    warned = sum(bool(alarms.training(losses(rng.normal(size=60)))) for _ in range(300))
+    assert warned <= 6  # three standard errors to one side, of t with 18 degrees of freedom: 0.4%; and of the rise
 
 
 # -- folders ------------------------------------------------------------------------------------------------------
@@ -343,11 +507,22 @@ def test_a_run_whose_rows_are_gone_says_so(folder, tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 #: Put into a copy of the page, since the page has no script of its own.
 PROBE = """<script>addEventListener("load", () => { const t = performance.timing, d = document.documentElement;
-d.dataset.result = JSON.stringify({wide: d.scrollWidth, room: d.clientWidth,
-load: t.loadEventStart - t.navigationStart, images: [...document.images].map(i => i.naturalWidth > 0)}); });</script>"""
+const colour = e => { const s = getComputedStyle(e); return [s.color, s.backgroundColor]; };
+d.dataset.result = JSON.stringify({wide: d.scrollWidth, room: d.clientWidth, body: colour(document.body),
+load: t.loadEventStart - t.navigationStart, images: [...document.images].map(i => i.naturalWidth > 0),
+requests: performance.getEntriesByType("resource").map(r => r.name).filter(n => !n.startsWith("data:"))}); });
+</script>"""
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # no name is found, so that nothing is loaded from elsewhere
 
 
-def browse(text, folder):
+def chromium(folder, page, *flags):
+    home = os.environ | {"HOME": str(folder)}
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=home)
+
+
+def browse(text, folder, *more):
     """What a browser finds of a page in a frame of 360 pixels, and what stands in its console.
 
     A window of headless Chromium is at least 500 wide; a frame is as narrow as it is told to be.
@@ -359,10 +534,7 @@ def browse(text, folder):
         'addEventListener("load", () => document.body.append(frames[0].document.documentElement.dataset.result))'
         "</script>"
     )
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
-    flags += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-    page, home = (folder / "frame.html").as_uri(), os.environ | {"HOME": str(folder)}
-    result = subprocess.run([CHROMIUM, *flags, page], capture_output=True, text=True, timeout=60, env=home)
+    result = chromium(folder, folder / "frame.html", "--enable-logging=stderr", "--dump-dom", *more)
     found = re.search(r"\{.*\}", re.sub("<script>.*?</script>", "", result.stdout, flags=re.DOTALL))
     assert found, result.stdout[-500:] + result.stderr[-500:]
     return json.loads(found[0]), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
@@ -381,7 +553,25 @@ def test_chromium_loads_it_fast_and_narrow(written, tmp_path):
     assert len(told["images"]) == 13
     assert all(told["images"])
     assert 0 < told["load"] < 1000
+    assert told["requests"] == []
+    assert told["body"] == ["rgb(27, 27, 27)", "rgb(255, 255, 255)"]
     assert console == []
+
+
+@needs_chromium
+def test_chromium_shows_it_dark_where_that_is_asked_for(written, tmp_path):
+    told, _ = browse(written[0].read_text(), tmp_path, "--blink-settings=preferredColorScheme=0")
+    assert told["body"] == ["rgb(232, 232, 232)", "rgb(22, 24, 27)"]
+
+
+@needs_chromium
+def test_chromium_prints_it(written, tmp_path):
+    """On sheets of paper; the page's own policy lets no script run."""
+    paper = tmp_path / "page.pdf"
+    chromium(tmp_path, written[0], f"--print-to-pdf={paper}")
+    pdf = paper.read_bytes()
+    assert pdf.startswith(b"%PDF-")
+    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 20
 
 
 @needs_chromium
@@ -390,4 +580,5 @@ def test_the_browser_of_these_tests_finds_faults(written, tmp_path):
     told, console = browse(written[0].read_text().replace("</main>", wide), tmp_path)
     assert told["wide"] > 360
     assert not all(told["images"])
+    assert told["load"] > 0
     assert any("example.invalid" in line for line in console)  # the page's own policy refuses to load it

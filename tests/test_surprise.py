@@ -117,6 +117,91 @@ def test_a_real_method_by_draws_and_in_closed_form():
     assert (by_draws.effective_draws[z > 8] < 10).all(), "what is far out is beyond the draws, and says so"
 
 
+def test_padding_has_no_score():
+    family, batch = linear_tasks(4)
+    posterior, real = Known(family, batch.support), torch.tensor([True, False, True, True])
+    whole, found = bm.surprise(posterior), bm.surprise(posterior, real=real)
+    assert found.scores.isnan().tolist() == [False, True, False, False]
+    assert found.scores[real].equal(whole.scores[real])
+    assert found.counts.tolist() == [4, 0, 4, 4]
+    points = bm.surprise(posterior, batch.query, real=real)
+    assert points.scores.isnan().all(-1).tolist() == [False, True, False, False]
+    posterior.log_evidence[1] = math.nan  # what a method makes of padding is its own affair
+    assert bm.surprise(posterior, real=real).scores[real].equal(whole.scores[real])
+    with pytest.raises(NonFiniteDataError, match="task 1"):
+        bm.surprise(posterior)
+    assert bm.roc(found, whole).num_inside == 3
+    with pytest.raises(EmptyTaskError):
+        bm.surprise(posterior, real=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="real is"):
+        bm.surprise(posterior, real=real[:2])
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+def process(**options):
+    torch.manual_seed(0)
+    likelihood = bm.likelihoods.HeteroscedasticGaussian(0.1)
+    method = bm.AttentiveNeuralProcess(likelihood, width=16, depth=1, heads=2, **options)
+    batch = bm.tasks.Sinusoid(noise=0.1).sample(6, support=4, query=3, generator=0)
+    bm.fit(method, bm.tasks.Sinusoid(noise=0.1), steps=5, tasks_per_step=4, support=4, query=3, progress=False)
+    return method.eval(), batch
+
+
+def without_support(method, support):
+    empty = bm.Observations(support.x[:, :0], support.y[:, :0])
+    return method.adapt(empty)
+
+
+def test_a_process_is_asked_without_its_support():
+    """Of one without a latent in closed form: each point's density from no support; of points, from the support."""
+    method, batch = process()
+    posterior = method.adapt(batch.support)
+    found = bm.surprise(posterior)
+    prior = without_support(method, batch.support).predictive(batch.support)
+    expected = -prior.log_prob(batch.support.y).sum(-1).double()
+    torch.testing.assert_close(found.scores, expected, rtol=1e-5, atol=1e-5)
+    assert (found.errors == 0).all()
+    seen = -posterior.predictive(batch.support).log_prob(batch.support.y).sum(-1).double()
+    assert ((found.scores - seen).abs() > 1e-3).all(), "control: what was conditioned on is no evidence"
+    points = bm.surprise(posterior, batch.query)
+    torch.testing.assert_close(points.scores, -posterior.predictive(batch.query).log_prob(batch.query.y).double())
+    mask = torch.tensor([[True] * 4] * 5 + [[False] * 4])
+    some = bm.surprise(method.adapt(bm.Observations(batch.support.x, batch.support.y, mask)))
+    torch.testing.assert_close(some.scores[:5], found.scores[:5], rtol=1e-5, atol=1e-5)
+    assert some.scores[5].isnan()
+
+
+def test_the_evidence_of_a_process_with_covariance_is_joint():
+    torch.manual_seed(0)
+    model = bm.ProcessModel("attention", bm.Gaussian(0.2), covariance="low_rank", rank=3, width=16, depth=1, heads=2)
+    method = bm.ProcessMethod(model)
+    tasks = bm.tasks.Sinusoid(noise=0.1)
+    bm.fit(method, tasks, steps=5, tasks_per_step=4, support=4, query=3, progress=False)
+    batch = tasks.sample(6, support=4, query=3, generator=0)
+    found = bm.surprise(method.eval().adapt(batch.support))
+    prior = without_support(method, batch.support)
+    joint = prior.predictive(batch.support, joint=True).log_prob(batch.support.y)
+    torch.testing.assert_close(found.scores, -joint.double(), rtol=1e-4, atol=1e-4)
+    each = prior.predictive(batch.support).log_prob(batch.support.y).sum(-1).double()
+    assert ((found.scores + each).abs() > 1e-3).any(), "control: the points hang together"
+
+
+def test_a_process_with_a_latent_is_averaged_over_its_prior():
+    method, batch = process(latent_size=3)
+    posterior = method.adapt(batch.support)
+    found = bm.surprise(posterior, num_samples=4000)
+    prior = without_support(method, batch.support)
+    z = posterior.prior_draws(4000, 7)
+    each = prior.log_likelihood(batch.support, draws=type(posterior.draws(2))(z.u)).double().sum(-1)
+    expected = -(each.logsumexp(0) - math.log(4000))
+    error = (each - each.logsumexp(0) + math.log(4000)).exp().std(0) / math.sqrt(4000)
+    assert ((found.scores - expected).abs() < 5 * (found.errors.square() + error.square()).sqrt() + 1e-5).all()
+    assert (found.errors > 0).all()
+    assert (found.errors < 0.5).all()
+
+
 # -- p-values -----------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +302,37 @@ def test_two_gaussians_have_the_area_of_the_closed_form():
     z = torch.tensor(z)
     assert abs(z.mean().item()) < 4 / math.sqrt(500) + 0.1  # the area and its error are correlated near 1
     assert abs(z.std().item() - 1) < 4 / math.sqrt(1000) + 0.1
+
+
+def test_the_difference_of_two_areas_is_paired():
+    """Over many repetitions its standard error is the spread of the difference, which is far below that of each."""
+    generator, z, errors, alone = torch.Generator().manual_seed(3), [], [], []
+    shared_mean = norm.cdf(1.0 / math.sqrt(2.0 * 1.09)), norm.cdf(1.2 / math.sqrt(2.0 * 1.09))
+    truth = shared_mean[0] - shared_mean[1]
+    for _ in range(400):
+        low, high = (torch.randn(n, generator=generator, dtype=F64) for n in (60, 80))
+        sides = [
+            (low + 0.3 * torch.randn(60, generator=generator, dtype=F64),
+             high + shift + 0.3 * torch.randn(80, generator=generator, dtype=F64))
+            for shift in (1.0, 1.2)
+        ]  # fmt: skip
+        first, second = (bm.roc(*side) for side in sides)
+        difference, error = first.difference(second)
+        assert difference == pytest.approx(first.auroc - second.auroc)
+        z.append((difference - truth) / error)
+        errors.append(error)
+        alone.append(math.hypot(first.standard_error, second.standard_error))
+    z = torch.tensor(z)
+    assert abs(float(z.mean())) < 4 / math.sqrt(400) + 0.1
+    assert 0.85 < float(z.std()) < 1.15
+    assert sum(errors) < 0.6 * sum(alone), "control: as if of different tasks"
+    assert first.difference(first) == (0.0, 0.0)
+    with pytest.raises(ShapeError, match="different scores inside"):
+        first.difference(bm.roc(sides[0][0][:50], sides[0][1]))
+    missing = sides[0][1].clone()
+    missing[3] = math.nan
+    with pytest.raises(ShapeError, match="different scores outside"):
+        first.difference(bm.roc(sides[0][0], missing))
 
 
 def test_points_of_a_task_are_one_cluster():

@@ -332,8 +332,8 @@ class _NUTSFrom(NUTS):
         return lambda z: inner({"u": self._to_u(z["u"])})
 
     def _chain(self, *args: Any) -> tuple[dict[str, Tensor], int, float, Tensor]:
-        draws, *known = super()._chain(*args)
-        return {"u": self._to_u(draws["u"])}, *known
+        draws, diverged, step_size, transitions = super()._chain(*args)
+        return {"u": self._to_u(draws["u"])}, diverged, step_size, transitions
 
 
 def _units(q: Recognisable, generator: torch.Generator) -> tuple[Tensor, Tensor]:

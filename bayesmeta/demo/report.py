@@ -33,6 +33,7 @@ def write_demo_report(
     metrics: Mapping[str, Any],
     posterior: Posterior,
     batch: TaskBatch,
+    validation: Posterior,
     *,
     scores: Scores | None = None,
     out: Path | None = None,
@@ -41,7 +42,8 @@ def write_demo_report(
 
     Args:
         folder: of the run. metrics: what ``metrics.json`` holds. posterior: adapted to the support of ``batch``.
-        batch: the held-out countries. scores: of the two, where they are known.
+        batch: the held-out countries. validation: adapted to those of validation.
+        scores: of the posterior on the batch, where they are known.
         out: the page; by default ``report.html`` in the folder.
     """
     countries = metrics["countries"]
@@ -61,6 +63,7 @@ def write_demo_report(
         baselines={LABELS.get(k, k): v for k, v in metrics["scores"].items() if k != "demo"},
         log=read_log(folder),
         best_step=metrics["best_step"],
+        validation=validation,
         x_label="year",
         y_label="births per woman",
         scores=scores,
@@ -92,6 +95,7 @@ def report_demo(
         ) from error
     batch = split.test.all(support=SUPPORT).to(pick_device(device))
     method = load_method(folder, demo_method(metrics["seed"]), batch).to(batch.support.device).eval()
-    path = write_demo_report(folder, metrics, method.adapt(batch.support), batch, out=out)
+    known = method.adapt(split.validation.all(support=SUPPORT).to(batch.support.device).support)
+    path = write_demo_report(folder, metrics, method.adapt(batch.support), batch, known, out=out)
     say(f"Written to {path}.")
     return path

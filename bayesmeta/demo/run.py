@@ -146,7 +146,8 @@ def run_demo(
     }
     print("\n" + _table(table))
     _write(Path(out), metrics, posterior, batch)
-    write_demo_report(Path(out), metrics, posterior, batch, scores=table["demo"])
+    known = result.method.adapt(split.validation.all(support=SUPPORT).to(pick_device(device)).support)
+    write_demo_report(Path(out), metrics, posterior, batch, known, scores=table["demo"])
     print(_files(Path(out), time.perf_counter() - started))
     return metrics
 

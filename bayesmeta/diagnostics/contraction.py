@@ -14,7 +14,6 @@ from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
 
 
-@torch.no_grad()
 def contraction(
     adapt: Callable[[Observations], Posterior],
     support: Observations,
@@ -50,17 +49,23 @@ def contraction(
     order = (~support.full_mask()).to(torch.int8).argsort(dim=1, stable=True)  # the real ones first
     out: dict[int, dict[str, tuple[float, float]]] = {}
     for count in shots:
-        posterior = adapt(_first(support, order[:, :count]))
-        source = as_generator(generator, support.device, "contraction")
-        after = posterior.named(posterior.draws(num_samples, source))
-        before = posterior.named(posterior.prior_draws(num_samples, source))
-        out[count] = {}
-        for name, value in after.items():
-            prior = before[name].double().var(0)
-            each = torch.where(prior > 0, 1.0 - value.double().var(0) / prior, torch.nan)
-            task = each.flatten(1).nanmean(-1) if each.dim() > 1 else each
-            error = float(task.std()) / len(task) ** 0.5 if len(task) > 1 else float("nan")
-            out[count][name] = float(task.mean()), error
+        posterior = adapt(_first(support, order[:, :count]))  # with gradients: it may train
+        with torch.no_grad():
+            out[count] = _of(posterior, num_samples, as_generator(generator, support.device, "contraction"))
+    return out
+
+
+def _of(posterior: Posterior, num_samples: int, source: torch.Generator) -> dict[str, tuple[float, float]]:
+    """By parameter, mean and standard error over tasks."""
+    after = posterior.named(posterior.draws(num_samples, source))
+    before = posterior.named(posterior.prior_draws(num_samples, source))
+    out = {}
+    for name, value in after.items():
+        prior = before[name].double().var(0)
+        each = torch.where(prior > 0, 1.0 - value.double().var(0) / prior, torch.nan)
+        task = each.flatten(1).nanmean(-1) if each.dim() > 1 else each
+        error = float(task.std()) / len(task) ** 0.5 if len(task) > 1 else float("nan")
+        out[name] = float(task.mean()), error
     return out
 
 

@@ -210,12 +210,12 @@ def build_tree(export: Export, groups: Groups, losses: Sequence[float] | None = 
     shared = {"phi": ["task"], "w": ["task", "covariate"]}
     posterior = export.predictor.posterior
     shared |= {_variable(name): ["task"] for name in posterior.named(export.predictor.draws)}
-    by_task = [k for k, v in groups.get("sample_stats", {}).items() if v.ndim == 3]
+    shared |= {name: ["task"] for name, value in groups.get("sample_stats", {}).items() if value.ndim == 3}
     tree = arviz_base.from_dict(
         groups,
         sample_dims=["chain", "draw"],
         coords={"task": task},
-        dims=shared | dict.fromkeys(by_task, ["task"]) | {"x": ["obs_id", "feature"], "y": _y_dims(export, "support")},
+        dims=shared | {"x": ["obs_id", "feature"], "y": _y_dims(export, "support")},
         pred_dims={"x": ["query_id", "feature"], "y": _y_dims(export, "query")},
         attrs=_attributes(export, groups),
         check_conventions=False,  # it warns when there are few draws and many chains

@@ -344,6 +344,28 @@ def check_classes(y: Tensor, classes: int, names: list[str]) -> None:
         )
 
 
+def check_draws(sites: dict[str, Tensor], real: Tensor, names: list[str]) -> None:
+    """Check that draws of φ are finite where tasks count.
+
+    Args:
+        sites: draws by name, each ``[n, tasks, …]``.
+        real: True for tasks that count, ``[tasks]``.
+        names: a name for each task.
+
+    Raises:
+        NonFiniteDataError: naming the first site and task at fault.
+    """
+    for site, value in sites.items():
+        bad = (~torch.isfinite(value)).transpose(0, 1).flatten(1).any(-1) & real
+        if bool(bad.any()):
+            task = int(bad.nonzero()[0, 0])
+            raise NonFiniteDataError(
+                f"Draws of {site!r} are not finite for task {names[task]} ({int(bad.sum())} task(s) in all). The "
+                "adaptation has probably diverged: try a smaller inner learning rate or fewer inner steps, or "
+                "standardise the data."
+            )
+
+
 def check_finite(value: Tensor, valid: Tensor, what: str, names: list[str]) -> None:
     """Check that predictions are finite where they count.
 

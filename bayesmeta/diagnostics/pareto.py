@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import TaskBatch
-from bayesmeta.diagnostics.forecasts import real_tasks, task_names
+from bayesmeta.diagnostics.forecasts import check_draws, real_tasks, task_names
 from bayesmeta.diagnostics.importance import LogRatios, log_ratios
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
@@ -24,6 +24,10 @@ TrustFinding = Literal["good", "usable", "bad"]
 _LEAST_DRAWS = 100
 #: Below this k the weights have a finite variance.
 _FINITE_VARIANCE = 0.5
+#: Weights that are further apart, in nats, are 0 beside each other in float64.
+_UNDERFLOW = 700.0
+#: Share of effective draws from which on means of the draws are off by at most √(1 / 0.9 − 1) = 1/3 of a deviation.
+_ENOUGH = 0.9
 #: Share of the tasks that must reach a finding for the whole to have it.
 _MOST = 0.95
 _SAYS = {
@@ -49,7 +53,8 @@ class PSIS:
         means, sds: of the draws as they are, by name of the sites, each ``[tasks, …]``; θ's sites, which are there
             where ``joint``, without tasks.
         weighted_means, weighted_sds: of the weighted draws: estimates of the exact posterior's.
-        findings: for each task ``"good"``, ``"usable"`` or ``"bad"``.
+        findings: for each task ``"good"`` (k up to 0.5 and at least 90% effective draws), ``"usable"`` (k up to the
+            threshold) or ``"bad"``.
         names: a name for each task; where ``joint``, one for the whole.
         num_samples: draws n.
         joint: see above.
@@ -107,8 +112,10 @@ def psis(
 
     **A small k is no proof.** It speaks of what the draws have seen: a mode that q does not know leaves no trace in
     them. A q that is too wide has a small k too, since its weights are bounded; here is the one departure from the
-    paper: to be called ``"good"`` a task needs also effective draws of at least half of all. And k is that of φ as a
-    whole, which of many dimensions is large before any one of them is far off.
+    paper: to be called ``"good"`` a task needs also effective draws of at least 90% of all. With a share e of them no
+    mean (of φ, or of any function of it) is off by more than √(1/e − 1) standard deviations of the draws, as 1/e − 1
+    estimates the χ² divergence. And k is that of φ as a whole, which of many dimensions is large before any one of
+    them is far off.
 
     Args:
         posterior: adapted to a support with targets.
@@ -122,6 +129,7 @@ def psis(
         OptionError: for fewer than 100 draws.
         ShapeError, DataError, EmptyTaskError: for a batch of other tasks, a support without targets, densities that
             are NaN, and a batch of nothing but padding.
+        NonFiniteDataError: for draws that are not finite, as of an adaptation that has diverged.
     """
     real = real_tasks(posterior, batch)
     if posterior.is_point:
@@ -133,15 +141,17 @@ def psis(
     if num_samples < _LEAST_DRAWS:
         raise OptionError(f"{num_samples} draws; expected at least {_LEAST_DRAWS}, to fit the tail of their weights.")
     draws = posterior.draws(num_samples, generator)
+    names = task_names(batch) if batch is not None else [str(i) for i in range(posterior.num_tasks)]
+    sites = posterior.named(draws)
+    check_draws(sites, real, names)
     ratios = log_ratios(posterior, posterior.support, draws)
     if ratios is None:
         raise UnsupportedError(_refusal(posterior, draws))
-    names = task_names(batch) if batch is not None else [str(i) for i in range(posterior.num_tasks)]
     names = ["all tasks"] if ratios.joint else [name for name, keep in zip(names, real.tolist(), strict=True) if keep]
     rows = slice(None) if ratios.joint else real
     smoothed, k = _smooth(ratios, posterior.support.x.dtype)
     log_weights, k = smoothed[:, rows], k[rows]
-    values = {name: value[:, real].double() for name, value in posterior.named(draws).items()}
+    values = {name: value[:, real].double() for name, value in sites.items()}
     shared = {name: v.double() for name, v in posterior.named_theta(draws).items()} if ratios.joint else {}
     return _result(log_weights, k, values, shared, tuple(names), ratios.joint)
 
@@ -188,17 +198,17 @@ def _smooth_one(values: Tensor, rounding: float) -> tuple[Tensor, float]:
     largest = values.topk(tail + 1).values
     if not bool(largest[0].isfinite()):
         return torch.zeros_like(values), math.inf  # no draw has weight, or one has all
-    if not bool(largest.isfinite().all()):
+    if not bool(largest.isfinite().all()) or float(largest[0] - largest[-1]) > _UNDERFLOW:
         return values, math.inf  # so few have weight that they have no tail
     if float(largest[0] - largest[-2]) <= rounding:
         constant = float(values.max() - values.min()) <= rounding
         return (torch.zeros_like(values) if constant else values), -math.inf  # bounded, and reached by many
     with np.errstate(all="ignore"):
         smoothed, k = array_stats.psislw(-values.numpy(), axis=0)
-    k = float(k)
-    if not math.isfinite(k):
-        return values, math.inf
-    return torch.from_numpy(np.asarray(smoothed)), k
+    smoothed, k = np.asarray(smoothed), float(k)
+    if not math.isfinite(k) or np.isnan(smoothed).any():
+        return values, math.inf  # the fit has failed: most of the tail is one value
+    return torch.from_numpy(smoothed), k
 
 
 def _result(
@@ -213,7 +223,7 @@ def _result(
     weights = log_weights.exp()
     effective = 1.0 / weights.square().sum(0)
     threshold = min(1.0 - 1.0 / math.log10(n), 0.7)
-    good = (k <= min(_FINITE_VARIANCE, threshold)) & (effective >= n / 2)
+    good = (k <= min(_FINITE_VARIANCE, threshold)) & (effective >= _ENOUGH * n)
     usable = k <= threshold
     findings: tuple[TrustFinding, ...] = tuple(
         "good" if g else "usable" if u else "bad" for g, u in zip(good.tolist(), usable.tolist(), strict=True)

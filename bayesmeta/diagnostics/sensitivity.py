@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import TaskBatch
-from bayesmeta.diagnostics.forecasts import check_finite, real_tasks, task_names
+from bayesmeta.diagnostics.forecasts import check_draws, check_finite, real_tasks, task_names
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -42,12 +41,12 @@ class Sensitivity:
             cumulative Jensen–Shannon distance per doubling of α, at α = 1. Above about 0.05 it is sensitive.
         prior_shift, likelihood_shift: change of the posterior mean per doubling of α, in posterior standard deviations.
         prior_spread, likelihood_spread: change of the logarithm of the posterior standard deviation per doubling.
-        diagnoses: for each task, of its φ with the worst: ``"prior-data conflict"`` (sensitive to both),
-            ``"strong prior / weak likelihood"`` (to the prior alone) or ``"none"``.
+        diagnoses: for each task, the worst of its φ: ``"prior-data conflict"`` (sensitive to both), ``"strong prior /
+            weak likelihood"`` (to the prior alone) or ``"none"``.
         names: a name for each task.
         threshold: of sensitivity.
-        finding: the commonest of the diagnoses.
-        verdict: the shares in a sentence.
+        finding: the commonest diagnosis of a φ, over all φ of all tasks.
+        verdict: the shares of these in a sentence.
     """
 
     prior: dict[str, Tensor]
@@ -119,17 +118,18 @@ def sensitivity(
         UnsupportedError: for a point estimate, which nothing moves by weights, and a posterior without φ.
         OptionError: for powers that do not lie around 1, a threshold that is not positive, fewer than 100 draws.
         DataError: for a support without targets.
-        NonFiniteDataError: for densities of the draws that are not finite, naming the task.
+        NonFiniteDataError: for draws, or densities of them, that are not finite, naming the task.
         ShapeError, EmptyTaskError: for a batch of other tasks, or of nothing but padding.
     """
     real = real_tasks(posterior, batch)
     num_samples = _check(posterior, alphas, threshold, num_samples)
     draws = posterior.draws(num_samples, generator)
-    values = {name: value[:, real].double().cpu().numpy() for name, value in posterior.named(draws).items()}
-    values = {name: value for name, value in values.items() if value.size}
-    if not values:
-        raise UnsupportedError("This posterior has no φ by name whose sensitivity could be looked at.")
     names = task_names(batch) if batch is not None else [str(i) for i in range(posterior.num_tasks)]
+    sites = {name: value for name, value in posterior.named(draws).items() if value.numel()}
+    if not sites:
+        raise UnsupportedError("This posterior has no φ by name whose sensitivity could be looked at.")
+    check_draws(sites, real, names)
+    values = {name: value[:, real].double().cpu().numpy() for name, value in sites.items()}
     each = posterior.log_likelihood(posterior.support, draws=draws).double()
     log_likelihood = torch.where(posterior.support.full_mask(), each, 0.0).sum(-1)
     parts = {"prior": posterior.log_prior(draws, jacobian=False).double(), "likelihood": log_likelihood}
@@ -253,18 +253,16 @@ def _xlog2(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _result(found: dict[str, _Figures], names: tuple[str, ...], threshold: float) -> Sensitivity:
     prior, likelihood = (found[part]["distance"] for part in ("prior", "likelihood"))
-    conflict, strong = torch.zeros(2, len(names), dtype=torch.bool)
-    for site in prior:
-        ours, data = (figures[site].reshape(len(names), -1) for figures in (prior, likelihood))
-        conflict |= ((ours >= threshold) & (data >= threshold)).any(-1)
-        strong |= ((ours > threshold) & (data < threshold)).any(-1)
+    ours, data = (torch.cat([v.reshape(len(names), -1) for v in site.values()], 1) for site in (prior, likelihood))
+    conflict, strong = (ours >= threshold) & (data >= threshold), (ours > threshold) & (data < threshold)
     kinds: tuple[Diagnosis, ...] = ("prior-data conflict", "strong prior / weak likelihood", "none")
     diagnoses = tuple(
-        kinds[0] if c else kinds[1] if s else kinds[2] for c, s in zip(conflict.tolist(), strong.tolist(), strict=True)
+        kinds[0] if c else kinds[1] if s else kinds[2]
+        for c, s in zip(conflict.any(-1).tolist(), strong.any(-1).tolist(), strict=True)
     )
-    counts = Counter(diagnoses)
-    finding = max(kinds, key=lambda kind: counts[kind])
-    shares = ", ".join(f"{kind} in {counts[kind] / len(diagnoses):.0%}" for kind in kinds)
-    verdict = f"Of {len(diagnoses)} task{'s' if len(diagnoses) > 1 else ''}: {shares}. {_ADVICE[finding]}"
+    share = [float(each.double().mean()) for each in (conflict, strong, ~(conflict | strong))]
+    finding = kinds[max(range(3), key=share.__getitem__)]
+    shares = ", ".join(f"{kind} in {value:.0%}" for kind, value in zip(kinds, share, strict=True))
+    verdict = f"Of {ours.numel()} φ of {len(names)} task{'s' if len(names) > 1 else ''}: {shares}. {_ADVICE[finding]}"
     rest = [found[part][kind] for kind in ("shift", "spread") for part in ("prior", "likelihood")]
     return Sensitivity(prior, likelihood, *rest, diagnoses, names, threshold, finding, verdict)

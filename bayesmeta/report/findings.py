@@ -15,6 +15,7 @@ from bayesmeta.diagnostics.scores import Scores
 from bayesmeta.errors import BayesMetaError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
+from bayesmeta.report.alarms import Strangeness
 
 #: Draws of φ for the forest plots, fewer where tasks × parameters are many.
 DRAWS, _MOST_ELEMENTS, _LEAST_DRAWS = 500, 20_000_000, 20
@@ -28,35 +29,43 @@ class Chosen:
 
     Attributes:
         best, worst: with the lowest and the highest NLL a point.
-        surprising: of the others, those whose observations lie farthest out in the tails of their forecasts; of
-            classes, where probabilities of the most probable class most exceed its hits.
-        surprise: how far, of every task ``[tasks]``; 1 is to be expected of numbers, 0 of classes.
+        surprising: of the others, those with the highest ``surprise``.
+        surprise: −log evidence of each task's support, ``[tasks]``. Where that is not known, how far its query lies out
+            in the tails of the forecasts, where 1 is to be expected; of classes, by how much the probability of the
+            most probable class exceeds its hits.
+        strange: what is known of the evidence.
     """
 
     best: list[int]
     worst: list[int]
     surprising: list[int]
     surprise: Tensor
+    strange: Strangeness
 
     def all(self) -> list[int]:
         """Every task that is shown."""
         return [*self.worst, *self.surprising, *self.best]
 
 
-def choose(scores: Scores, calibration: Calibration | ClassCalibration, each: int) -> Chosen:
+def choose(
+    scores: Scores, calibration: Calibration | ClassCalibration, each: int, strange: Strangeness | None = None
+) -> Chosen:
     """Up to ``each`` tasks of each kind; of few tasks, the worst come first."""
+    strange = Strangeness(None) if strange is None else strange
     nll = scores.per_task["nll"].cpu()
-    surprise = _surprise(calibration).cpu()
+    surprise = strange.scores.cpu() if strange.scores is not None else _surprise(calibration).cpu()
+    surprise = torch.where(nll.isnan(), math.nan, surprise)
     left = set((~nll.isnan()).nonzero().flatten().tolist())
 
     def take(value: Tensor) -> list[int]:
-        order = sorted(left, key=lambda task: (-float(value[task]), task))[:each]
+        known = [task for task in left if not math.isnan(float(value[task]))]  # no support, no surprise
+        order = sorted(known, key=lambda task: (-float(value[task]), task))[:each]
         left.difference_update(order)
         return order
 
     worst = take(nll)
     surprising = take(surprise)
-    return Chosen(take(-nll), worst, surprising, surprise)
+    return Chosen(take(-nll), worst, surprising, surprise, strange)
 
 
 def _surprise(calibration: Calibration | ClassCalibration) -> Tensor:
@@ -150,6 +159,21 @@ def beaten_by(mine: Mapping[str, float], baselines: Mapping[str, Mapping[str, fl
     return out
 
 
+def _bias(calibration: Calibration) -> list[str]:
+    """A warning where forecasts lie to one side of the outcomes, which the verdict may not say beside their width."""
+    if not calibration["p_location"] < 0.01:
+        return []
+    above = torch.where(calibration.pit.isnan(), math.nan, (calibration.pit > 0.5).double()).flatten(1).nanmean(-1)
+    above = above[~above.isnan()]
+    mean, error = float(above.mean()), float(above.std()) / math.sqrt(len(above))
+    side = "above" if mean > 0.5 else "below"
+    share = mean if mean > 0.5 else 1 - mean
+    return [
+        f"Bias: {share:.0%} ± {error:.0%} of the outcomes lie {side} the middle of their forecast, where 50% would be "
+        "expected. Look for tasks unlike those of training; try bm.recalibrate with 'isotonic'."
+    ]
+
+
 def warnings_of(scores: Scores, calibration: Calibration | ClassCalibration, posterior: Posterior) -> list[str]:
     """What a reader must know before the figures are believed, in plain words; the verdict stands elsewhere."""
     out = []
@@ -165,6 +189,7 @@ def warnings_of(scores: Scores, calibration: Calibration | ClassCalibration, pos
         )
     if isinstance(calibration, ClassCalibration) or "calibration_error" not in calibration:
         return out
+    out += _bias(calibration)
     error, noise = calibration["calibration_error"], calibration["calibration_noise"]
     if calibration.finding == "calibrated" and noise > 0.1:
         out.append(

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from html import escape
 
 _STYLE = """
-:root { color-scheme: light; --ink: #1b1b1b; --soft: #4a4a4a; --line: #c9c9c9; --link: #1a4f8b; }
+:root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1b1b; --soft: #4a4a4a; --line: #c9c9c9; --link: #1a4f8b;
+  --note: #f3f5f7; --warning: #fdf3ee; --good: #f1f8f1;
+  --note-edge: #5b6b7b; --warning-edge: #b3420e; --good-edge: #2c6e31; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181b; --ink: #e8e8e8; --soft: #b4b8bd; --line: #464b52;
+  --link: #8ab8f2; --note: #23272c; --warning: #35221a; --good: #1b2b1d;
+  --note-edge: #8c9cac; --warning-edge: #e07b45; --good-edge: #66ab6c; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--ink); background: var(--ground);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
@@ -22,9 +27,9 @@ a { color: var(--link); }
 .skip:focus { position: static; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; padding: 0; max-width: none; }
 nav a { display: inline-block; padding: .3rem 0; }
-.say { border-left: .35rem solid #5b6b7b; background: #f3f5f7; padding: .5rem .9rem; margin: .75rem 0; }
-.say.warning { border-color: #b3420e; background: #fdf3ee; }
-.say.good { border-color: #2c6e31; background: #f1f8f1; }
+.say { border-left: .35rem solid var(--note-edge); background: var(--note); padding: .5rem .9rem; margin: .75rem 0; }
+.say.warning { border-color: var(--warning-edge); background: var(--warning); }
+.say.good { border-color: var(--good-edge); background: var(--good); }
 .say p { margin: .25rem 0; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
@@ -36,9 +41,11 @@ th:first-child { text-align: left; padding-left: 0; white-space: normal; overflo
 .first th, .first td { font-weight: 700; }
 .grid { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: .5rem 0; }
-figure img { display: block; max-width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .93rem; }
+figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: .25rem; }
+figcaption { color: var(--soft); font-size: .93rem; margin-top: .25rem; }
 summary { color: var(--link); padding: .3rem 0; cursor: pointer; }
+@media print { nav, .skip { display: none; } body { max-width: none; padding: 0; } .scroll { overflow: visible; }
+  figure, tr, .say { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--line); color: var(--soft); }
 """
 # no script, no network: what the page does not need, the browser is told to refuse

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from bayesmeta.data import TaskBatch, concatenate
 from bayesmeta.diagnostics.scores import scores
@@ -17,6 +17,7 @@ from bayesmeta.report.folder import REPORT
 from bayesmeta.tabular.evaluate import _LABELS, _unseen
 from bayesmeta.tabular.run import Run, load_run
 from bayesmeta.tabular.supports import every_task
+from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.table import TableTasks
 from bayesmeta.train.folder import CONFIG
 
@@ -98,6 +99,7 @@ def report_csv(
         warnings=judged.remarks,
         log=lines,
         best_step=best,
+        validation=_validation(run, source, support, seed, separator),
         x_label=[*table.x_names, "x"][0],
         y_label=None if run.schema.target == "class" else run.schema.y[0],
         num_samples=num_samples,
@@ -105,6 +107,19 @@ def report_csv(
     )
     say(f"{source}: {judged.batch.num_tasks} tasks judged. Written to {path}.")
     return path
+
+
+def _validation(run: Run, source: Path, support: int | None, seed: int, separator: str | None) -> Posterior | None:
+    """Of the validation tasks of the training, where the file has them."""
+    frame = read_csv(source, columns=run.schema.columns, separator=separator or run.separator)
+    order: Literal["first", "random"] = "first" if run.order == "first" else "random"
+    table = TableTasks.from_dataframe(frame, standardizer=run.standardizer, order=order)
+    known = set(run.tasks.get("validation", []))
+    names = [name for name in table.names if name in known]
+    if not names:
+        return None
+    batch = _judged(table.subset(names), "", run.support if support is None else support, seed).batch
+    return run.method.adapt(batch.to(run.device).support)
 
 
 def _judged(table: TableTasks, note: str, support: int, seed: int) -> _Judged:

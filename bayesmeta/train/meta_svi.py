@@ -14,7 +14,15 @@ from pyro import poutine
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import EmptyTaskError, NonFiniteLossError, OptionError, ShapeError, SiteError, UnsupportedError
+from bayesmeta.errors import (
+    EmptyTaskError,
+    NonFiniteDataError,
+    NonFiniteLossError,
+    OptionError,
+    ShapeError,
+    SiteError,
+    UnsupportedError,
+)
 from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
@@ -224,6 +232,7 @@ class MetaSVI:
             SiteError: when the guide does not sample all latent sites of the model.
             DataError, ShapeError: for tasks that a guide with parameters for each task does not know.
             OptionError: for no draws.
+            NonFiniteDataError: for NaN in the data or in a trained parameter.
         """
         return self._posterior(observations, num_samples, generator, whole=False)
 
@@ -271,6 +280,12 @@ class MetaSVI:
         """As :meth:`posterior`; ``whole``: θ was inferred from these tasks, and no others."""
         if num_samples < 1:
             raise OptionError(f"num_samples={num_samples}; expected at least 1 draw.")
+        wrong = [list(p.shape) for p in self._known.values() if not bool(torch.isfinite(p).all())]
+        if wrong:
+            raise NonFiniteDataError(
+                f"{len(wrong)} of {len(self._known)} trained parameters hold NaN or infinity (the first has shape "
+                f"{wrong[0]}), so there is no posterior. Train again from a sound state, with a lower learning rate."
+            )
         observations, rows = self._tasks.find(observations)
         observations.check()
         args, kwargs = _unpack(observations)
@@ -364,7 +379,7 @@ def _named_sites() -> Iterator[None]:
 def _conditioned(data: Observations | TaskBatch, *, join: bool) -> TaskBatch:
     """What the guide's posterior is given as the support, and no query, but where the query has no targets."""
     if isinstance(data, Observations):
-        return TaskBatch(data, _nothing(data))
+        return TaskBatch(data.check(), _nothing(data))
     batch = data.check().without_padding()
     if join and batch.query.shots and batch.query.y is not None and batch.support.y is not None:
         return replace(batch, support=batch.union(), query=_nothing(batch.support))
