@@ -118,7 +118,7 @@ _NAMES = {
     "save_netcdf": "bayesmeta.diagnostics.datatree",
     "sbc": "bayesmeta.diagnostics.simulation",
     "SBC": "bayesmeta.diagnostics.simulation",
-    "sbc_method": "bayesmeta.diagnostics.simulation",
+    "sbc_method": "bayesmeta.diagnostics.simulation_method",
     "Scores": "bayesmeta.diagnostics.scores",
     "scores": "bayesmeta.diagnostics.scores",
     "SemiAmortised": "bayesmeta.adapt.semi_amortised",
@@ -221,7 +221,8 @@ if TYPE_CHECKING:
     from bayesmeta.diagnostics.recalibration import recalibrate
     from bayesmeta.diagnostics.scores import Scores, scores
     from bayesmeta.diagnostics.sensitivity import Sensitivity, sensitivity
-    from bayesmeta.diagnostics.simulation import SBC, sbc, sbc_method
+    from bayesmeta.diagnostics.simulation import SBC, sbc
+    from bayesmeta.diagnostics.simulation_method import sbc_method
     from bayesmeta.diagnostics.surprise import ROC, Surprise, roc, surprise
     from bayesmeta.diagnostics.tarp import TARP, tarp
     from bayesmeta.models import encoders, likelihoods, nets, priors, processes

@@ -1,4 +1,4 @@
-"""The four data sets of :mod:`benchmarks.calibration`: what is trained on, and the tasks to choose with and to judge by."""
+"""The data sets of :mod:`benchmarks.calibration`: what is trained on, and tasks to choose with and to judge by."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def folds(data: str, seed: int, num_tasks: int) -> list[Fold]:
     if data == "fertility":
         return [_fertility_fold(*parts) for parts in _rotate(_countries(), seed)]
     if data == "radon":
-        table = _counties()
-        return [_radon_fold(table, *parts, seed) for parts in _rotate(list(range(table.num_tasks)), seed)]
+        return [_radon_fold(*parts, seed) for parts in _rotate(list(range(_counties().num_tasks)), seed)]
     family = _family(data)
 
     def fresh(generator: int) -> bm.TaskBatch:
@@ -92,9 +91,8 @@ def _fertility_fold(train: list[int], validation: list[int], test: list[int]) ->
     others = [i for i, length in enumerate(table.lengths) if length != _COMPLETE]
     learned = table.subset(train + others)
     units = learned.fit_standardizer()
-    split = FertilitySplit(
-        *(part.with_standardizer(units) for part in (learned, *map(table.subset, (validation, test))))
-    )
+    parts = (learned, table.subset(validation), table.subset(test))
+    split = FertilitySplit(*(part.with_standardizer(units) for part in parts))
     held_back = split.validation.all(support=shots)
     return Fold(split.train, held_back, split.test.all(support=shots), [held_back], split)
 
@@ -108,9 +106,8 @@ def _counties() -> bm.tasks.TableTasks:
     return bm.tasks.TableTasks.from_csv(csv, task="county.name", x=["basement"], y="log.radon")
 
 
-def _radon_fold(
-    table: bm.tasks.TableTasks, train: list[int], validation: list[int], test: list[int], seed: int
-) -> Fold:
+def _radon_fold(train: list[int], validation: list[int], test: list[int], seed: int) -> Fold:
+    table = _counties()
     learned = table.subset(train)
     units = learned.fit_standardizer()
 

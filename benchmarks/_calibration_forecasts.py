@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import bayesmeta as bm
 from bayesmeta.errors import NoClosedFormError, ShapeError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator, normal_like
 from bayesmeta.posteriors.prior_mixture import ListMixture
+from bayesmeta.protocols import TargetKind
 
 #: Tasks that are adapted at a time, to bound the memory.
 CHUNK = 100
@@ -34,8 +35,8 @@ class KeptForecasts:
         closed: the predictive in closed form where it is not Normal, of runs of tasks one after the other.
     """
 
-    target_kind = "real"
-    num_draws = None
+    target_kind: TargetKind = "real"
+    num_draws: int | None = None
 
     def __init__(self, batch: bm.TaskBatch, loc: Tensor, scale: Tensor, closed: Sequence[Any] | None = None) -> None:
         place = torch.arange(loc.shape[-1], dtype=loc.dtype).expand(loc.shape[1:]).unsqueeze(-1)
@@ -141,11 +142,10 @@ def _normals(posterior: Any, query: bm.Observations, num_samples: int, generator
     if isinstance(closed, torch.distributions.Normal):
         return closed.loc.expand(shape).unsqueeze(0), closed.scale.expand(shape).unsqueeze(0), None
     if isinstance(closed, ListMixture):  # of a Gaussian process under each of several priors, equally likely
-        component = torch.arange(num_samples) % len(closed.components)
-        loc, scale = (
-            torch.stack([getattr(c, name).expand(shape) for c in closed.components]) for name in ("loc", "scale")
-        )
-        return loc[component], scale[component], closed
+        which = torch.arange(num_samples) % len(closed.components)
+        loc = torch.stack([component.loc.expand(shape) for component in closed.components])
+        scale = torch.stack([component.scale.expand(shape) for component in closed.components])
+        return loc[which], scale[which], closed
     locs, scales = [], []
     for draws in posterior.draws(num_samples, generator).slices():
         fn = posterior.program.predictive(draws.u, query.with_y(None), draws.theta)
@@ -185,12 +185,8 @@ class Judged:
         """Means over tasks with their standard errors, and the coverage curve."""
         root = len(self.nll) ** 0.5
         levels = torch.tensor(LEVELS, dtype=torch.float64)
-        named = {
-            "nll": self.nll,
-            "crps": self.crps,
-            "coverage50": self.coverage[:, 0],
-            "coverage90": self.coverage[:, 1],
-        }
+        named = {"nll": self.nll, "crps": self.crps}
+        named |= {"coverage50": self.coverage[:, 0], "coverage90": self.coverage[:, 1]}
         out: dict[str, Any] = {"tasks": len(self.nll)}
         for name, each in named.items():
             out[name], out[f"{name}_error"] = float(each.mean()), float(each.std() / root)
@@ -207,8 +203,9 @@ def judge(posterior: Any, batch: bm.TaskBatch, seed: int, num_samples: int) -> J
     intervals between quantiles of n draws are too narrow by about 2 / n of their level.
     """
     scores = bm.scores(posterior, batch, num_samples=num_samples, generator=seed).per_task
-    pit = bm.calibration(posterior, batch, num_samples=num_samples, generator=seed).pit
-    valid = ~pit.isnan()
+    found = bm.calibration(posterior, batch, num_samples=num_samples, generator=seed)
+    assert isinstance(found, bm.Calibration)
+    pit, valid = found.pit, ~found.pit.isnan()
     counts = valid.any(-1)
 
     def per_task(value: Tensor) -> Tensor:
@@ -231,9 +228,13 @@ def correct(
 ) -> list[Any]:
     """Corrected forecasts, by what is learned on others."""
     options: dict[str, Any] = {"num_samples": num_samples, "generator": seed}
+
+    def learn(how: Any, posterior: Any) -> Callable[[Any], Any]:
+        return bm.recalibrate(posterior, learned_on.batch, how, **options)
+
     if way != "isotonic":
-        correction = bm.recalibrate(learned_on, learned_on.batch, way, **options)  # type: ignore[arg-type]
+        correction = learn(way, learned_on)
         return [correction(each) for each in posteriors]
-    first = bm.recalibrate(learned_on, learned_on.batch, "temperature", **options)
-    second = bm.recalibrate(first(learned_on), learned_on.batch, "isotonic", **options)
+    first = learn("temperature", learned_on)
+    second = learn("isotonic", first(learned_on))
     return [second(first(each)) for each in posteriors]

@@ -124,8 +124,8 @@ def _regularized(facts: Facts) -> bm.MAML:
 
 
 def _abml(facts: Facts) -> bm.ABML:
-    options = {"objective": "predictive", "num_particles": 1, "num_outer_particles": 2, "kl_weight": 0.01}
-    return bm.ABML(_point(facts, bm.priors.Normal(0.01)), **_steps(facts), **options)
+    options: dict[str, Any] = {"objective": "predictive", "num_outer_particles": 2, "kl_weight": 0.01}
+    return bm.ABML(_point(facts, bm.priors.Normal(0.01)), num_particles=1, **_steps(facts), **options)
 
 
 def _abml_full(facts: Facts) -> bm.ABML:

@@ -62,8 +62,9 @@ def _panel(axis: Any, found: Mapping[str, Any], way: str, best: str) -> None:
     ordered = sorted(at_90, key=lambda method: at_90[method])
     for method in dict.fromkeys((*ordered[:2], ordered[-1])):
         if method != best:
-            axis.annotate(
-                method, (0.9, at_90[method]), fontsize=7, color="0.3", xytext=(4, 0), textcoords="offset points"
-            )
-    axis.set_xlim(0.0, 1.12)
+            place = {"xytext": (4, 0), "textcoords": "offset points"}
+            axis.annotate(method, (0.9, at_90[method]), fontsize=7, color="0.3", **place)
+    axis.set_xlim(0.0, 1.12)  # room for names
+    axis.set_xticks([0.0, 0.25, 0.5, 0.75, 0.9])
+    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="lower left", fontsize=7, frameon=False)

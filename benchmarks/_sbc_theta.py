@@ -19,11 +19,13 @@ from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.ops.random import as_generator
-from benchmarks._sbc_methods import NUTS
+from benchmarks._sbc_methods import NUTS, QUICK_NUTS
 
 TASKS, SHOTS, TAU = 3, 2, 0.8
 LOG_TAU = (-0.3, 0.4)
 NUM_DRAWS = 31
+#: chains of at most so many hierarchies, as in a quick run, are shorter
+SHORT, SHORT_NUTS = 50, {**NUTS, **QUICK_NUTS}
 
 Values = dict[str, Tensor]
 
@@ -99,7 +101,7 @@ def exact(y: Tensor, learn_tau: bool, seed: int) -> Values:
 
 def chain(y: Tensor, learn_tau: bool, seed: int) -> Values:
     """NUTS over all μ, τ and φ together."""
-    sampler = bm.NUTS(program(len(y), learn_tau), infer_theta=True, **NUTS)
+    sampler = bm.NUTS(program(len(y), learn_tau), infer_theta=True, **(NUTS if len(y) > SHORT else SHORT_NUTS))
     return read(sampler.adapt(observations(y), generator=seed), y)
 
 

@@ -45,6 +45,8 @@ GOAL, CHOSEN = 10, 6
 BATCH = 3
 #: random orders behind the goal
 REPEATS = 3
+#: test tasks of a quick run at most
+QUICK_TASKS = 10
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,14 @@ class Curves:
     def of(cls, method: Any, tasks: Tasks, seed: int, criterion: Any, repeats: int = 1, chunk: int = 25) -> Curves:
         """By one criterion, ``"batch"`` for several labels at a time; ``repeats`` random orders beside it."""
         size = BATCH if criterion == "batch" else 1
-        by = "information" if criterion == "batch" else criterion
+        by: Any = "information" if criterion == "batch" else criterion
         adapt, found = partial(method.adapt, generator=seed), []
         for i, part in enumerate(tasks.split(chunk)):
             options: dict[str, Any] = {"steps": (GOAL - START) // size, "size": size, "repeats": repeats}
             found.append(bm.learning_curve(adapt, part.batch, part.pool, criterion=by, generator=seed + i, **options))
-        joined = [torch.cat([getattr(f, name) for f in found], 1) for name in ("chosen", "random")]
+        chosen, random = (torch.cat([getattr(f, name) for f in found], 1) for name in ("chosen", "random"))
         labels = [START + count for count in found[0].labels]
-        return cls(labels, *joined, torch.cat([f.index for f in found]))
+        return cls(labels, chosen, random, torch.cat([f.index for f in found]))
 
     def at(self, count: int) -> Tensor:
         """The error with this many chosen labels (the nearest number that there is above), ``[tasks]``."""
@@ -191,6 +193,8 @@ def _error(values: Tensor) -> float:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All runs that were asked for, and the best of them."""
+    if args.quick:
+        args.tasks = min(args.tasks, QUICK_TASKS)
     steps = {name: settings.steps for name, settings in RUNS.items()}
     rows = run_all(args, steps, lambda name: RUNS[name].steps // 100, partial(measure, plots=args.plots))
     return rows + best(rows, args.runs, not args.quick and not args.steps)

@@ -42,7 +42,9 @@ SHOTS = 5
 ORACLE = {0.1: 0.999, 0.3: 0.992, 1.0: 0.956}
 MARGIN = 0.02
 #: draws behind an evidence without a closed form
-DRAWS = 2000
+DRAWS = 400
+#: test tasks of each kind in a quick run, at most
+QUICK_TASKS = 100
 #: of the conformal p-values
 LEVEL = 0.05
 
@@ -86,7 +88,8 @@ def sinusoids(noise: float, num_tasks: int, seed: int, validation: bool = False)
 @lru_cache(8)
 def lines(noise: float, num_tasks: int, seed: int) -> Known:
     """The lines among fresh tasks of the family that has both."""
-    generator, kept = torch.Generator().manual_seed(4_000_000 + seed), []
+    generator = torch.Generator().manual_seed(4_000_000 + seed)
+    kept: list[bm.Observations] = []
     while sum(part.num_tasks for part in kept) < num_tasks:
         family = bm.tasks.SineOrLine(noise)
         batch, truth = family.sample_with_truth(num_tasks, support=SHOTS, query=1, generator=generator)
@@ -165,7 +168,8 @@ def surprise(method: Any, support: bm.Observations, seed: int, chunk: int = 200)
         some = support.tasks(slice(start, start + chunk))
         parts.append(bm.surprise(method.adapt(some, generator=seed), num_samples=DRAWS, generator=seed + start))
     names = ("scores", "errors", "effective_draws", "counts")
-    return bm.Surprise(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    scores, errors, effective, counts = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+    return bm.Surprise(scores, errors, effective, counts)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -256,6 +260,8 @@ def best(rows: list[Row], names: list[str], full: bool) -> list[Row]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All runs that were asked for, the best of them, and the oracle."""
+    if args.quick:
+        args.tasks = min(args.tasks, QUICK_TASKS)
     steps = {name: settings.steps for name, settings in RUNS.items()}
     rows = run_all(args, steps, lambda name: RUNS[name].steps // 100, measure)
     return rows + best(rows, args.runs, not args.quick and not args.steps) + references(args.seed, args.tasks)

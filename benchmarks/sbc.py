@@ -102,6 +102,8 @@ def ranks(model: str, run: Any, seed: int, quick: bool) -> bm.SBC:
         method, count, draws = Changed(run), 500 if quick else 2000, 63
     else:
         method = methods.train(run, model, seed, max(run.steps // 25, 1) if quick else run.steps)
+        if quick and isinstance(method, bm.NUTS):
+            method.num_samples, method.warmup = methods.QUICK_NUTS["num_samples"], methods.QUICK_NUTS["warmup"]
         count, draws = (max(run.tasks // 4, 40) if quick else run.tasks), run.num_draws
     # adapting is costly for some, and simulating needs but the model
     simulator = None if model == "kernel" else bm.ABML(method.program, inner_steps=0)

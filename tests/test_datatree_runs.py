@@ -121,6 +121,30 @@ def test_the_likelihood_and_the_priors_are_pyros():
         np.testing.assert_allclose(stat(tree, "log_p")[0, i], total, rtol=1e-5)
 
 
+def positive(x, y=None, mask=None):
+    """A global site that must be positive."""
+    tau = pyro.sample("tau", dist.LogNormal(torch.zeros((), dtype=F64), 1.0))
+    with bm.task_plate(x):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros((), dtype=F64), tau))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(beta, 0.5), obs=y)
+
+
+def test_the_prior_of_theta_is_a_density_of_its_own_sites():
+    """log p(τ) in the tree; in unconstrained space, with the Jacobian, for the weights."""
+    data = observations()
+    svi = svi_of(positive, AutoNormal(positive), 2, data, lr=0.01)
+    posterior = svi.posterior(data, 30)
+    draws, log_tau = posterior.draws(30), posterior.theta[:, 0]
+    tree = bm.to_datatree(posterior, only(data))
+    expected = dist.LogNormal(0.0, 1.0).log_prob(log_tau.exp())
+    np.testing.assert_allclose(tree["log_prior"]["global_sites"].values[0], expected.numpy(), rtol=1e-9)
+    expected = dist.Normal(0.0, 1.0).log_prob(log_tau)
+    np.testing.assert_allclose(posterior.log_theta(draws).numpy(), expected.numpy(), rtol=1e-9)
+    total = posterior.log_joint(draws).sum(-1) + expected
+    np.testing.assert_allclose(stat(tree, "log_p")[0], total.numpy(), rtol=1e-9)
+
+
 def test_losses_are_those_that_the_steps_returned():
     data = observations()
     guide = joint_guide(data, 0.7)
@@ -191,7 +215,7 @@ def test_loo_of_a_whole_run():
     def scores(guide):
         run = svi_of(hierarchy, guide, data=data)
         batch, n = only(data), 1000
-        posterior = run._posterior(batch, n, 3, whole=True)
+        posterior = run.posterior(data, n, generator=3, whole=True)
         return bm.loo(posterior, batch, num_samples=n), arviz_stats.loo(bm.to_datatree(posterior, batch))
 
     found, plain = scores(joint_guide(data))
@@ -340,7 +364,7 @@ def test_a_run_goes_to_a_file_and_back(nuts_run, tmp_path):
     svi = svi_of(hierarchy, joint_guide(data), 3, data).to_datatree(data, num_samples=20)
     for one in (tree, svi):
         xarray.testing.assert_identical(bm.load_netcdf(bm.save_netcdf(one, tmp_path / "run.nc")), one)
-    own = svi_of(hierarchy, joint_guide(data), 1, data)._posterior(data, 20, 0, whole=True)
+    own = svi_of(hierarchy, joint_guide(data), 1, data).posterior(data, 20, whole=True)
     own.save(tmp_path / "svi.pt")
     torch.testing.assert_close(bm.load_posterior(tmp_path / "svi.pt", own.program).log_q, own.log_q)
 

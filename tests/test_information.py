@@ -12,6 +12,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm, t
 
 import bayesmeta as bm
+from bayesmeta.diagnostics.information import _Greedy, elliptical
 from bayesmeta.posteriors.mixture import LeftMixture
 
 F64 = torch.float64
@@ -148,6 +149,41 @@ def test_student_t_have_their_entropies():
     )
 
 
+def log_joint(parts, df, k, places, labels):
+    """log density of some labels ``[J]`` each under component k of one task; 0 of none."""
+    if not places:
+        return 0.0
+    loc, scale = parts.loc[k, 0][places], (parts.scale_tril @ parts.scale_tril.mT)[k, 0][places][:, places]
+    root = torch.linalg.cholesky(scale)
+    law = dist.MultivariateNormal(loc, scale_tril=root)
+    law = law if df is None else dist.MultivariateStudentT(torch.tensor(df, dtype=F64), loc, root)
+    return law.log_prob(torch.stack(labels, -1))
+
+
+@pytest.mark.parametrize("df", [None, 3.0])
+def test_densities_given_labels_are_those_of_the_joint(df):
+    """log p(y_A | k) + log p(y_b | y_A, k) = log p(y_A, y_b | k) with none, one and two labels before, to rounding."""
+    x = torch.tensor([[[1.0, 2.0], [1.0, 1.5], [1.0, -1.0], [1.0, 0.3]]], dtype=F64)
+    posterior, mask = two_kinds(df=df), torch.ones(1, 4, dtype=torch.bool)
+    greedy = _Greedy(elliptical(posterior, bm.Observations(x)), mask, 50, torch.Generator().manual_seed(0))
+    parts = posterior.predictive(bm.Observations(x), joint=True).components
+    chosen, seen = [], []
+    for best in (2, 0, 3):
+        mean = greedy._means()
+        y = greedy._labels(mean)
+        each = greedy._log_density(y, mean, greedy.left)
+        before = [log_joint(parts, df, k, chosen, seen) for k in range(2)]
+        for k in range(2):
+            together = log_joint(parts, df, k, [*chosen, 1], [*seen, y[:, 0, 1]])
+            torch.testing.assert_close(each[:, k, 0, 1] + before[k], together, rtol=0, atol=1e-9)
+        if chosen:
+            expected = (posterior.weights.log() + torch.stack(before, -1)).log_softmax(-1)
+            torch.testing.assert_close(greedy.log_weights[:, :, 0], expected, rtol=0, atol=1e-9)
+        greedy._condition(y, mean, each, torch.tensor([[best]]))
+        chosen.append(best)
+        seen.append(y[:, 0, best])
+
+
 def test_which_component_it_is_counts():
     """Both components are equally unsure everywhere, and at one place they say different things."""
     root = 0.1 * torch.eye(2, dtype=F64)
@@ -190,15 +226,15 @@ def test_closed_forms_and_draws_agree_where_labels_say_little():
     for noise in ("known", "inverse_gamma"):
         model = bm.ConjugateModel(bm.nets.mlp(1, [8], 1), bm.Gaussian(1.0), 3, spread=1.0, noise=noise)
         method = bm.BayesianLastLayerMixture(model)
-        batch = bm.tasks.ChallengingSinusoid().sample(8, support=3, query=5, generator=0)
+        batch = bm.tasks.ChallengingSinusoid().sample(4, support=3, query=2, generator=0)
         method.prepare(batch)
         posterior = method.adapt(batch.support)
         found = bm.choose(posterior, batch.query, num_outcomes=1000)
-        drawn = bm.choose(posterior, batch.query, exact=False, num_samples=200, num_outcomes=100)
+        drawn = bm.choose(posterior, batch.query, exact=False, num_samples=500, num_outcomes=300)
         error = (found.gains - drawn.gains).squeeze(-1)
         assert (found.gains > 0.1).all()
-        assert abs(float(error.mean())) < 5 * float(error.std()) / math.sqrt(8) + 0.05
-        assert float(error.abs().max()) < 0.3
+        assert abs(float(error.mean())) < 5 * float(error.std()) / math.sqrt(4) + 0.05
+        assert float(error.abs().max()) < 0.25  # 4 / √300
         variance = bm.choose(posterior, batch.query, criterion="variance")
         assert variance.closed_form
         expected = posterior.predictive(batch.query).variance.double().max(-1).values
@@ -221,8 +257,6 @@ def test_a_gaussian_process_learns_of_its_function():
 
 
 def test_another_predictive_is_left_to_draws():
-    from bayesmeta.diagnostics.information import elliptical
-
     inputs = bm.Observations(torch.zeros(1, 2, 1))
     for joint in (
         dist.Normal(torch.zeros(1, 4), 1.0).to_event(1),

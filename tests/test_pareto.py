@@ -241,6 +241,17 @@ def test_methods_that_have_no_density_are_refused():
         bm.psis(method.adapt(observations))
 
 
+def test_weights_that_underflow_beside_each_other():
+    """All of a tail but its largest is then 0, of which the fit makes NaN."""
+    tasks, batch = linear_tasks(3)
+    q = Stretched(tasks, batch.support)
+    q.log_prior = lambda draws: 1e5 * draws.u[..., 0]
+    found = bm.psis(q)
+    assert found.findings == ("bad",) * 3
+    assert (found.effective_draws < 2).all()
+    assert found.weighted_means["phi"].isfinite().all()
+
+
 def poisson(x, y=None, mask=None):
     with bm.task_plate(x):
         log_rate = pyro.sample("log_rate", dist.Normal(x.new_tensor(0.0), 2.0))

@@ -1,5 +1,6 @@
 """Recalibration repairs forecasts known to be wrong, leaves right ones alone, and conformal intervals cover."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -232,6 +233,33 @@ def test_a_real_posterior_with_scores_tree_and_picture(how, tmp_path):
         assert tree["prior_predictive"]["y"].isnull().sum() == 0
         bm.plot_forecast(corrected, batch, max_panels=2, num_samples=50, path=tmp_path / "a.png")
         assert corrected.predict(batch.query.x, 7).dtype == torch.float32
+
+
+def test_what_is_refused_says_so(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model = bm.NeuralTaskModel(network, bm.Gaussian(2.0), "normal", task_modules="head")
+    batch = bm.tasks.Sinusoid().sample(30, support=5, query=5, generator=0)
+    posterior = bm.BayesianLastLayer(model).adapt(batch.support)
+    corrected = bm.recalibrate(posterior, batch)(posterior)
+    for name in ("log_prob", "log_joint", "save", "log_evidence", "u_distribution"):
+        assert hasattr(posterior, name)
+        assert not hasattr(corrected, name)
+        with pytest.raises(UnsupportedError, match=rf"has no {name}: .* Take \.posterior\.{name}"):
+            getattr(corrected, name)
+    with pytest.raises(UnsupportedError, match="no Pyro guide"):
+        corrected(batch.support)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = corrected.nonsense
+    for refused in (bm.loo, bm.psis):
+        with pytest.raises(UnsupportedError):
+            refused(corrected, batch)
+    with pytest.raises(UnsupportedError, match="no evidence"):
+        bm.surprise(corrected)
+    again = copy.deepcopy(corrected)
+    draws = posterior.draws(3, 0)
+    torch.testing.assert_close(
+        again.log_likelihood(batch.query, draws=draws), corrected.log_likelihood(batch.query, draws=draws)
+    )
 
 
 def test_raw_units_and_several_outputs():

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import arviz_base
 import arviz_stats
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import batch_of
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -122,6 +124,29 @@ def test_each_task_alone_is_what_arviz_says():
     }
     together = arviz_stats.psense(arviz_base.from_dict(groups), group="prior")["phi"].values
     assert np.abs(together / found.prior["phi"].numpy() - 1).max() > 0.5, "control: the sum over all tasks is another"
+
+
+def positive(x, y=None, mask=None):
+    with bm.task_plate(x):
+        slope = pyro.sample("slope", dist.Normal(x.new_tensor(0.0), 1.0))
+        sigma = pyro.sample("sigma", dist.LogNormal(x.new_tensor(-1.0), 0.5))
+        with bm.shot_plate(x, mask):
+            return pyro.sample("y", dist.Normal(slope * x.squeeze(-1), sigma), obs=y)
+
+
+def test_a_tree_of_one_task_says_the_same_to_arviz():
+    """Of a positive site too: densities are of its own values, in the tree and here."""
+    support = batch_of(1, 4, dtype=F64)
+    program = bm.TaskProgram(positive)
+    program.prepare(support)
+    u = torch.randn(500, 1, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) * 0.5
+    posterior = bm.SamplesPosterior(program, support, u)
+    found = bm.sensitivity(posterior)
+    tree = bm.to_datatree(posterior, bm.TaskBatch(support, support), num_samples=500)
+    for part, ours in (("prior", found.prior), ("likelihood", found.likelihood)):
+        theirs = arviz_stats.psense(tree, group=part)
+        for name in ("slope", "sigma"):
+            np.testing.assert_allclose(ours[name].numpy(), theirs[name].values, rtol=1e-6, atol=1e-12)
 
 
 def test_mean_and_spread_move_as_in_closed_form():

@@ -7,10 +7,10 @@ import pytest
 import scipy.stats
 import torch
 from forecast_cases import FACTORS, Linear, linear_tasks
-from torch import nn
 
 import bayesmeta as bm
-from bayesmeta.diagnostics.uniformity import EcdfBand, chi_squared
+from bayesmeta.diagnostics.simulation import finding_of
+from bayesmeta.diagnostics.uniformity import EcdfBand, chi_squared, legendre, shape_of
 from bayesmeta.errors import DataError, NonFiniteDataError, OptionError, ShapeError
 from bayesmeta.ops.random import as_generator
 
@@ -86,6 +86,8 @@ def test_calibrated_is_said_at_its_rate():
 class Hierarchy:
     """θ ~ N(0, 1), φ_t ~ N(θ, 1), y_t ~ N(φ_t, 1): the exact joint posterior of (θ, φ), θ's spread times a factor."""
 
+    num_draws = None
+
     def __init__(self, data, factor=1.0, tasks=4):
         prior = torch.ones(tasks + 1, tasks + 1, dtype=F64) + torch.diag(torch.tensor([0.0] + [1.0] * tasks, dtype=F64))
         y_cov = prior[1:, 1:] + torch.eye(tasks, dtype=F64)
@@ -144,41 +146,6 @@ class Wrong:
         return posterior
 
 
-def test_methods_under_their_own_model():
-    _, batch = linear_tasks(500, seed=2)
-    for factor, name in ((0.5, "too narrow"), (2.0, "too wide")):
-        assert bm.sbc_method(Wrong(factor), batch.support).findings["phi[0]"] == name
-    assert bm.sbc_method(Wrong(1.0), batch.support, quantities={"log_likelihood": log_likelihood}).passes
-    network = nn.Sequential(nn.Linear(2, 1, bias=False))
-    model = bm.NeuralTaskModel(network, bm.Gaussian(0.4), "normal", task_modules="head").to(F64)
-    mask = torch.rand(500, 4, generator=torch.Generator().manual_seed(0)) < 0.7
-    template = bm.Observations(batch.support.x, batch.support.y, mask)
-    result = bm.sbc_method(bm.BayesianLastLayer(model), template)
-    assert result.passes, str(result)
-    assert len(result.ranks) == 2
-    again = bm.sbc_method(bm.BayesianLastLayer(model), template)
-    assert all(again.ranks[k].equal(v) for k, v in result.ranks.items())
-    lazy = bm.ABML(model, inner_steps=1, inner_lr=1e-6)  # stays at its prior, which φ alone cannot tell
-    assert bm.sbc_method(lazy, template).passes
-
-    def likelihood(values, data):
-        f = (values["0.weight"] * data.x).sum(-1)
-        each = torch.distributions.Normal(f, 0.4).log_prob(data.y)
-        return torch.where(data.full_mask(), each, 0.0).sum(-1)
-
-    assert not bm.sbc_method(lazy, template, quantities={"log_likelihood": likelihood}).passes
-
-
-def test_a_learned_posterior_over_theta_counts_one_task_of_each():
-    _, batch = linear_tasks(5, seed=2)
-    support = bm.Observations(batch.support.x.float(), batch.support.y.float())
-    network = nn.Sequential(nn.Linear(2, 1, bias=False))
-    model = bm.NeuralTaskModel(network, bm.Gaussian(0.4), bm.priors.LayerScales(), task_modules="head")
-    method = bm.ABML(model, inner_steps=1, inner_lr=0.01)
-    result = bm.sbc_method(method, support, num_simulations=6, num_draws=31)
-    assert all(len(each) in (6, 30) for each in result.ranks.values())
-
-
 # -- bands and tests of ranks -------------------------------------------------------------------------------------
 
 
@@ -195,6 +162,43 @@ def test_bands_hold_simultaneously():
         assert ((curves >= pointwise[0]) & (curves <= pointwise[1])).all(1).mean() < 0.75, "control"
         p = np.array([band.p_value(s) for s in samples[:400]])
         assert abs((p < 0.1).mean() - 0.1) < 4 * math.sqrt(0.09 / 400) + 0.01
+
+
+def test_far_tails_have_no_floor():
+    """Beyond what simulated samples count, the bound over the points: small, and no smaller than each point's own."""
+    n, draws = 200, 31
+    band = EcdfBand(n, draws)
+    ranks = torch.randint(10, (n,), generator=torch.Generator().manual_seed(0))  # all in the lower third
+    p = band.p_value(ranks)
+    counts = np.array([(ranks < k).sum() for k in np.rint(band.points * (draws + 1)).astype(int)])
+    tails = 2 * scipy.stats.binom.sf(counts - 1, n, band.points).min()
+    assert tails > 0
+    assert p == pytest.approx(len(band.points) * tails, rel=1e-6)
+    assert p < 1e-20
+    middle = band.p_value(torch.arange(n) % (draws + 1))
+    assert middle > 0.5
+
+
+def test_moments_of_independent_values_have_known_variance():
+    """Against the normal law of means of variance 1; p-values of few values are then right far out."""
+    u = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=F64)
+    z = legendre(u).mean(0) * math.sqrt(30)
+    expected = min(1.0, 4 * float(2 * scipy.stats.norm.sf(z.abs().numpy()).min()))
+    assert shape_of(legendre(u), independent=True).p_value == pytest.approx(expected)
+    assert shape_of(legendre(u)).p_value != pytest.approx(expected)
+    generator = torch.Generator().manual_seed(1)
+    samples = legendre(torch.rand(4000, 30, generator=generator, dtype=F64))
+    p = {flag: [shape_of(s, independent=flag).p_value for s in samples] for flag in (True, False)}
+    rate = {flag: np.mean(np.array(each) < 0.002) for flag, each in p.items()}
+    assert rate[True] < 0.002 + 3 * math.sqrt(0.002 / 4000)
+    assert rate[False] > rate[True], "control: an estimated variance of 30 skewed numbers"
+
+
+def test_the_larger_miss_names_it_where_p_values_vanish():
+    assert finding_of(0.0, 0.1, 1.3, 0.0, 0.0, 0.01) == "too low"
+    assert finding_of(0.0, 0.1, -1.3, 0.0, 0.0, 0.01) == "too high"
+    assert finding_of(0.0, 1.3, 0.1, 0.0, 0.0, 0.01) == "too narrow"
+    assert finding_of(0.0, -0.8, 0.9, 1e-9, 1e-7, 0.01) == "too wide"
 
 
 def test_chi_squared_against_scipy():
@@ -315,6 +319,8 @@ def test_errors_are_typed():
         bm.sbc(simulate, draws(torch.full((63, 5), math.nan)), num_simulations=2)
     with pytest.raises(ShapeError, match="'f'"):
         bm.sbc(simulate, draws(torch.zeros(63, 5)), num_simulations=2, quantities={"f": lambda v, d: torch.zeros(1)})
+    with pytest.raises(ShapeError, match="one number for each task"):
+        bm.sbc(simulate, draws(torch.zeros(63, 5)), num_simulations=2, quantities={"f": lambda v, d: torch.zeros(5, 5)})
     with pytest.raises(DataError, match="nothing to rank"):
         bm.sbc(lambda g: ({}, None), lambda d: {}, num_simulations=1)
     with pytest.raises(DataError, match="one rank"):

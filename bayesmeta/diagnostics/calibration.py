@@ -34,12 +34,12 @@ _LEAST_TASKS = 3  # for a spread over tasks that is worth a test
 #: Levels of the central intervals whose coverage is taken, and probabilities of the quantiles.
 LEVELS = tuple(i / 20 for i in range(1, 20))
 
+_OF_NUMBERS = "learning the noise scale, "
 _ADVICE = {
     "calibrated": "No correction is called for.",
-    "over-confident": "Try bm.recalibrate on validation tasks, learning the noise scale, or a method with a wider "
-    "posterior over φ.",
-    "under-confident": "Try bm.recalibrate on validation tasks, learning the noise scale, more training, or less "
-    "prior variance.",
+    "over-confident": f"Try bm.recalibrate on validation tasks, {_OF_NUMBERS}or a method with a wider posterior over "
+    "φ.",
+    "under-confident": f"Try bm.recalibrate on validation tasks, {_OF_NUMBERS}more training, or less prior variance.",
     "too low": "The forecasts lie below the data: look for tasks unlike those of training; try bm.recalibrate with "
     "'isotonic'.",
     "too high": "The forecasts lie above the data: look for tasks unlike those of training; try bm.recalibrate with "
@@ -317,7 +317,7 @@ def _of_classes(predictor: Predictor, batch: TaskBatch, valid: Tensor, alpha: fl
     verdict = (
         f"The most probable class has probability {values['confidence']:.0%} and is right "
         f"{_percent(values['accuracy'], errors['accuracy'])} of the time, over {tasks} "
-        f"task{'s' if tasks > 1 else ''}: {_say(finding, p_value)}"
+        f"task{'s' if tasks > 1 else ''}: {_say(finding, p_value).replace(_OF_NUMBERS, '')}"
     )
     return ClassCalibration(values, errors, equal, adaptive, each, tasks, finding, verdict)
 

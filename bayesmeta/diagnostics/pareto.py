@@ -24,8 +24,6 @@ TrustFinding = Literal["good", "usable", "bad"]
 _LEAST_DRAWS = 100
 #: Below this k the weights have a finite variance.
 _FINITE_VARIANCE = 0.5
-#: Weights that are further apart, in nats, are 0 beside each other in float64.
-_UNDERFLOW = 700.0
 #: Share of effective draws from which on means of the draws are off by at most √(1 / 0.9 − 1) = 1/3 of a deviation.
 _ENOUGH = 0.9
 #: Share of the tasks that must reach a finding for the whole to have it.
@@ -198,7 +196,7 @@ def _smooth_one(values: Tensor, rounding: float) -> tuple[Tensor, float]:
     largest = values.topk(tail + 1).values
     if not bool(largest[0].isfinite()):
         return torch.zeros_like(values), math.inf  # no draw has weight, or one has all
-    if not bool(largest.isfinite().all()) or float(largest[0] - largest[-1]) > _UNDERFLOW:
+    if not bool(largest.isfinite().all()):
         return values, math.inf  # so few have weight that they have no tail
     if float(largest[0] - largest[-2]) <= rounding:
         constant = float(values.max() - values.min()) <= rounding

@@ -70,6 +70,10 @@ class Map(Protocol):
         """Of counts, Φ⁻¹(F̃(k)) given z = Φ⁻¹(F(k))."""
 
 
+class RefusedError(UnsupportedError, AttributeError):
+    """What a recalibrated posterior lost of the original; to ``hasattr`` it is not there."""
+
+
 class RecalibratedPosterior:
     """A posterior with other predictions of the same φ. Made by calling a :class:`~bayesmeta.Recalibration`.
 
@@ -79,8 +83,9 @@ class RecalibratedPosterior:
     log scores are right; it is no likelihood of φ, and leave-one-out of it means nothing.
 
     It is a posterior in the sense of the diagnostics: :func:`~bayesmeta.scores`, :func:`~bayesmeta.calibration`,
-    :func:`~bayesmeta.to_datatree` and the plots take it, and it can be recalibrated again. It is no Pyro guide and is
-    not saved.
+    :func:`~bayesmeta.to_datatree` and the plots take it, and it can be recalibrated again (but of counts). It is no
+    Pyro guide, is not saved and has no densities: what it refuses raises an
+    :class:`~bayesmeta.errors.UnsupportedError`.
 
     Args:
         posterior: what is recalibrated; of classes for a temperature.
@@ -97,6 +102,25 @@ class RecalibratedPosterior:
         check_not_twice(posterior)
         self.posterior, self.map = posterior, map
         self._prior: Any = None
+
+    # -- refused ------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Say why something that the original has is not there; else as any object does."""
+        original = self.__dict__.get("posterior")
+        if name.startswith("_") or original is None or not hasattr(original, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise RefusedError(
+            f"A recalibrated posterior has no {name}: only the predictions of the {type(original).__name__} were "
+            f"changed, and they belong to no density of φ. Take .posterior.{name} of the one that was recalibrated."
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it is no Pyro guide."""
+        raise UnsupportedError(
+            "A recalibrated posterior is no Pyro guide: its predictions are not those of the model under draws of φ. "
+            "Call its .posterior, the one that was recalibrated."
+        )
 
     # -- as it was ----------------------------------------------------------------------------------------------
 

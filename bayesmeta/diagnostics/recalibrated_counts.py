@@ -101,8 +101,8 @@ def count_forecast(
     if largest > LARGEST:
         raise UnsupportedError(
             f"Forecasts reach counts of {largest}; a temperature or an isotonic map needs the probability of each "
-            f"count, which is done up to {LARGEST}. Take how='conformal', whose intervals need only mean and spread, or "
-            "model the logarithm."
+            f"count, which is done up to {LARGEST}. Take how='conformal', whose intervals need only mean and spread, "
+            "or model the logarithm."
         )
     rows = []
     for k in range(largest + 1):

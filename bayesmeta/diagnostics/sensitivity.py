@@ -264,5 +264,16 @@ def _result(found: dict[str, _Figures], names: tuple[str, ...], threshold: float
     finding = kinds[max(range(3), key=share.__getitem__)]
     shares = ", ".join(f"{kind} in {value:.0%}" for kind, value in zip(kinds, share, strict=True))
     verdict = f"Of {ours.numel()} φ of {len(names)} task{'s' if len(names) > 1 else ''}: {shares}. {_ADVICE[finding]}"
-    rest = [found[part][kind] for kind in ("shift", "spread") for part in ("prior", "likelihood")]
-    return Sensitivity(prior, likelihood, *rest, diagnoses, names, threshold, finding, verdict)
+    return Sensitivity(
+        prior,
+        likelihood,
+        found["prior"]["shift"],
+        found["likelihood"]["shift"],
+        found["prior"]["spread"],
+        found["likelihood"]["spread"],
+        diagnoses,
+        names,
+        threshold,
+        finding,
+        verdict,
+    )

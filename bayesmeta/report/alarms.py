@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bayesmeta.data import TaskBatch
 from bayesmeta.diagnostics.surprise import Surprise, surprise
 from bayesmeta.errors import BayesMetaError
 from bayesmeta.ops.random import Seed
@@ -103,7 +104,7 @@ def strange_tasks(found: Strangeness) -> list[str]:
 # -- the posterior ------------------------------------------------------------------------------------------------
 
 
-def untrusted(posterior: Posterior, generator: Seed) -> list[str]:
+def untrusted(posterior: Posterior, batch: TaskBatch, generator: Seed) -> list[str]:
     """A warning where the importance weights of the posterior's own draws say that it is not the exact one."""
     from bayesmeta.diagnostics.pareto import psis
 
@@ -112,7 +113,7 @@ def untrusted(posterior: Posterior, generator: Seed) -> list[str]:
         number = min(_JUDGED_BY, _ELEMENTS // max(size, 1))
         if posterior.is_point or number < _LEAST_DRAWS:
             return []
-        found = psis(posterior, num_samples=number, generator=generator)
+        found = psis(posterior, batch, num_samples=number, generator=generator)
     except (BayesMetaError, ImportError):  # no density to judge, or no ArviZ to judge it with
         return []
     return [] if found.finding == "good" else [found.verdict]

@@ -102,7 +102,7 @@ def write_report(
         *findings.beaten_by(mine.to_dict(), others),
         *findings.warnings_of(mine, verdict, posterior),
         *alarms.training(log, best_step),
-        *alarms.untrusted(posterior, generator),
+        *alarms.untrusted(posterior, batch, generator),
         *alarms.strange_tasks(strange),
     ]
     options = {"x_label": x_label, "y_label": y_label, "num_samples": num_samples, "generator": generator}

@@ -212,7 +212,12 @@ class MetaSVI:
         self._tasks.load(state.get("tasks"))
 
     def posterior(
-        self, observations: Observations | TaskBatch, num_samples: int = 1000, *, generator: Seed = None
+        self,
+        observations: Observations | TaskBatch,
+        num_samples: int = 1000,
+        *,
+        generator: Seed = None,
+        whole: bool = False,
     ) -> SamplesPosterior:
         """Draws of the guide's sites given observations (of a batch: its support), as a posterior over φ.
 
@@ -220,13 +225,14 @@ class MetaSVI:
         where that was all, else support and query, so that its query is no test.
 
         The draws bring the guide's density along (``log_q``), so that :func:`~bayesmeta.loo` can correct for what the
-        guide gets wrong; not where a guide without parameters for each task samples θ, which it may have learned from
-        other tasks: :meth:`to_datatree` is for the tasks of training.
+        guide gets wrong; but not where a guide samples θ, which it may have learned from other tasks than these.
 
         Args:
             observations: what the guide sees; for a guide with parameters for each task, tasks that it knows.
             num_samples: draws.
             generator: generator or seed; None means seed 0.
+            whole: these are all the data that θ was learned from. Then the draws have the guide's density of θ and φ
+                together, and the prior of θ is p(θ). A guide with parameters for each task knows so by itself.
 
         Raises:
             SiteError: when the guide does not sample all latent sites of the model.
@@ -234,7 +240,7 @@ class MetaSVI:
             OptionError: for no draws.
             NonFiniteDataError: for NaN in the data or in a trained parameter.
         """
-        return self._posterior(observations, num_samples, generator, whole=False)
+        return self._posterior(observations, num_samples, generator, whole)
 
     def to_datatree(
         self,
@@ -267,7 +273,7 @@ class MetaSVI:
             raise UnsupportedError("MetaSVI has taken no step, so there is nothing to show yet: call step(data) first.")
         owner = getattr(self.model, "__self__", None)
         batch = _conditioned(data, join=not hasattr(owner, "adapt"))
-        posterior = self._posterior(batch, num_samples, generator, whole=True)
+        posterior = self._posterior(batch, num_samples, generator, True)
         if posterior.support is not batch.support:  # the guide knows them as support and query
             batch = _conditioned(batch, join=True)
         return to_datatree(
@@ -275,9 +281,8 @@ class MetaSVI:
         )
 
     def _posterior(
-        self, observations: Observations | TaskBatch, num_samples: int, generator: Seed, *, whole: bool
+        self, observations: Observations | TaskBatch, num_samples: int, generator: Seed, whole: bool
     ) -> SamplesPosterior:
-        """As :meth:`posterior`; ``whole``: θ was inferred from these tasks, and no others."""
         if num_samples < 1:
             raise OptionError(f"num_samples={num_samples}; expected at least 1 draw.")
         wrong = [list(p.shape) for p in self._known.values() if not bool(torch.isfinite(p).all())]
