@@ -46,18 +46,18 @@ def test_tasks_are_fresh_and_their_parts_apart():
 
 def test_curves_of_a_learner_that_is_known():
     """All curves begin alike; labels spread evenly are worth more to it; pieces of any size give the same."""
-    tasks = benchmark.Tasks.fresh(60, 3)
+    tasks = benchmark.Tasks.fresh(40, 3)
     variance = benchmark.Curves.of(Nearest(), tasks, 0, "variance", 2)
     random = benchmark.Curves.of(Nearest(), tasks, 0, "random", 2)
     assert variance.labels == random.labels == list(range(1, 11))
     torch.testing.assert_close(variance.chosen[0], random.chosen[0])
     gap = variance.chosen[-1] - variance.random[-1]
-    assert gap.mean() < -3 * gap.std() / 60**0.5
+    assert gap.mean() < -3 * gap.std() / 40**0.5
     control = random.chosen[-1] - random.random[-1]
-    assert abs(control.mean()) < 4 * control.std() / 60**0.5
+    assert abs(control.mean()) < 4 * control.std() / 40**0.5
     assert variance.at(6).equal(variance.chosen[5])
     torch.testing.assert_close(
-        benchmark.Curves.of(Nearest(), tasks, 0, "variance", 1, chunk=60).chosen, variance.chosen
+        benchmark.Curves.of(Nearest(), tasks, 0, "variance", 1, chunk=40).chosen, variance.chosen
     )
     several = benchmark.Curves.of(Nearest(), tasks, 0, "batch", 1)
     assert several.labels == [1, 4, 7, 10]
@@ -80,16 +80,16 @@ def test_points_to_reach():
 
 @pytest.mark.parametrize("name", list(benchmark.RUNS))
 def test_rows_of_a_short_run(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "POOL", 12)
-    monkeypatch.setattr(benchmark, "QUERY", 5)
+    for what, value in {"POOL": 9, "QUERY": 5, "GOAL": 7, "REPEATS": 1}.items():
+        monkeypatch.setattr(benchmark, what, value)
     rows = {row.name: row for row in benchmark.measure(name, 3, 2, 3, 1, True, tmp_path)}
-    expected = {"random_10_mse", "validation_mse", "seconds"}
+    expected = {"random_7_mse", "validation_mse", "seconds"}
     for criterion, count in {"information": 6, "variance": 6, "batch": 7, "random": 6}.items():
-        reach = f"{criterion}_points_to_reach_random_10_mse"
+        reach = f"{criterion}_points_to_reach_random_7_mse"
         expected |= {f"{criterion}_{count}_mse", reach, f"{reach}_median"}
     assert set(rows) == {f"{name}_{row}" for row in expected}
     assert (tmp_path / f"active_{name}.png").stat().st_size > 10_000
-    assert rows[f"{name}_information_6_mse"].reference == rows[f"{name}_random_10_mse"].ours
+    assert rows[f"{name}_information_6_mse"].reference == rows[f"{name}_random_7_mse"].ours
 
 
 def test_the_bar_is_of_the_method_that_validation_takes():

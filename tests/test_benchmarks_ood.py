@@ -16,20 +16,20 @@ from benchmarks.harness import Row
 
 def test_inside_and_outside_are_what_they_are_said_to_be():
     """By the exact probability of a line, which is sharp where there is little noise."""
-    inside, outside = benchmark.sinusoids(0.1, 200, 5), benchmark.lines(0.1, 200, 5)
+    inside, outside = benchmark.sinusoids(0.1, 50, 5), benchmark.lines(0.1, 50, 5)
     family = bm.tasks.SineOrLine(0.1)
-    assert inside.support.x.shape == outside.support.x.shape == (200, 5, 1)
+    assert inside.support.x.shape == outside.support.x.shape == (50, 5, 1)
     assert family.probability_line(inside.support).mean() < 0.05
     assert family.probability_line(outside.support).mean() > 0.95
-    validation = benchmark.sinusoids(0.1, 200, 5, validation=True)
+    validation = benchmark.sinusoids(0.1, 50, 5, validation=True)
     assert (validation.support.x - inside.support.x).abs().min() > 0
-    assert (benchmark.sinusoids(0.1, 200, 6).support.x - inside.support.x).abs().min() > 0
+    assert (benchmark.sinusoids(0.1, 50, 6).support.x - inside.support.x).abs().min() > 0
     both = torch.stack([inside.sine, inside.line]).logsumexp(0) - math.log(2)
     torch.testing.assert_close(both, family.log_evidence(inside.support))
 
 
 def test_the_oracles_area_is_the_published_one():
-    rows = {row.name: row for row in benchmark.references(3, 1000)}
+    rows = {row.name: row for row in benchmark.references(3, 300)}
     for noise, published in benchmark.ORACLE.items():
         row = rows[f"{benchmark.label(noise)}_oracle_auroc"]
         assert row.reference == published

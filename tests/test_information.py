@@ -230,11 +230,11 @@ def test_closed_forms_and_draws_agree_where_labels_say_little():
         method.prepare(batch)
         posterior = method.adapt(batch.support)
         found = bm.choose(posterior, batch.query, num_outcomes=1000)
-        drawn = bm.choose(posterior, batch.query, exact=False, num_samples=500, num_outcomes=300)
+        drawn = bm.choose(posterior, batch.query, exact=False, num_samples=300, num_outcomes=200)
         error = (found.gains - drawn.gains).squeeze(-1)
         assert (found.gains > 0.1).all()
         assert abs(float(error.mean())) < 5 * float(error.std()) / math.sqrt(4) + 0.05
-        assert float(error.abs().max()) < 0.25  # 4 / √300
+        assert float(error.abs().max()) < 0.3  # 4 / √200
         variance = bm.choose(posterior, batch.query, criterion="variance")
         assert variance.closed_form
         expected = posterior.predictive(batch.query).variance.double().max(-1).values

@@ -8,12 +8,13 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from forecast_cases import Counts, Labels, Linear, label_tasks, linear_tasks
+from forecast_cases import Counts, Labels, Linear, Phi, label_tasks, linear_tasks
 
 import bayesmeta as bm
 from bayesmeta.diagnostics import recalibration
 from bayesmeta.diagnostics.corrections import interpolate
 from bayesmeta.errors import DataError, NoClosedFormError, OptionError, ShapeError, UnsupportedError
+from bayesmeta.ops.random import as_generator
 
 F64 = torch.float64
 HOW = ("temperature", "isotonic", "conformal")
@@ -65,6 +66,61 @@ def test_the_temperature_is_one_over_the_factor():
         )
         # 200 draws know a scale to 5%, and the 100 tasks have draws of their own
         assert sampled.value == pytest.approx(closed.value, rel=0.03)
+
+
+class Heavy(Linear):
+    """Student-t forecasts with 3 degrees of freedom: each draw of the noise's precision gives a Normal."""
+
+    def draws(self, num_samples, generator=None):
+        generator = as_generator(generator, stream="draws")
+        return Phi(torch.randn(num_samples, self.num_tasks, 3, generator=generator, dtype=F64).square().mean(-1))
+
+    def _normal(self, shape, draws):
+        return dist.Normal(torch.full(shape[1:], self.offset, dtype=F64), self.factor / draws.u.unsqueeze(-1).sqrt())
+
+    def log_likelihood(self, observations, *, draws):
+        return self._normal((1, *observations.y.shape), draws).log_prob(observations.y)
+
+    def predict(self, x, num_samples=1000, *, draws=None, generator=None):
+        draws = self.draws(num_samples, generator) if draws is None else draws
+        z = torch.randn(len(draws.u), *self._x(x).shape[:2], generator=as_generator(generator), dtype=F64)
+        return self.offset + z * self.factor / draws.u.unsqueeze(-1).sqrt()
+
+    def predictive(self, x, *, joint=False):
+        if joint or not self.closed:
+            raise NoClosedFormError("hidden")
+        loc = torch.full(self._x(x).shape[:2], self.offset, dtype=F64)
+        return dist.StudentT(3.0, loc, self.factor * torch.ones_like(loc))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_of_a_heavy_tail_the_temperature_is_learned_on_the_closed_form_and_leaves_one(factor):
+    family, batch = linear_tasks(600, seed=3)
+    y = scipy.stats.t(3).rvs((600, 6), random_state=5)
+    batch = replace(batch, query=batch.query.with_y(torch.as_tensor(y)))
+    valid, new = batch.tasks(slice(0, 300)), batch.tasks(slice(300, None))
+    wrong, target = (Heavy(family, part.support, factor) for part in (valid, new))
+    correction = bm.recalibrate(wrong, valid, num_samples=8)
+    # the information of 1800 points about log τ is 2 df / (df + 3) = 1 each, so that the error is 1 / √1800
+    assert abs(math.log(correction.value * factor)) < 4 / math.sqrt(1800)
+    hidden = bm.recalibrate(Heavy(family, valid.support, factor, closed=False), valid, num_samples=8)
+    assert abs(math.log(hidden.value * factor)) > 4 / math.sqrt(1800), "control: 8 draws have no tail"
+    after = correction(target).predictive(new.query.x)
+    exact = dist.StudentT(
+        3.0, torch.zeros(300, 6, dtype=F64), correction.value * factor * torch.ones(300, 6, dtype=F64)
+    )
+    torch.testing.assert_close(after.log_prob(new.query.y), exact.log_prob(new.query.y))
+    torch.testing.assert_close(after.mean, exact.mean)
+    torch.testing.assert_close(after.variance, exact.variance)
+
+
+def test_a_joint_heavy_tail_is_stretched_as_a_whole():
+    loc, root = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([[1.0, 0.0], [0.5, 0.7]], dtype=F64)
+    joint = dist.MultivariateStudentT(torch.tensor(5.0, dtype=F64), loc, root)
+    found = bm.diagnostics.corrections.Temperature(2.0, "real", 3).posterior_predictive(joint, True)
+    y = torch.tensor([[0.3, 4.0], [1.0, 1.0]], dtype=F64)
+    expected = dist.MultivariateStudentT(torch.tensor(5.0, dtype=F64), loc, 2 * root).log_prob(y)
+    torch.testing.assert_close(found.log_prob(y), expected)
 
 
 def test_each_draw_stays_with_its_phi():

@@ -63,13 +63,49 @@ class Recalibration:
         raise NoClosedFormError(f"{type(self).__name__} leaves no closed-form predictive; use predict for draws.")
 
 
+class Stretched(torch.distributions.TransformedDistribution):
+    """The distribution of m + τ (y − m).
+
+    Args:
+        base: of y.
+        centre: m, ``[*batch_shape, *event_shape]``.
+        factor: τ, above 0.
+    """
+
+    def __init__(self, base: Any, centre: Tensor, factor: float) -> None:
+        self.centre, self.factor = centre, factor
+        affine = torch.distributions.AffineTransform((1.0 - factor) * centre, factor, event_dim=len(base.event_shape))
+        super().__init__(base, [affine], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Its mean, ``[*batch_shape, *event_shape]``."""
+        return self.centre + self.factor * (self.base_dist.mean - self.centre)
+
+    @property
+    def variance(self) -> Tensor:
+        """Its variance, ``[*batch_shape, *event_shape]``."""
+        return self.base_dist.variance * self.factor**2
+
+
+def centre_of(distribution: Any) -> Tensor | None:
+    """The point about which a distribution is stretched: its location, else its mean; None where it has neither."""
+    if not isinstance(distribution, torch.distributions.Distribution):
+        return None
+    try:
+        centre = getattr(distribution, "loc", None)
+        return distribution.mean if centre is None else centre
+    except NotImplementedError:
+        return None
+
+
 @dataclass(frozen=True)
 class Temperature(Recalibration):
     """One number, by which the spread of the predictive is multiplied about its mean; logits are divided by it.
 
     F̃(y) = F(m + (y − m) / τ). Of classes, of each φ: softmax(log p(k | x, φ) / τ). Of counts on the scale of Normal
-    quantiles, F̃(k) = Φ(Φ⁻¹(F(k)) / τ), which of a Normal F is the same and of counts keeps the median (ours). A Normal
-    stays one, so closed forms stay. Source: C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern
+    quantiles, F̃(k) = Φ(Φ⁻¹(F(k)) / τ), which of a Normal F is the same and of counts keeps the median (ours). Closed
+    forms stay. Source: C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern
     Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599, section 4.2, for classes; of real numbers it is D.
     Levi, L. Gispan, N. Giladi, E. Fetaya, "Evaluating and Calibrating Uncertainty Prediction in Regression Tasks",
     2019, https://arxiv.org/abs/1905.11659, section 4.1.
@@ -95,7 +131,7 @@ class Temperature(Recalibration):
         return z / self.value
 
     def posterior_predictive(self, distribution: Any, joint: bool) -> Any:
-        """The same Normal or multivariate Normal with τ times its standard deviations."""
+        """The same distribution with τ times its spread: a Normal stays one, of others y ↦ m + τ (y − m) is taken."""
         torch_dist = torch.distributions
         if isinstance(distribution, torch_dist.Independent):
             inner = self.posterior_predictive(distribution.base_dist, joint)
@@ -105,7 +141,10 @@ class Temperature(Recalibration):
         if isinstance(distribution, torch_dist.MultivariateNormal):
             covariance = distribution.covariance_matrix * self.value**2
             return torch_dist.MultivariateNormal(distribution.loc, covariance, validate_args=False)
-        raise NoClosedFormError("Only a Normal predictive stays in closed form; use predict for draws.")
+        centre = centre_of(distribution)
+        if centre is None or self.kind != "real":
+            raise NoClosedFormError("This predictive has no mean in closed form; use predict for draws.")
+        return Stretched(distribution, centre, self.value)
 
     def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
         """m + τ (F⁻¹(u) − m)."""

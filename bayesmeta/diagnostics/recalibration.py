@@ -19,6 +19,7 @@ from bayesmeta.diagnostics.corrections import (
     Isotonic,
     Recalibration,
     Temperature,
+    centre_of,
     inside,
     moments,
     weighted_quantile,
@@ -26,6 +27,7 @@ from bayesmeta.diagnostics.corrections import (
 from bayesmeta.diagnostics.forecasts import Predictor, check_finite, task_names, valid_points
 from bayesmeta.diagnostics.recalibrated import check_not_twice, class_log_likelihoods, normal_parts
 from bayesmeta.diagnostics.recalibrated_counts import CountForecast, count_forecast, log_step
+from bayesmeta.diagnostics.scores import log_density
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
@@ -142,10 +144,18 @@ def _temperature(predictor: Predictor, query: Observations, weight: Tensor, mean
     outputs = 1 if y.dim() == 2 else y.shape[-1]
     keep = weight > 0
 
+    # a mixture of draws has too thin tails, and a factor that is learned on it makes up for that
+    closed = predictor.closed_form(query)
+    centre = mean if closed is None else centre_of(closed)
+    centre = mean if centre is None else centre.double().expand(mean.shape)
+
     def loss(log_value: float) -> float:
-        before = (mean + (y - mean) / math.exp(log_value)).to(query.x.dtype)
-        each = predictor.log_likelihood(query.with_y(before))
-        point = each.logsumexp(0) - math.log(len(each))
+        before = (centre + (y - centre) / math.exp(log_value)).to(query.x.dtype)
+        if closed is not None:
+            point = log_density(closed, before)
+        else:
+            each = predictor.log_likelihood(query.with_y(before))
+            point = each.logsumexp(0) - math.log(len(each))
         return outputs * log_value - float(torch.where(keep, weight * point, 0.0).sum())
 
     return math.exp(_minimum(loss))
