@@ -116,7 +116,6 @@ RUNS: dict[tuple[str, str], Run] = {
         num_draws=NUTS_DRAWS,
     ),
     ("last_layer", "inverse_gamma"): Run(on("inverse_gamma", bm.BayesianLastLayer), exact=True),
-    ("laplace", "inverse_gamma"): newton("inverse_gamma", "ggn", 60, 0.2),
     ("abml_full", "inverse_gamma"): variational("inverse_gamma", "full"),
     ("last_layer", "inverse_wishart"): Run(on("inverse_wishart", bm.BayesianLastLayer), exact=True),
     ("last_layer_mixture", "mixture"): Run(on("mixture", bm.BayesianLastLayerMixture), exact=True),

@@ -272,6 +272,7 @@ def test_several_outputs_count_together():
 
     support = replace(batch.support, y=torch.stack([batch.support.y] * 2, -1))
     other = Two(tasks, batch.support)
+    other.support = support
     result = bm.calibration(other, bm.TaskBatch(support, replace(batch.query, y=two)))
     torch.testing.assert_close(result.pit[..., 0], pit)
     assert result.pit.shape == (30, 6, 2)

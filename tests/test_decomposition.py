@@ -11,7 +11,14 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 import bayesmeta as bm
-from bayesmeta.errors import EmptyTaskError, NonFiniteDataError, OptionError, ShapeError, UnsupportedError
+from bayesmeta.errors import (
+    EmptyTaskError,
+    NoClosedFormError,
+    NonFiniteDataError,
+    OptionError,
+    ShapeError,
+    UnsupportedError,
+)
 
 F64 = torch.float64
 
@@ -29,6 +36,9 @@ class Particles:
     def draws(self, num_samples, generator=None):
         assert num_samples == self.num_draws, "each particle once"
         return Phi(self.loc)
+
+    def predictive(self, x, *, joint=False):
+        raise NoClosedFormError("particles")
 
     def _distribution(self, x):
         return dist.Normal(self.loc.expand(-1, 1, x.shots), self.scale)
@@ -159,3 +169,53 @@ def test_errors_are_typed():
     posterior.mean[1] = math.nan
     with pytest.raises(NonFiniteDataError):
         bm.decompose(posterior, batch.query)
+
+
+# -- closed forms -------------------------------------------------------------------------------------------------
+
+
+def test_of_a_gaussian_process_the_function_is_what_there_is_to_learn():
+    """Far from the support its values there say nothing, and all but the noise is epistemic."""
+    torch.manual_seed(0)
+    network = bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(0.1), "point")
+    method = bm.DeepKernel(network.double(), kernel="rbf", inputs="raw").eval()
+    support = bm.Observations(torch.zeros(3, 1, 1, dtype=F64), torch.ones(3, 1, dtype=F64))
+    posterior = method.adapt(support)
+    x = torch.tensor([0.0, 50.0], dtype=F64).reshape(1, 2, 1).expand(3, -1, -1)
+    found = bm.decompose(posterior, bm.Observations(x))
+    noise = float(method.program.noise_variance)
+    predictive = posterior.predictive(x)
+    torch.testing.assert_close(found.variance, predictive.variance.double())
+    torch.testing.assert_close(found.aleatoric_variance, torch.full((3, 2), noise, dtype=F64), rtol=1e-6, atol=1e-9)
+    expected = 0.5 * (predictive.variance / noise).log()
+    torch.testing.assert_close(found.mutual_information, expected, rtol=1e-5, atol=1e-6)
+    assert (found.epistemic_variance[:, 1] > 10 * found.epistemic_variance[:, 0]).all()
+    assert found.num_draws == 0
+
+
+def test_closed_forms_and_draws_agree():
+    tasks, batch = linear_tasks(40)
+    exact = bm.decompose(Linear(tasks, batch.support), batch.query)
+    drawn = bm.decompose(Linear(tasks, batch.support, closed=False), batch.query, num_samples=500, num_outcomes=500)
+    assert exact.num_draws == 0
+    assert drawn.num_draws == 500
+    for name in ("entropy", "mutual_information", "epistemic_variance"):
+        gap = (getattr(drawn, name) - getattr(exact, name)).mean(-1)  # the points of a task share its draws
+        assert abs(gap.mean().item()) < 4 * gap.std().item() / math.sqrt(40) + 2e-3, name
+
+
+def test_the_entropy_of_a_mixture_by_quadrature():
+    from bayesmeta.diagnostics.information import Elliptical
+
+    loc = torch.tensor([0.0, 1.5], dtype=F64).reshape(2, 1, 1).expand(2, 1, 200)
+    scale = torch.tensor([0.25, 1.0], dtype=F64).reshape(2, 1, 1, 1) * torch.eye(200, dtype=F64)
+    weights = torch.tensor([[0.3], [0.7]], dtype=F64).log()
+    joint = Elliptical(weights, loc, scale, None, scale.diagonal(dim1=-2, dim2=-1))
+
+    def density(y):
+        return 0.3 * norm.pdf(y, 0.0, 0.5) + 0.7 * norm.pdf(y, 1.5, 1.0)
+
+    truth = quad(lambda y: -density(y) * np.log(density(y)), -8, 10, limit=200)[0]
+    found = joint.entropy(100, torch.Generator().manual_seed(0))
+    assert found.mean().item() == pytest.approx(truth, abs=4 * found.std().item() / math.sqrt(200))
+    assert joint.noise_entropy()[0, 0].item() < truth - 0.1, "control: given the component it is less"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks, counted
+from bayesmeta.diagnostics.checks import check_same_tasks, counted
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite
 from bayesmeta.diagnostics.information import Elliptical, elliptical, greedy_mixture, greedy_normal
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.errors import EmptyTaskError, OptionError, UnsupportedError

@@ -22,7 +22,7 @@ from bayesmeta.diagnostics.reliability import Reliability, reliability
 from bayesmeta.diagnostics.uniformity import Shape, bonferroni, legendre, shape_of, t_test
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.protocols import Posterior
+from bayesmeta.protocols import Posterior, TargetKind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +35,15 @@ _LEAST_TASKS = 3  # for a spread over tasks that is worth a test
 LEVELS = tuple(i / 20 for i in range(1, 20))
 
 _OF_NUMBERS = "learning the noise scale, "
+_ANOTHER = "another likelihood (StudentT)"
+#: What is said instead: counts have no scale of the noise, and classes neither likelihood nor scale to choose.
+_INSTEAD = {
+    "count": {
+        _OF_NUMBERS: "another likelihood of counts (NegativeBinomial with learn_concentration=True), ",
+        _ANOTHER: "another likelihood of counts (NegativeBinomial with learn_concentration=True)",
+    },
+    "class": {_OF_NUMBERS: "", _ANOTHER: "another model of the logits"},
+}
 _ADVICE = {
     "calibrated": "No correction is called for.",
     "over-confident": f"Try bm.recalibrate on validation tasks, {_OF_NUMBERS}or a method with a wider posterior over "
@@ -44,7 +53,7 @@ _ADVICE = {
     "'isotonic'.",
     "too high": "The forecasts lie above the data: look for tasks unlike those of training; try bm.recalibrate with "
     "'isotonic'.",
-    "miscalibrated": "Their width is right on the whole, their form is not: try another likelihood (StudentT), or "
+    "miscalibrated": f"Their width is right on the whole, their form is not: try {_ANOTHER}, or "
     "bm.recalibrate with 'isotonic'.",
     "unknown": "Give more tasks.",
 }
@@ -203,7 +212,7 @@ def calibration(
     if posterior.target_kind == "class":
         return _of_classes(predictor, batch, valid, alpha, num_bins)
     pit = _pit(predictor, batch, valid, generator)
-    return _of_numbers(pit, valid, grid, alpha)
+    return _of_numbers(pit, valid, grid, alpha, posterior.target_kind)
 
 
 def _pit(predictor: Predictor, batch: TaskBatch, valid: Tensor, generator: Seed) -> Tensor:
@@ -218,7 +227,7 @@ def _pit(predictor: Predictor, batch: TaskBatch, valid: Tensor, generator: Seed)
     return torch.where(keep, forecast.pit(y, uniform), math.nan)
 
 
-def _of_numbers(pit: Tensor, valid: Tensor, levels: Tensor, alpha: float) -> Calibration:
+def _of_numbers(pit: Tensor, valid: Tensor, levels: Tensor, alpha: float, kind: TargetKind) -> Calibration:
     counts = valid.any(-1)
 
     def per_task(value: Tensor) -> Tensor:
@@ -251,7 +260,7 @@ def _of_numbers(pit: Tensor, valid: Tensor, levels: Tensor, alpha: float) -> Cal
     each = {"coverage": covered[:, :-2], "moments": moments}
     verdict = (
         f"90% intervals cover {_percent(values['coverage_90'], errors['coverage_90'])} of the query of "
-        f"{tasks} task{'s' if tasks > 1 else ''}: {_say(finding, shape.p_value)}"
+        f"{tasks} task{'s' if tasks > 1 else ''}: {_say(finding, shape.p_value, kind)}"
     )
     return Calibration(values, errors, levels, mean[:-2], error[:-2], pit, each, tasks, finding, verdict)
 
@@ -317,7 +326,7 @@ def _of_classes(predictor: Predictor, batch: TaskBatch, valid: Tensor, alpha: fl
     verdict = (
         f"The most probable class has probability {values['confidence']:.0%} and is right "
         f"{_percent(values['accuracy'], errors['accuracy'])} of the time, over {tasks} "
-        f"task{'s' if tasks > 1 else ''}: {_say(finding, p_value).replace(_OF_NUMBERS, '')}"
+        f"task{'s' if tasks > 1 else ''}: {_say(finding, p_value, 'class')}"
     )
     return ClassCalibration(values, errors, equal, adaptive, each, tasks, finding, verdict)
 
@@ -346,7 +355,10 @@ def _percent(value: float, error: float) -> str:
     return f"{value:.1%}" if math.isnan(error) else f"{value:.1%} ± {error:.1%}"
 
 
-def _say(finding: Finding, p_value: float) -> str:
+def _say(finding: Finding, p_value: float, kind: TargetKind) -> str:
+    advice = _ADVICE[finding]
+    for words, other in _INSTEAD.get(kind, {}).items():
+        advice = advice.replace(words, other)
     if finding == "unknown":
-        return f"too few tasks to tell ({_LEAST_TASKS} are the least). {_ADVICE[finding]}"
-    return f"{finding} (p = {p_value:.2g}). {_ADVICE[finding]}"
+        return f"too few tasks to tell ({_LEAST_TASKS} are the least). {advice}"
+    return f"{finding} (p = {p_value:.2g}). {advice}"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.diagnostics.checks import check_same_tasks
 from bayesmeta.diagnostics.corrections import Recalibration, weighted_quantile
-from bayesmeta.diagnostics.forecasts import Predictor
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -67,12 +68,16 @@ class ConformalSets(Recalibration):
         Raises:
             OptionError: for a level outside (0, 1).
             UnsupportedError: for targets that are no classes, or of several outputs.
+            ShapeError, NonFiniteDataError: for other tasks or inputs, and probabilities that are not finite.
         """
         if not 0.0 < level < 1.0:
             raise OptionError(f"level={level}; expected a number between 0 and 1, both excluded.")
         if posterior.target_kind != "class":
             raise UnsupportedError(f"Conformal sets are of classes; these targets are {posterior.target_kind!r}.")
+        check_same_tasks(posterior, observations)
         score = _scores(Predictor(posterior, num_samples, generator), observations)
+        names = [str(i) for i in range(len(score))]
+        check_finite(score, observations.full_mask(), "probability of a class", names)
         least = score == score.amin(-1, keepdim=True)
         return least | (score <= weighted_quantile(self.scores, self.weights, level) + 1e-12)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.diagnostics.forecasts import check_draws
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
@@ -40,9 +41,12 @@ def contraction(
         For each number of shots, by parameter the mean and its standard error over tasks (NaN for one task).
 
     Raises:
-        OptionError: for numbers of shots that the tasks do not have.
+        OptionError: for numbers of shots that the tasks do not have, and fewer than 2 draws.
+        NonFiniteDataError: for draws that are not finite, naming the task.
         UnsupportedError: by ``prior_draws``, for a prior without a density.
     """
+    if num_samples < 2:
+        raise OptionError(f"num_samples={num_samples}; expected at least 2 draws.")
     least = int(support.counts().min())
     if not shots or min(shots) < 1 or max(shots) > least:
         raise OptionError(f"shots={list(shots)}; expected numbers from 1 to {least}, which every task has.")
@@ -59,6 +63,10 @@ def _of(posterior: Posterior, num_samples: int, source: torch.Generator) -> dict
     """By parameter, mean and standard error over tasks."""
     after = posterior.named(posterior.draws(num_samples, source))
     before = posterior.named(posterior.prior_draws(num_samples, source))
+    names = [str(i) for i in range(posterior.num_tasks)]
+    real = torch.ones(posterior.num_tasks, dtype=torch.bool, device=posterior.support.device)
+    for sites in (after, before):
+        check_draws(sites, real, names)
     out = {}
     for name, value in after.items():
         prior = before[name].double().var(0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.forecasts import NormalForecast, Predictor
+from bayesmeta.diagnostics.checks import check_same_tasks
+from bayesmeta.diagnostics.forecasts import NormalForecast, Predictor, check_finite
 from bayesmeta.diagnostics.metrics import log_score_normal
 from bayesmeta.diagnostics.recalibrated import BaseForecast, RecalibratedPosterior, normal_parts
 from bayesmeta.errors import NoClosedFormError, OptionError, UnsupportedError
@@ -290,9 +291,12 @@ class Conformal(Recalibration):
         Raises:
             OptionError: for a level outside (0, 1).
             UnsupportedError: for targets of another kind than those it was learned on.
+            ShapeError, NonFiniteDataError: for other tasks or inputs, and forecasts that are not finite.
         """
         self._same_kind(posterior, self.kind)
+        check_same_tasks(posterior, observations)
         mean, scale = moments(Predictor(posterior, num_samples, generator), observations)
+        check_finite(mean + scale, observations.full_mask(), "forecast", [str(i) for i in range(len(mean))])
         half = self.factor(level) * scale
         if self.kind == "count":
             # rounding must not take away the end on which a count lies that was as far off as the factor says

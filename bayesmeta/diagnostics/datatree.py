@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bayesmeta.data import TaskBatch
+from bayesmeta.diagnostics.checks import check_batch, check_same_support
 from bayesmeta.diagnostics.datatree_groups import NO_LOO, Export, build_tree, refusal_of
-from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_same_tasks
-from bayesmeta.errors import DataError, OptionError, UnsupportedError
+from bayesmeta.diagnostics.forecasts import Predictor
+from bayesmeta.errors import DataError, NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
 
@@ -80,7 +82,7 @@ def to_datatree(
             choice of a sampler's draws.
     """
     check_batch(batch)
-    check_same_tasks(posterior, batch.support)
+    check_same_support(posterior, batch)
     num_samples, chains = _sizes(posterior, num_samples, chains)
     standardizer = batch.standardizer if raw_units else None
     export = Export(Predictor(posterior, num_samples, generator), batch, chains, standardizer)
@@ -159,12 +161,18 @@ def loo(
                 "such as ABML or Laplace, or more draws or particles; or score the query with bayesmeta.scores."
             )
         num_samples = min(num_samples, posterior.num_draws)  # repeated draws would have equal weights
-    check_same_tasks(posterior, batch.support)
+    check_batch(batch)
+    check_same_support(posterior, batch)
     standardizer = batch.standardizer if raw_units else None
     num_samples, chains = _sizes(posterior, num_samples, None)
     export = Export(Predictor(posterior, num_samples, generator), batch, chains, standardizer)
     if batch.support.y is None or not bool(export.valid("support").any()):
         raise DataError("Leave-one-out needs a support with targets; this batch has none.")
+    if not np.isfinite(export.log_likelihood()).all():
+        raise NonFiniteDataError(
+            "The log-likelihood of the support is not finite under some draws, so that leaving one out has no weights. "
+            "Give the likelihood noise, and look for draws that have diverged."
+        )
     tree = build_tree(export, export.latents(only_posterior=True) | {"log_likelihood": {"y": export.log_likelihood()}})
     densities = export.log_densities()
     if densities is None:

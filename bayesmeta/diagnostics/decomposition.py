@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.diagnostics.checks import check_same_tasks, in_words
+from bayesmeta.diagnostics.forecasts import points
+from bayesmeta.diagnostics.information import elliptical
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior, class_log_likelihoods
-from bayesmeta.errors import EmptyTaskError, NonFiniteDataError, OptionError, ShapeError, UnsupportedError
+from bayesmeta.errors import EmptyTaskError, NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
+
+#: Points of a task that are asked for together: the covariance of all would grow with their square.
+_POINTS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +29,12 @@ class Decomposition:
     Attributes:
         entropy: of the predictive, nats, ``[tasks, shots]``; of numbers a differential entropy, which may be negative.
         aleatoric_entropy: mean over φ of the entropy given φ: what is left when φ is known.
-        mutual_information: their difference, between y and φ: what is epistemic. At most log of the number of draws.
+        mutual_information: their difference, between y and φ: what is epistemic. From draws of φ at most the log of
+            their number.
         variance, aleatoric_variance, epistemic_variance: of numbers and counts, in the shape of y: of the predictive,
             mean over φ of the variance given φ, and variance over φ of the mean given φ. None for classes. An
             estimate of the epistemic part may be slightly below 0.
-        num_draws: draws of φ; 1 for a point estimate, whose epistemic parts are exactly 0.
+        num_draws: draws of φ; 1 for a point estimate, whose epistemic parts are exactly 0; 0 for a closed form.
     """
 
     entropy: Tensor
@@ -68,11 +75,13 @@ def decompose(
     Huszár, Z. Ghahramani, M. Lengyel, "Bayesian Active Learning for Classification and Preference Learning", 2011,
     https://arxiv.org/abs/1112.5745, eq. 2.
 
-    It reads nothing but draws of φ, draws of y and log p(y | x, φ), and so is right for any likelihood. Of classes the
-    entropies are exact sums given the draws of φ; of numbers they are means of log-densities over outcomes y, drawn
-    evenly from the draws of φ. The variances come from two or more draws of y under each φ, as in an analysis of
-    variance. A posterior made of particles is taken as it is, each particle once, so that one particle has a mutual
-    information of 0.
+    Where the joint predictive is a Normal, a Student-t or a mixture of them, the parts are those of the closed form
+    (of the entropy of a mixture a mean over outcomes), and φ is what two labels at one point share: of a Gaussian
+    process the function, of which its values at the support do not say enough elsewhere. Else it reads nothing but
+    draws of φ, draws of y and log p(y | x, φ), and so is right for any likelihood. Of classes the entropies are exact
+    sums given the draws of φ; of numbers they are means of log-densities over outcomes y, drawn evenly from the draws
+    of φ. The variances come from two or more draws of y under each φ, as in an analysis of variance. A posterior made
+    of particles is taken as it is, each particle once, so that one particle has a mutual information of 0.
 
     Args:
         posterior: any posterior, except a recalibrated one.
@@ -94,6 +103,10 @@ def decompose(
     _check(posterior, observations, num_samples, num_outcomes)
     inputs = observations.with_y(None)
     generator = as_generator(generator, inputs.device, "decomposition")
+    if posterior.target_kind == "real" and not posterior.is_point:
+        exact = _closed_form(posterior, inputs, num_outcomes, generator)
+        if exact is not None:
+            return exact
     count = 1 if posterior.is_point else min(num_samples, posterior.num_draws or num_samples)
     draws = posterior.draws(count, generator)
     mask = inputs.full_mask()
@@ -102,18 +115,46 @@ def decompose(
         variances: list[Tensor] | None = None
     else:
         repeats = max(2, math.ceil(num_outcomes / count))
-        y = torch.stack([posterior.predict(inputs, draws=draws, generator=generator) for _ in range(repeats)])
+        with in_words():
+            y = torch.stack([posterior.predict(inputs, draws=draws, generator=generator) for _ in range(repeats)])
         if not bool((torch.isfinite(y.reshape(repeats * count, *mask.shape, -1)).all(-1) | ~mask).all()):
             raise NonFiniteDataError("Some predictions are not finite; the adaptation has probably diverged.")
         total, noise = _entropies(posterior, inputs, draws, y, num_outcomes)
         variances = _variances(y.double())
 
+    return _result(mask, total, noise, variances, count)
+
+
+def _result(mask: Tensor, total: Tensor, noise: Tensor, variances: list[Tensor] | None, count: int) -> Decomposition:
     def kept(value: Tensor) -> Tensor:
         keep = mask if value.dim() == 2 else mask.unsqueeze(-1)
         return torch.where(keep, value, math.nan)
 
     variance, aleatoric, epistemic = (None, None, None) if variances is None else (kept(v) for v in variances)
     return Decomposition(kept(total), kept(noise), kept(total - noise), variance, aleatoric, epistemic, count)
+
+
+def _closed_form(
+    posterior: Posterior, inputs: Observations, num_outcomes: int, generator: torch.Generator
+) -> Decomposition | None:
+    """The parts of a joint predictive in closed form; None where there is none, or no finite variance."""
+    parts = []
+    for start in range(0, inputs.shots, _POINTS):
+        joint = elliptical(posterior, points(inputs, slice(start, start + _POINTS)))
+        total = None if joint is None else joint.covariance()
+        if joint is None or total is None:
+            return None
+        factor = 1.0 if joint.df is None else (joint.df / (joint.df - 2)).unsqueeze(-1)
+        aleatoric = (joint.log_weights.exp().unsqueeze(-1) * joint.noise * factor).sum(0)
+        variance = total.diagonal(dim1=-2, dim2=-1)
+        noise = joint.noise_entropy()
+        parts.append((joint.entropy(num_outcomes, generator), noise, variance, aleatoric, variance - aleatoric))
+    entropy, noise, *variances = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    mask = inputs.full_mask()
+    finite = entropy.isfinite() & noise.isfinite() & torch.stack(variances).isfinite().all(0)
+    if not bool((finite | ~mask).all()):
+        raise NonFiniteDataError("Some predictions are not finite; the adaptation has probably diverged.")
+    return _result(mask, entropy, noise, variances, 0)
 
 
 def _check(posterior: Posterior, observations: Observations, num_samples: int, num_outcomes: int) -> None:
@@ -124,11 +165,7 @@ def _check(posterior: Posterior, observations: Observations, num_samples: int, n
             "The uncertainty of a recalibrated posterior cannot be split: its correction belongs neither to φ nor to "
             "the noise. Split that of the posterior that was recalibrated."
         )
-    if observations.num_tasks != posterior.num_tasks:
-        raise ShapeError(
-            f"The observations have {observations.num_tasks} tasks, but the posterior was adapted to "
-            f"{posterior.num_tasks}. Give the same tasks in the same order."
-        )
+    check_same_tasks(posterior, observations)
     if not bool(observations.full_mask().any()):
         raise EmptyTaskError("No observation is real, so there is nothing to predict.")
 

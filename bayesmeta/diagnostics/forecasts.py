@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
+from bayesmeta.diagnostics.checks import check_batch, check_same_support, check_same_tasks, in_words
 from bayesmeta.diagnostics.metrics import brier_score, crps_ensemble, crps_normal
-from bayesmeta.errors import DataError, EmptyTaskError, NoClosedFormError, NonFiniteDataError, OptionError, ShapeError
+from bayesmeta.errors import DataError, EmptyTaskError, NoClosedFormError, NonFiniteDataError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior
 
@@ -160,12 +161,14 @@ class Predictor:
         """Draws of φ (and θ)."""
         self.used_draws = True
         source = self.posterior.prior_draws if self.prior else self.posterior.draws
-        return source(self.num_samples, self.generator)
+        with in_words():
+            return source(self.num_samples, self.generator)
 
     def closed_form(self, observations: Observations, *, joint: bool = False) -> Any | None:
         """The predictive distribution at the inputs of observations, or None where there is no closed form."""
         try:
-            return self.posterior.predictive(observations.with_y(None), joint=joint)
+            with in_words():
+                return self.posterior.predictive(observations.with_y(None), joint=joint)
         except NoClosedFormError:
             return None
 
@@ -187,22 +190,26 @@ class Predictor:
         """Probabilities of the classes at the inputs of observations, float64."""
         exact = self.posterior.is_point or self.closed_form(observations) is not None
         draws = None if exact else self.draws
-        parts = [
-            self.posterior.class_probabilities(part.with_y(None), draws=draws) for part in self._slices(observations)
-        ]
+        with in_words():
+            parts = [
+                self.posterior.class_probabilities(part.with_y(None), draws=draws)
+                for part in self._slices(observations)
+            ]
         return ClassForecast(torch.cat(parts, 1).double())
 
     def predict(self, observations: Observations) -> Tensor:
         """Draws of y at the inputs of observations, ``[n, tasks, shots, …]``."""
-        parts = [
-            self.posterior.predict(part.with_y(None), self.num_samples, draws=self.draws, generator=self.generator)
-            for part in self._slices(observations)
-        ]
+        with in_words():
+            parts = [
+                self.posterior.predict(part.with_y(None), self.num_samples, draws=self.draws, generator=self.generator)
+                for part in self._slices(observations)
+            ]
         return torch.cat(parts, 2)
 
     def log_likelihood(self, observations: Observations) -> Tensor:
         """log p(y | x, φ) under each draw, float64, ``[n, tasks, shots]``."""
-        parts = [self.posterior.log_likelihood(o, draws=self.draws).double() for o in self._slices(observations)]
+        with in_words():
+            parts = [self.posterior.log_likelihood(o, draws=self.draws).double() for o in self._slices(observations)]
         return torch.cat(parts, 2)
 
 
@@ -224,72 +231,6 @@ def _normal_parts(distribution: Any) -> tuple[Tensor, Tensor] | None:
     if isinstance(distribution, torch.distributions.Normal):
         return distribution.loc, distribution.scale
     return None
-
-
-def check_batch(batch: Any) -> None:
-    """Check that a batch is one.
-
-    Raises:
-        OptionError: for observations or anything else.
-    """
-    if not isinstance(batch, TaskBatch):
-        raise OptionError(f"A TaskBatch of support and query is needed here; got {type(batch).__name__}.")
-
-
-def check_same_tasks(posterior: Posterior, observations: Observations) -> None:
-    """Check that observations are of as many tasks as the posterior.
-
-    Raises:
-        ShapeError: if they are not.
-    """
-    if observations.num_tasks != posterior.num_tasks:
-        raise ShapeError(
-            f"The batch has {observations.num_tasks} tasks, but the posterior was adapted to {posterior.num_tasks}. "
-            "Give the batch whose support it was adapted to."
-        )
-
-
-def counted(observations: Observations, real: Tensor | None) -> Tensor:
-    """Which observations count: those that are no padding, of tasks that are none.
-
-    Args:
-        observations: of any tasks.
-        real: True for tasks that are no padding, ``[tasks]``, as ``TaskBatch.real_tasks`` gives; None: all.
-
-    Returns:
-        ``[tasks, shots]``.
-
-    Raises:
-        ShapeError: for ``real`` of another shape or dtype.
-    """
-    if real is None:
-        return observations.full_mask()
-    if not isinstance(real, Tensor) or real.shape != (observations.num_tasks,) or real.dtype != torch.bool:
-        given = f"{list(real.shape)} of {real.dtype}" if isinstance(real, Tensor) else type(real).__name__
-        raise ShapeError(f"real is {given}; expected [{observations.num_tasks}] of bool, as batch.real_tasks() gives.")
-    return observations.full_mask() & real.to(observations.device).unsqueeze(-1)
-
-
-def real_tasks(posterior: Posterior, batch: Any | None) -> Tensor:
-    """Which tasks of a posterior count: those that a batch does not call padding, or all where there is no batch.
-
-    Returns:
-        True for tasks that count, ``[tasks]``.
-
-    Raises:
-        OptionError, ShapeError: for what is no batch, or one of other tasks.
-        EmptyTaskError: when all are padding.
-    """
-    real = None
-    if batch is not None:
-        check_batch(batch)
-        check_same_tasks(posterior, batch.support)
-        real = batch.real_tasks()
-    if real is None:
-        return torch.ones(posterior.num_tasks, dtype=torch.bool, device=posterior.support.device)
-    if not bool(real.any()):
-        raise EmptyTaskError("All tasks of the batch are padding (task_id -1); at least one must be real.")
-    return real
 
 
 def task_names(batch: TaskBatch) -> list[str]:
@@ -319,6 +260,7 @@ def valid_points(posterior: Posterior, batch: Any, what: str) -> Tensor:
     """
     check_batch(batch)
     check_same_tasks(posterior, batch.query)
+    check_same_support(posterior, batch)
     if batch.query.y is None:
         raise DataError(f"{what} the targets of the query; this batch has query.y=None.")
     batch.query.check()

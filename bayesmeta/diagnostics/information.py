@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, union
+from bayesmeta.diagnostics.checks import in_words
+from bayesmeta.diagnostics.forecasts import in_words
 from bayesmeta.errors import NoClosedFormError
+from bayesmeta.ops.random import forked_rng
 from bayesmeta.protocols import Posterior
 
 #: Numbers in the largest tensor of :func:`greedy_mixture`, which bounds its memory.
@@ -61,6 +64,26 @@ class Elliptical:
         mean = (self.log_weights.exp().unsqueeze(-1) * log_variance).sum(0)
         return 0.5 * (mean + math.log(2 * math.pi * math.e))
 
+    def entropy(self, num_outcomes: int, generator: torch.Generator) -> Tensor:
+        """Of each label by itself, nats, ``[tasks, points]``; of a mixture a mean over outcomes."""
+        variance = self.scale.diagonal(dim1=-2, dim2=-1)
+        df = None if self.df is None else self.df.unsqueeze(-1)
+        each: Any
+        if df is None:
+            each = torch.distributions.Normal(self.loc, variance.sqrt(), validate_args=False)
+        else:
+            each = torch.distributions.StudentT(df, self.loc, variance.sqrt(), validate_args=False)
+        if len(self.loc) == 1:
+            return each.entropy()[0]
+        log_weights = self.log_weights.unsqueeze(-1)
+        total = torch.zeros_like(self.loc[0])
+        for _ in range(num_outcomes):  # of every component an outcome, weighted as the component is
+            with forked_rng(generator):
+                y = each.sample()
+            log_density = (log_weights + each.log_prob(y.unsqueeze(1))).logsumexp(1)
+            total = total - (log_weights.exp() * log_density).sum(0)
+        return total / num_outcomes
+
     def tasks(self, rows: slice) -> Elliptical:
         """Some of the tasks."""
         df = None if self.df is None else self.df[:, rows]
@@ -78,7 +101,8 @@ def elliptical(posterior: Posterior, inputs: Observations) -> Elliptical | None:
         inputs: points, y=None.
     """
     try:
-        joint: Any = posterior.predictive(union(inputs, inputs), joint=True)
+        with in_words():
+            joint: Any = posterior.predictive(union(inputs, inputs), joint=True)
     except NoClosedFormError:
         return None
     log_weights, parts = getattr(joint, "log_weights", None), getattr(joint, "components", joint)

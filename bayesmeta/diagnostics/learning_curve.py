@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch, union
 from bayesmeta.diagnostics.active import Criterion, choose
-from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, counted, task_names, valid_points
+from bayesmeta.diagnostics.checks import check_batch, counted
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite, task_names, valid_points
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import DataError, EmptyTaskError, OptionError
 from bayesmeta.ops.random import Seed, as_generator

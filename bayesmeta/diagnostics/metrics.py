@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import OptionError, ShapeError
+from bayesmeta.errors import DataError, OptionError, ShapeError
 
 _ROOT_2 = math.sqrt(2.0)
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -63,7 +63,8 @@ def log_score(log_likelihood: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def log_score_normal(loc: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    """−log N(y; loc, scale²), in nats, in the broadcast shape of the three."""
+    """−log N(y; loc, scale²), in nats, in the broadcast shape of the three; scale above 0."""
+    _broadcast(loc=loc, scale=scale, y=y)
     return 0.5 * ((y - loc) / scale).square() + scale.log() + 0.5 * _LOG_2PI
 
 
@@ -77,6 +78,7 @@ def dawid_sebastiani(mean: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     Args:
         mean, scale, y: of one shape, or broadcastable.
     """
+    _broadcast(mean=mean, scale=scale, y=y)
     return 2.0 * scale.log() + ((y - mean) / scale).square()
 
 
@@ -113,11 +115,14 @@ def crps_normal(loc: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     Source: Gneiting & Raftery (2007), eq. 21.
 
     Args:
-        loc, scale, y: of one shape, or broadcastable.
+        loc, scale, y: of one shape, or broadcastable; where the scale is 0, the score is |y − loc|, that of a point.
     """
-    z = (y - loc) / scale
+    _broadcast(loc=loc, scale=scale, y=y)
+    certain = scale == 0
+    z = (y - loc) / torch.where(certain, 1.0, scale)
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2.0 * math.pi)
-    return scale * (z * torch.erf(z / _ROOT_2) + 2.0 * density - 1.0 / math.sqrt(math.pi))
+    score = scale * (z * torch.erf(z / _ROOT_2) + 2.0 * density - 1.0 / math.sqrt(math.pi))
+    return torch.where(certain, (y - loc).abs(), score)
 
 
 def crps_normal_mixture(loc: Tensor, scale: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -253,6 +258,7 @@ def pinball(quantile: Tensor, y: Tensor, probability: float) -> Tensor:
         probability: in (0, 1).
     """
     _inside("probability", probability)
+    _broadcast(quantile=quantile, y=y)
     above = y - quantile
     return torch.maximum(probability * above, (probability - 1.0) * above)
 
@@ -269,6 +275,7 @@ def interval_score(low: Tensor, high: Tensor, y: Tensor, level: float = 0.9) -> 
         level: in (0, 1).
     """
     _inside("level", level)
+    _broadcast(low=low, high=high, y=y)
     outside = (low - y).clamp(min=0.0) + (y - high).clamp(min=0.0)
     return (high - low) + 2.0 / (1.0 - level) * outside
 
@@ -279,6 +286,7 @@ def sharpness(low: Tensor, high: Tensor) -> Tensor:
     Source: T. Gneiting, F. Balabdaoui, A. E. Raftery, "Probabilistic forecasts, calibration and sharpness", JRSS B 69
     (2007), section 3.4, https://doi.org/10.1111/j.1467-9868.2007.00587.x.
     """
+    _broadcast(low=low, high=high)
     return high - low
 
 
@@ -298,17 +306,22 @@ def brier_score(probabilities: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         ShapeError: if the shapes do not fit.
+        DataError: for a y that is no index of a class.
     """
     if probabilities.dim() == 0 or probabilities.shape[:-1] != y.shape:
         raise ShapeError(
             f"probabilities has shape {list(probabilities.shape)} and y {list(y.shape)}; expected […, classes] and […]."
         )
+    classes = probabilities.shape[-1]
+    if not bool(((y >= 0) & (y < classes) & (y % 1 == 0)).all()):
+        raise DataError(f"y holds numbers that are no class; expected the classes 0 to {classes - 1}, by their index.")
     hit = torch.nn.functional.one_hot(y.long(), probabilities.shape[-1])
     return (probabilities - hit).square().sum(-1)
 
 
 def brier_score_binary(probability: Tensor, y: Tensor) -> Tensor:
     """(p − y)² of the probability of class 1, from 0 to 1; y is 0 or 1, in the shape of the probability."""
+    _broadcast(probability=probability, y=y)
     return (probability - y).square()
 
 
@@ -326,6 +339,14 @@ def _fits(draws: Tensor, y: Tensor) -> None:
     """One outcome for each forecast: y may broadcast, but a missing dimension would be scored against other points."""
     if draws.shape[1:] != y.shape:
         raise ShapeError(f"The draws have shape {list(draws.shape)} and y {list(y.shape)}; expected [n, …] and […].")
+
+
+def _broadcast(**tensors: Tensor) -> None:
+    try:
+        torch.broadcast_shapes(*(tensor.shape for tensor in tensors.values()))
+    except RuntimeError as error:
+        given = ", ".join(f"{name} has shape {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ShapeError(f"{given}; expected one shape, or shapes that broadcast.") from error
 
 
 def _weights(weights: Tensor | None, draws: Tensor) -> Tensor:

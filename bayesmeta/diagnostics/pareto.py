@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import TaskBatch
-from bayesmeta.diagnostics.forecasts import check_draws, real_tasks, task_names
+from bayesmeta.diagnostics.checks import real_tasks
+from bayesmeta.diagnostics.forecasts import check_draws, task_names
 from bayesmeta.diagnostics.importance import LogRatios, log_ratios
+from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -155,6 +157,11 @@ def psis(
 
 
 def _refusal(posterior: Posterior, draws: Any) -> str:
+    if isinstance(posterior, RecalibratedPosterior):
+        return (
+            "A recalibrated posterior has no importance ratios: its predictions are not the likelihood that φ was "
+            "conditioned on. Take its .posterior, the one that was recalibrated, whose φ it has."
+        )
     if getattr(posterior, "loo_refusal", None) is not None:
         return "This posterior predicts from its support directly: there is no φ whose density could be judged."
     if posterior.num_draws is not None:

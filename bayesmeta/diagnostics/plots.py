@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.diagnostics.forecasts import Predictor, check_batch, check_finite, check_same_tasks, task_names
+from bayesmeta.diagnostics.checks import check_batch, check_same_support
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite, task_names
 from bayesmeta.errors import EmptyTaskError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -81,7 +82,7 @@ def plot_forecast(
         NonFiniteDataError: for predictions that are not finite, naming the task.
     """
     check_batch(batch)
-    check_same_tasks(posterior, batch.support)
+    check_same_support(posterior, batch)
     chosen = _chosen(batch, tasks, max_panels)
     _check_range("feature", feature, batch.support.num_features)
     observations = _inputs(batch, feature)

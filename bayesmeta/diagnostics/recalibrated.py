@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.diagnostics.checks import in_words
 from bayesmeta.diagnostics.recalibrated_counts import CountForecast, count_forecast
 from bayesmeta.errors import NoClosedFormError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
@@ -334,7 +335,8 @@ def class_log_likelihoods(posterior: Posterior, observations: Observations, draw
 def normal_parts(posterior: Posterior, observations: Observations) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of a predictive that is Normal in closed form, float64; else None."""
     try:
-        closed = posterior.predictive(observations.with_y(None))
+        with in_words():
+            closed = posterior.predictive(observations.with_y(None))
     except NoClosedFormError:
         return None
     shape = closed.batch_shape + closed.event_shape

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import TaskBatch
-from bayesmeta.diagnostics.forecasts import check_draws, check_finite, real_tasks, task_names
+from bayesmeta.diagnostics.checks import real_tasks
+from bayesmeta.diagnostics.forecasts import check_draws, check_finite, task_names
+from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
@@ -152,6 +154,11 @@ def _check(posterior: Posterior, alphas: tuple[float, float], threshold: float, 
         raise UnsupportedError(
             "A point estimate has draws that are all the same, and no weights can move them. Use a method with a "
             "distribution, such as ABML or BayesianLastLayer; or adapt again with another prior, and compare."
+        )
+    if isinstance(posterior, RecalibratedPosterior):
+        raise UnsupportedError(
+            "A recalibrated posterior has no likelihood of φ to scale: only predictions were changed. Take its "
+            ".posterior, the one that was recalibrated, whose φ it has."
         )
     if getattr(posterior, "loo_refusal", None) is not None:
         raise UnsupportedError("This posterior predicts from its support directly: there is no prior of φ to scale.")

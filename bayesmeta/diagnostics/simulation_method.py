@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.diagnostics.checks import in_words
 from bayesmeta.diagnostics.simulation import (
     SBC,
     Quantities,
@@ -150,6 +151,7 @@ class OwnModel:
         if self.infers_theta:
             values |= posterior.named_theta(draws)
         if self.log_likelihood:
-            each = posterior.log_likelihood(data, draws=draws).double().sum(-1)
+            with in_words():
+                each = posterior.log_likelihood(data, draws=draws).double().sum(-1)
             values[LOG_LIKELIHOOD] = each.sum(-1) if self.infers_theta else each
         return values

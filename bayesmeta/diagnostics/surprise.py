@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.forecasts import Predictor, check_finite, check_same_tasks, counted
+from bayesmeta.diagnostics.checks import check_same_tasks, counted
+from bayesmeta.diagnostics.forecasts import Predictor, check_finite
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.diagnostics.scores import log_density
 from bayesmeta.errors import DataError, EmptyTaskError, OptionError, ShapeError, UnsupportedError
@@ -207,7 +208,8 @@ def log_mean(*strata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = [(part - log_mean).exp() for part in strata]  # weights of mean 1
     variance = torch.stack([part.var(0) * len(part) for part in scaled]).sum(0) / n**2
     effective = n**2 / torch.cat(scaled).square().sum(0)
-    return log_mean, variance.sqrt(), effective
+    dead = log_mean == -math.inf  # no draw has any weight
+    return log_mean, variance.sqrt().masked_fill(dead, math.inf), effective.masked_fill(dead, 0.0)
 
 
 def _numbers(values: set[int]) -> str:
