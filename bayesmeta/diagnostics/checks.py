@@ -31,7 +31,8 @@ def in_words() -> Iterator[None]:
         if first.startswith("Expected parameter"):
             raise NonFiniteDataError(
                 f"The posterior's predictions are not finite, or have no positive scale: {first[:200]}… The adaptation "
-                "has probably diverged: try a smaller inner learning rate or fewer inner steps, or standardise the data."
+                "has probably diverged: try a smaller inner learning rate or fewer inner steps, or standardise the "
+                "data."
             ) from error
         if first.startswith("Expected value argument"):
             raise DataError(f"The data lie outside the support of the likelihood: {first[:200]}…") from error
@@ -69,8 +70,8 @@ def check_same_tasks(posterior: Posterior, observations: Observations) -> None:
     if ours is None or theirs is None or support.shots == 0 or ours.shape[2:] == theirs.shape[2:]:
         return
     raise ShapeError(
-        f"y has shape {list(theirs.shape)}, but the posterior was adapted to y of shape {list(ours.shape)}; expected as "
-        "many outputs."
+        f"y has shape {list(theirs.shape)}, but the posterior was adapted to y of shape {list(ours.shape)}; "
+        "expected as many outputs."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Recalibration:
     """
 
     num_tasks: int
+    by_moments: ClassVar[bool] = False
 
     def __call__(self, posterior: Posterior) -> RecalibratedPosterior:
         """The posterior with corrected predictions.
@@ -244,6 +245,7 @@ class Conformal(Recalibration):
     stretched: Tensor
     num_tasks: int
     kind: str = "real"
+    by_moments: ClassVar[bool] = True
 
     def _check(self, posterior: Posterior) -> None:
         self._same_kind(posterior, self.kind)

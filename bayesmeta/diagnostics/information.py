@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bayesmeta.data import Observations, union
 from bayesmeta.diagnostics.checks import in_words
-from bayesmeta.diagnostics.forecasts import in_words
 from bayesmeta.errors import NoClosedFormError
 from bayesmeta.ops.random import forked_rng
 from bayesmeta.protocols import Posterior

@@ -50,7 +50,13 @@ class BaseForecast:
 
 
 class Map(Protocol):
-    """What turns the predictive F of each point into another, F̃."""
+    """What turns the predictive F of each point into another, F̃.
+
+    Attributes:
+        by_moments: F̃ depends on the mean and the standard deviation of F alone.
+    """
+
+    by_moments: bool
 
     def posterior_predictive(self, distribution: Any, joint: bool) -> Any:
         """F̃ in closed form, given F in closed form; NoClosedFormError where there is none."""
@@ -204,7 +210,12 @@ class RecalibratedPosterior:
         if base.sorted is None:
             u = torch.special.ndtr((y.double() - base.loc) / base.scale)
         else:
-            u = (y.argsort(0).argsort(0).double() + 0.5) / len(y)
+            ranks = y.argsort(0).argsort(0)
+            if self.map.by_moments:  # the middles of the steps are spread too evenly to be draws of F̃
+                u = torch.rand(y.shape, generator=generator, dtype=torch.float64, device=y.device)
+                u = u.sort(0).values.gather(0, ranks)
+            else:  # the draw itself comes back from its quantile
+                u = (ranks.double() + 0.5) / len(y)
         tiny = 1e-15  # an end of (0, 1) would become infinite
         return self.map.quantile(u.double().clamp(tiny, 1 - tiny), base).to(y.dtype)
 

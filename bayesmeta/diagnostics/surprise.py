@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data import Observations
-from bayesmeta.diagnostics.checks import check_same_tasks, counted
+from bayesmeta.diagnostics.checks import check_same_tasks, counted, in_words
 from bayesmeta.diagnostics.forecasts import Predictor, check_finite
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior
 from bayesmeta.diagnostics.scores import log_density
@@ -135,7 +135,8 @@ def surprise(
         return _of_points(predictor, given, valid, exact)
     if isinstance(posterior, RecalibratedPosterior):
         raise UnsupportedError("A recalibrated posterior has no evidence; take the posterior that was recalibrated.")
-    log_p, errors, effective = _evidence(predictor, exact)
+    with in_words():
+        log_p, errors, effective = _evidence(predictor, exact)
     counts = valid.sum(-1)
     known, names = torch.where(log_p == -math.inf, 0.0, log_p).unsqueeze(-1), [str(i) for i in range(len(counts))]
     check_finite(known, (counts > 0).unsqueeze(-1), "evidence", names)
