@@ -191,7 +191,7 @@ def one(kind, reference, seconds, folder, random_numbers):
     """Kill a training at a random moment, perhaps again while it goes on, and let it go on to its end."""
     while True:
         name = folder / f"{kind.__name__}_{random_numbers.getrandbits(48):x}"
-        if kill(random_numbers.uniform(0.0, seconds), kind, name, False):
+        if kill(random_numbers.uniform(0.15, 1.0) * seconds, kind, name, False):
             break
     last = next((path for path in (name / "checkpoint.pt", name / "svi.pt") if path.exists()), None)
     content = {"step": 0} if last is None else checkpoint.load(last)
