@@ -30,6 +30,7 @@ from bayesmeta.train.svi_state import (
     make_optimizer,
     module_tensors,
     names_of,
+    own_store,
     owners,
     set_generators,
     tensors_of,
@@ -210,7 +211,7 @@ class MetaSVI:
         Plain values and tensors, loadable with ``weights_only=True``. The state of torch's generators is not among
         them: see :meth:`save`.
         """
-        store, extra = self._store["params"], self._module_tensors()
+        store, extra = self._tensors()
         return {
             "params": {name: value.detach().clone() for name, value in store.items()},
             "modules": {name: value.detach().clone() for name, value in extra.items()},
@@ -221,8 +222,11 @@ class MetaSVI:
             "tasks": self._tasks.state(),
         }
 
-    def _module_tensors(self) -> dict[str, Tensor]:
-        return module_tensors(self._store["params"], owners(self.model, self.guide))
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is trained or counted: in the store, and in modules alone."""
+        modules = owners(self.model, self.guide)
+        store = own_store(self._store["params"], modules)
+        return store, module_tensors(store, modules)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load parameters and optimizer state into an object whose parameters exist (take or evaluate a step first).
@@ -231,7 +235,7 @@ class MetaSVI:
             SiteError: when the parameters differ in name or shape.
             CheckpointError: when the state is of another optimizer.
         """
-        store, extra = self._store["params"], self._module_tensors()
+        store, extra = self._tensors()
         copy_into(store, state["params"], "parameters")
         if "groups" not in state and state["optimizer"] is not None:  # of 0.1.0, which did not say whose moments
             if self.optimizer is None:

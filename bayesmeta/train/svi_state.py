@@ -22,6 +22,13 @@ def owners(*sources: Any) -> dict[str, nn.Module]:
     return found
 
 
+def own_store(store: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The store without the parameters of methods, which are announced there under names that no other process has."""
+    methods = [module for module in modules.values() if hasattr(module, "adapt")]
+    announced = {id(parameter) for method in methods for parameter in method.parameters()}
+    return {name: value for name, value in store.items() if id(value) not in announced}
+
+
 def module_tensors(store: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers of modules that no ``pyro.param`` statement has put into the store, by name."""
     seen = {id(value) for value in store.values()}
