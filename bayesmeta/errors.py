@@ -87,6 +87,14 @@ class DeviceMemoryError(BayesMetaError):
         return type(self), (str(self), self.chunk)  # so that it comes back from a worker process
 
 
+class CaptureError(BayesMetaError):
+    """A function cannot be recorded as one graph; the message names the line. Training then goes on without."""
+
+
+class CompileWarning(UserWarning):
+    """Steps that were to be compiled are eager; the message says why, and names the line."""
+
+
 class CheckpointError(BayesMetaError):
     """A checkpoint is missing, damaged, or belongs to another model, method or version."""
 

@@ -19,6 +19,7 @@ from bayesmeta.errors import CheckpointError, EmptyTaskError, NonFiniteLossError
 from bayesmeta.ops.random import as_generator, forked_rng
 from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train import checkpoint
+from bayesmeta.train.compiling import Compiler
 from bayesmeta.train.memory import memory_for
 from bayesmeta.train.validation import Validation
 
@@ -67,6 +68,7 @@ class Loop:
         self.method, self.tasks, self.plan, self.validation = method, tasks, plan, validation
         self.device, self.clip, self.nan_policy = device, clip, nan_policy
         self.generator = torch.Generator(device=device).manual_seed(plan.seed)
+        self.compiler: Compiler | None = None
         self.step = 0
         self.skipped, self.skipped_in_a_row = 0, 0
         self.history: list[dict[str, float]] = []
@@ -145,6 +147,9 @@ class Loop:
 
     def _gradient(self) -> tuple[Tensor, Tensor, int]:
         """Put the gradient of new tasks into the parameters; returns loss, the gradient's norm, number of tasks."""
+        compiled = None if self.compiler is None else self.compiler.gradient()
+        if compiled is not None:
+            return compiled
         self.optimizer.zero_grad(set_to_none=True)
         whole = self.plan.accumulate == 1 and self.plan.chunk is None
         loss, num_tasks = self._backward_whole() if whole else self._backward_in_pieces()
@@ -153,9 +158,10 @@ class Loop:
     def _update(self, loss: Tensor, norm: Tensor) -> None:
         """Go down the gradient."""
         self.loss, self.norm, self.skipped_in_a_row = loss, norm, 0
-        if self.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        self.optimizer.step()
+        if self.compiler is None or not self.compiler.commit():
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+            self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
 
