@@ -52,7 +52,7 @@ class Draw:
     """One random operation of a step.
 
     Attributes:
-        op, args, kwargs: the operation; of a tensor argument, an empty tensor like it.
+        op, args, kwargs: the operation; of a tensor argument, a tensor like it that may be written to.
         generator: where its numbers come from; None is torch's global generator.
         seed: the draw whose value seeds its generator anew in each step; then ``generator`` is not used.
     """
@@ -62,6 +62,9 @@ class Draw:
     kwargs: dict[str, Any]
     generator: torch.Generator | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self.takes_generator = any(argument.name == "generator" for argument in self.op._schema.arguments)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +105,10 @@ class Captured:
     example: list[Tensor]
 
     def draw(self) -> list[Tensor]:
-        """The random numbers of one step, in the order of the function; its generators move on as it would move them."""
+        """The random numbers of one step, in the order of the function; generators move on as it would move them.
+
+        They may lie in the same memory as those of the call before.
+        """
         values: list[Tensor] = []
         seeded: dict[int, torch.Generator] = {}
         with torch.no_grad():
@@ -113,11 +119,12 @@ class Captured:
                         value = values[draw.seed]
                         seeded[draw.seed] = torch.Generator(value.device).manual_seed(int(value))
                     generator = seeded[draw.seed]
-                args = (t.clone() if isinstance(t, Tensor) else t for t in draw.args)
                 if generator is None:
-                    values.append(draw.op(*args, **draw.kwargs))
+                    values.append(draw.op(*draw.args, **draw.kwargs))
+                elif draw.takes_generator:
+                    values.append(draw.op(*draw.args, **draw.kwargs, generator=generator))
                 else:  # by the overload that takes one
-                    values.append(draw.op.overloadpacket(*args, **draw.kwargs, generator=generator))
+                    values.append(draw.op.overloadpacket(*draw.args, **draw.kwargs, generator=generator))
         return values
 
     def inputs(self, drawn: Sequence[Tensor], arguments: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -68,12 +68,12 @@ class CompiledStep:
             CaptureError: when the step cannot be one graph, or the graph does not give what the step gives.
         """
         begin = time.perf_counter()
-        with self._undone(self.generators + [torch.default_generator]):
+        with self._undone([*self.generators, torch.default_generator]):
             self._prepare_update()
             self.captured = capture(lambda: self._outputs(self.arguments), self.generators, self.arguments)
             others = others or self.arguments
             before = [b.clone() for b in self.buffers]
-            with self._undone(self.generators + [torch.default_generator]):
+            with self._undone([*self.generators, torch.default_generator]):
                 expected = [t.detach().clone() for t in self._outputs(others)]
                 self._moved = [b for b, old in zip(self.buffers, before, strict=True) if not torch.equal(b, old)]
             given = self.captured.graph(*self.captured.inputs(self.captured.draw(), others))

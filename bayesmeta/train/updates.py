@@ -1,8 +1,9 @@
 """The updates of torch's SGD, Adam and AdamW as functions of tensors, so that a graph can hold them.
 
-Written anew from the algorithms that torch's documentation states (``torch.optim.SGD``, ``Adam``, ``AdamW``); a test holds
-them equal to ``optimizer.step()``. State and parameters stay those of the torch optimizer, so that its ``state_dict``
-and its schedules work as ever. Rates and decay rates of moments are read from its ``param_groups`` at each step.
+Written anew from the algorithms that torch's documentation states (``torch.optim.SGD``, ``Adam``, ``AdamW``); a test
+holds them equal to ``optimizer.step()``. State and parameters stay those of the torch optimizer, so that its
+``state_dict`` and its schedules work as ever. Rates and decay rates of moments are read from its ``param_groups`` at
+each step.
 """
 
 from __future__ import annotations
