@@ -19,6 +19,7 @@ from bayesmeta.train import events
 from bayesmeta.train.compiling import Compile, Compiler, check_mode
 from bayesmeta.train.folder import claim, has_checkpoint
 from bayesmeta.train.loop import Loop, NanPolicy, OptimizerFactory, Plan, ScheduleFactory
+from bayesmeta.train.memory import recomputing
 from bayesmeta.train.record import Record
 from bayesmeta.train.signals import Signals
 from bayesmeta.train.validation import Score, Validation
@@ -86,6 +87,7 @@ def fit(
     query: int | None = 10,
     accumulate: int = 1,
     chunk: int | None = None,
+    checkpoint_inner: bool = False,
     optimizer: OptimizerFactory = adam,
     schedule: ScheduleFactory | None = None,
     clip: float | None = None,
@@ -121,6 +123,8 @@ def fit(
             if they were one batch, with the memory of one.
         chunk: most tasks of a batch to go forward and back at a time: less memory, the same gradient up to rounding
             for a method without noise of its own.
+        checkpoint_inner: compute each inner step again on the way back instead of keeping it: memory that hardly grows
+            with their number, the same gradient, two to three times the time. Not together with ``compile``.
         optimizer: makes a torch optimizer from the parameters. A factory, since some parameters exist only after the
             first batch.
         schedule: makes a torch schedule from the optimizer, stepped once a step; :mod:`bayesmeta.schedules` has some.
@@ -178,6 +182,8 @@ def fit(
     _check_kinds(method, tasks, optimizer, clip)
     _check_choices(nan_policy, resume, out)
     check_mode(compile)
+    if checkpoint_inner and compile != "off":
+        raise OptionError("checkpoint_inner=True and compile exclude each other: a compiled step plans its own memory.")
     held_out = Validation(
         validation,
         every=validate_every,
@@ -198,6 +204,7 @@ def fit(
             folder, lock = claim(out, overwrite=overwrite, resume=bool(resume))
             stack.callback(lock.release)
         stack.enter_context(loop.own_randomness())
+        stack.enter_context(recomputing(method, checkpoint_inner))
         goes_on = bool(resume) and folder is not None and has_checkpoint(folder)  # else it begins again
         if folder is not None and goes_on:
             loop.restore(folder, config, previous=resume == "previous")

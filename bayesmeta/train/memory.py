@@ -5,10 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from bayesmeta.errors import DeviceMemoryError
+from bayesmeta.errors import DeviceMemoryError, OptionError
 
 
 @contextmanager
@@ -35,10 +36,32 @@ def memory_for(what: str, option: str, tasks: int) -> Iterator[None]:
         advice = (
             f"Set {option}={chunk}: fewer tasks at a time, and the same result up to rounding"
             if chunk is not None
-            else "It is one task at a time already: take fewer shots or inner steps, or first_order=True where there is"
+            else "It is one task at a time already: set checkpoint_inner=True, take fewer shots, or first_order=True"
         )
         message = f"{what} ran out of memory with {tasks} task(s) at a time. {advice}. The allocator said: {first}"
         raise DeviceMemoryError(message, chunk) from error
+
+
+@contextmanager
+def recomputing(method: Any, on: bool) -> Iterator[None]:
+    """Let a method compute its inner steps again on the way back instead of keeping them, for a while.
+
+    Raises:
+        OptionError: for a method without inner steps that are differentiated.
+    """
+    if not on:
+        yield
+        return
+    if not hasattr(method, "checkpoint_inner"):
+        raise OptionError(
+            f"checkpoint_inner=True is for methods that are differentiated through inner steps, such as MAML, ABML and "
+            f"BMAML; {type(method).__name__} keeps none. Use chunk= to save memory."
+        )
+    before, method.checkpoint_inner = method.checkpoint_inner, True
+    try:
+        yield
+    finally:
+        method.checkpoint_inner = before
 
 
 def _is_memory(error: BaseException) -> bool:
