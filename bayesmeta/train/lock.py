@@ -46,20 +46,35 @@ class Lock:
         self._key = os.path.realpath(self.path)
         if _HELD.get(self._key) == os.getpid():
             raise RunFolderError(f"Another run of this very process is in {folder}. {_ADVICE}")
+        while not self._open(folder):
+            pass
+        _HELD[self._key] = os.getpid()
+        self._last_beat = time.monotonic()
+
+    def _open(self, folder: Path) -> bool:
+        """Take the lock; False when its holder deleted the file between our opening and our locking it."""
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         except OSError as error:
             raise RunFolderError(f"The folder {folder} cannot be written: {reason(error)}") from error
         try:
-            self._take(folder)
+            locked = self._lock()
+            if locked and not self._has_name():
+                os.close(self._file)
+                return False
+            self._take(folder, locked)
         except BaseException:
             os.close(self._file)
             raise
-        _HELD[self._key] = os.getpid()
-        self._last_beat = time.monotonic()
+        return True
 
-    def _take(self, folder: Path) -> None:
-        locked = self._lock()
+    def _has_name(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _take(self, folder: Path, locked: bool | None) -> None:
         holder = _read(self._file)
         here = holder.get("host") == socket.gethostname()
         seen = None if locked is False or not holder or (locked and here) else self._age()
@@ -113,9 +128,12 @@ class Lock:
         if _HELD.get(self._key) != os.getpid():
             return
         del _HELD[self._key]
-        with suppress(OSError):  # then the name of a dead process stays, which the next run looks at
-            os.ftruncate(self._file, 0)
-        os.close(self._file)
+        if fcntl is None:  # Windows deletes no open file
+            os.close(self._file)
+            discard(self.path)
+        else:
+            discard(self.path)
+            os.close(self._file)
 
 
 _ADVICE = "Two runs in one folder would overwrite each other: wait for it, stop it, or choose another folder."

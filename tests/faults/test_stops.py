@@ -141,7 +141,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_dead(options, tmp_path)
         process.wait()
     assert json.loads((tmp_path / lock.LOCK).read_text())["pid"] == process.pid  # it could not tidy up
     train(make(), 10, out=tmp_path, **options)
-    assert (tmp_path / lock.LOCK).read_text() == ""
+    assert not (tmp_path / lock.LOCK).exists()
 
 
 def test_two_runs_of_one_process(tmp_path):
@@ -177,6 +177,25 @@ def test_without_locks_of_the_system_this_machines_lock_counts_too(tmp_path, mon
         train(make(), 10, out=tmp_path, resume=True)
     os.utime(path, (0, 0))
     train(make(), 10, out=tmp_path, resume=True)
+
+
+def test_a_lock_that_was_let_go_of_meanwhile_is_not_held(tmp_path, monkeypatch):
+    """Else two runs would hold a lock, one of them on a file that has no name any more."""
+    take, calls = lock.Lock._lock, []
+
+    def late(self):
+        if len(calls) < 2:
+            self.path.unlink()
+            calls.append(self.path.write_text("") if len(calls) == 1 else None)
+        return take(self)
+
+    monkeypatch.setattr(lock.Lock, "_lock", late)
+    held = lock.Lock(tmp_path)
+    assert len(calls) == 2
+    assert os.fstat(held._file).st_ino == held.path.stat().st_ino
+    assert json.loads(held.path.read_text())["pid"] == os.getpid()
+    held.release()
+    assert not held.path.exists()
 
 
 def test_a_lock_gives_signs_of_life(tmp_path, monkeypatch):
