@@ -369,3 +369,16 @@ def test_running_statistics_move_as_in_eager_steps(uncompiled):
 def test_an_unknown_mode():
     with pytest.raises(OptionError, match="'jit'"):
         run(compile="jit")
+
+
+def test_arguments_have_one_layout():
+    """Support and query are often views of one tensor, and compiled code reads memory as it lay when it was compiled."""
+    batch = sinusoids()
+    assert not batch.support.x.is_contiguous()
+    tensors, key = flatten(batch)
+    assert all(t.is_contiguous() for t in tensors)
+    again = rebuild(batch, tensors)
+    assert torch.equal(again.support.x, batch.support.x)
+    assert torch.equal(again.query.y, batch.query.y)
+    assert flatten(again)[1] == key
+    assert flatten(sinusoids(support=9))[1] != key

@@ -30,7 +30,7 @@ class CompiledStep:
         generators: what the objective draws from, beside torch's global generators.
         clip: largest norm of the gradient.
         buffers: tensors that the objective may change in place, such as running statistics.
-        arguments: tensors that each step brings anew, of the same shapes, which the objective uses.
+        arguments: tensors that each step brings anew, contiguous and of the same shapes, which the objective uses.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
 
         try:
             # the option is patched while it compiles, and is then as it was
-            return inductor(graph, [t.clone() for t in inputs], options={"cpp_wrapper": on_cpu})
+            return inductor(graph, list(inputs), options={"cpp_wrapper": on_cpu})
         except Exception as error:
             line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
             raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error

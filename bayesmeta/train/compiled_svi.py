@@ -96,6 +96,7 @@ class SVICompiler:
             return self._same[1:]
         args, kwargs, _ = self.svi._arguments(args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         known = self.svi._tasks.known
         if known is not None and len(tensors[0]) != known.size:

@@ -206,10 +206,11 @@ class _NotWorthIt(Exception):
 
 
 def flatten(batch: TaskBatch) -> tuple[list[Tensor], Any]:
-    """The tensors of a batch, and what must be equal for another batch to take their place."""
+    """The tensors of a batch, contiguous, and what must be equal for another batch to take their place."""
     named = {(part, name): value for part in ("support", "query") for name, value in vars(getattr(batch, part)).items()}
     named["", "task_id"] = batch.task_id
-    tensors = {name: value for name, value in named.items() if value is not None}
+    # compiled code is for one layout in memory
+    tensors = {name: value.contiguous() for name, value in named.items() if value is not None}
     key = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors.items())
     return list(tensors.values()), (key, batch.population)
 
