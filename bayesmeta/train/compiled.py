@@ -214,7 +214,8 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
     """The compiled graph."""
     on_cpu = all(t.device.type == "cpu" for t in inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of parts that inductor imports
+        for kind in (DeprecationWarning, FutureWarning):  # torch's own, of parts of it that inductor uses
+            warnings.simplefilter("ignore", kind)
         from torch._inductor import compile as inductor
 
         try:
