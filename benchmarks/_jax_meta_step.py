@@ -4,6 +4,8 @@ Answers on standard output: ``{"gradient": path}`` the meta-gradient of the weig
 ``{"block": n}`` the CPU seconds of n steps in one ``scan``.
 """
 
+# mypy: ignore-errors
+# (it runs in the peers' environment, which has what it imports)
 import json
 import sys
 import time

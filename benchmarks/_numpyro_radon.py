@@ -4,6 +4,8 @@ The argument is an npz file of county, floor, uranium and y. Answers on standard
 ``{"scan": n}`` the CPU seconds of n steps, ``{"loss": n}`` the mean loss of n draws at the parameters as they are.
 """
 
+# mypy: ignore-errors
+# (it runs in the peers' environment, which has what it imports)
 import json
 import sys
 import time

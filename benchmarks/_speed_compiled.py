@@ -67,7 +67,8 @@ def check_jax(peer: Peer, network: nn.Sequential, batch: TaskBatch, gradient: Te
     data = {"x": support.x, "y": support.y.unsqueeze(-1), "query_x": query.x, "query_y": query.y.unsqueeze(-1)}
     with tempfile.TemporaryDirectory() as folder:
         given, into = Path(folder) / "given.npz", Path(folder) / "gradient.npz"
-        np.savez(given, **weights, **{name: value.numpy() for name, value in data.items()})
+        arrays: dict[str, Any] = weights | {name: value.numpy() for name, value in data.items()}
+        np.savez(given, **arrays)
         peer.ask(gradient=str(given), into=str(into))
         with np.load(into) as answer:
             theirs = torch.as_tensor(answer["gradient"])

@@ -9,7 +9,8 @@ is the processor's time, which waiting for other work does not lengthen.
 
 Each side returns its loss as a number in each step, but for ``numpyro_scan``, which runs a block's steps in one
 compiled loop. NumPyro runs in an environment and a process of its own (``benchmarks/_peers.py``). ``ours`` and
-``reference`` are medians in milliseconds a step, ``ratio`` the peer's over ours with a standard error by a bootstrap over rounds.
+``reference`` are medians in milliseconds a step, ``ratio`` the peer's over ours, with a standard error by a bootstrap
+over rounds.
 
 First all sides train for the same number of steps, and the losses that they reach, means over many draws, are rows too:
 ``final_loss_…`` have ``difference`` ours minus theirs in nats (of about 1000), held to 4 standard errors or 0.5%.
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     sides["pyro_jit_trace"] = pyro_side(data, JitTrace_ELBO(ignore_jit_warnings=True))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "radon.npz"
-        np.savez(path, **{name: value.numpy() for name, value in data.items()})
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in data.items()}
+        np.savez(path, **arrays)
         with Peer("_numpyro_radon.py", path, RATE) as peer:
             rows = final_losses(sides, peer, train, draws, judged=not args.quick)
             print(f"ours: {svi.compiled}", flush=True)

@@ -372,7 +372,7 @@ def test_an_unknown_mode():
 
 
 def test_arguments_have_one_layout():
-    """Support and query are often views of one tensor, and compiled code reads memory as it lay when it was compiled."""
+    """Support and query are often views of one tensor, and compiled code is for memory as it lay when it was made."""
     batch = sinusoids()
     assert not batch.support.x.is_contiguous()
     tensors, key = flatten(batch)
