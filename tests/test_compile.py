@@ -19,7 +19,6 @@ QUICK = ("maml", "platipus_prior", "last_layer", "deep_kernel", "conditional_neu
 #: what is no graph, and why
 NO_GRAPH = {
     "amortised_flow": "flows.py.*|depends on values",  # the splines of a flow pick their bins by masks
-    "conv_cnp": "points = int",  # the size of its grid depends on the inputs
 }
 each = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
