@@ -72,6 +72,29 @@ class NonFiniteLossError(BayesMetaError):
         return type(self), (str(self), self.step)  # so that it comes back from a worker process
 
 
+class DeviceMemoryError(BayesMetaError):
+    """A device, or the machine, has too little memory for a step. The last good checkpoint is kept.
+
+    Attributes:
+        chunk: tasks at a time to try, for the option that the message names; None when it already was one.
+    """
+
+    def __init__(self, message: str, chunk: int | None) -> None:
+        super().__init__(message)
+        self.chunk = chunk
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
+        return type(self), (str(self), self.chunk)  # so that it comes back from a worker process
+
+
+class CaptureError(BayesMetaError):
+    """A function cannot be recorded as one graph; the message names the line. Training then goes on without."""
+
+
+class CompileWarning(UserWarning):
+    """Steps that were to be compiled are eager; the message says why, and names the line."""
+
+
 class CheckpointError(BayesMetaError):
     """A checkpoint is missing, damaged, or belongs to another model, method or version."""
 

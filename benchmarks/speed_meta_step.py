@@ -13,6 +13,12 @@ other choice of backward was tried for both and is within 7%.
 ``ours`` and ``reference`` are medians, in milliseconds a step; ``ratio`` is the peer's over ours, and its standard
 error a bootstrap over rounds. In the rows ``…_100_tasks_vs_25_tasks`` both are ours, and ratio is 100 tasks over 25.
 
+The rows ``…_compiled_vs_…`` (left out by --quick unless --compiled is given: compiling takes a minute) time the loop of
+``fit`` with ``compile="inductor"``, all that a user's step does, in blocks of many steps; the eager peers' times are
+those of the race before, and JAX (``jit``, ``vmap`` over tasks, ``scan`` over steps; in a process and an environment of
+its own, on the same core) takes turns with it, block by block, after its meta-gradient was compared as well. These rows
+are in milliseconds of the processor's time, which on one thread is the time of a machine without other work.
+
 Threads: one, for all sides, unless --threads says otherwise. The tensors of one task are too small to share out: on two
 idle cores the peers were as fast with one thread as with two, or faster (by 0 to 5%), while ours was slower (by 10 to
 15%), so one thread is the fairer setting to them. It is also the steadier one: where other work takes the cores, two
@@ -44,6 +50,8 @@ from bayesmeta.models.likelihoods import Gaussian
 from bayesmeta.models.nets import mlp
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.tasks.sinusoid import Sinusoid
+from benchmarks._peers import one_core
+from benchmarks._speed_compiled import CompiledRun, check_jax, jax_peer, take_turns
 from benchmarks.harness import Row, at_least, below, main
 
 TASKS, MANY_TASKS, SHOTS, HIDDEN = 25, 100, 10, (40, 40)
@@ -51,6 +59,9 @@ INNER_LR, META_LR = 0.01, 1e-3
 INNER_STEPS = (1, 5)
 PEER_BARS = {1: 8.0, 5: 15.0}
 SCALING_BAR = 3.0
+COMPILED_BARS = {"higher": 60.0, "torchopt": 40.0}
+JAX_BARS = {1: 1.0, 5: 1.3}
+BLOCK = 200  # steps in a block of compiled steps, for one inner step
 TOLERANCE = 1e-4
 SINUSOID = Sinusoid()
 
@@ -206,6 +217,7 @@ class Timed:
     steps: int
     generator: torch.Generator
     medians: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # means of its blocks, in ms of the processor
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -224,12 +236,13 @@ class Timed:
         begin = time.perf_counter()
         for _ in range(warm_up):
             self.step()
-        times = []
+        times, cpu = [], time.process_time()
         for _ in range(self.steps):
             start = time.perf_counter()
             self.step()
             times.append(time.perf_counter() - start)
         self.medians.append(1e3 * float(torch.tensor(times, dtype=torch.float64).quantile(0.5)))
+        self.cpu.append(1e3 * (time.process_time() - cpu) / self.steps)
         self.seconds += time.perf_counter() - begin
 
 
@@ -273,6 +286,7 @@ def compare(peers: dict[str, ModuleType], inner_steps: int, args: argparse.Names
     race(entries, args.rounds)
 
     noun = "step" if inner_steps == 1 else "steps"
+    compiled = compiled_rows(f"maml_{inner_steps}_{noun}_compiled", network, inner_steps, entries, args)
     bar = at_least(PEER_BARS[inner_steps])
     rows = [_row(f"maml_{inner_steps}_{noun}_vs_{name}", entries["ours"], entries[name], bar, args) for name in peers]
     ratio, error = ratio_of_medians(entries["many"].medians, entries["ours"].medians, args.seed)
@@ -283,6 +297,41 @@ def compare(peers: dict[str, ModuleType], inner_steps: int, args: argparse.Names
             seconds=entries["many"].seconds + entries["ours"].seconds, **below(SCALING_BAR).judge(ratio),
         )
     )  # fmt: skip
+    return rows + compiled
+
+
+def compiled_rows(
+    name: str, network: nn.Sequential, inner_steps: int, entries: Mapping[str, Timed], args: argparse.Namespace
+) -> list[Row]:
+    """The rows of the compiled step; none where they are not asked for."""
+    if not args.compiled:
+        return []
+    method = MAML(NeuralTaskModel(network, Gaussian(2**-0.5)), inner_steps=inner_steps, inner_lr=INNER_LR)
+    run = CompiledRun(method, SINUSOID, num_tasks=TASKS, shots=SHOTS, rate=META_LR, seed=args.seed)
+    print(f"{name}: {run.report}", flush=True)
+    batch = draw(TASKS, torch.Generator().manual_seed(args.seed))
+    gradient = our_side(network, inner_steps).gradient(batch)
+    settings = {"tasks": TASKS, "shots": SHOTS, "hidden": list(HIDDEN), "inner_rate": INNER_LR, "rate": META_LR}
+    with jax_peer(inner_steps, **settings) as peer:
+        off = check_jax(peer, network, batch, gradient, TOLERANCE)
+        print(f"{name}: JAX's meta-gradient agrees to {off:.1g}", flush=True)
+        sides = {"ours": run.block, "jax_scan": lambda steps: float(peer.ask(block=steps)["seconds"])}
+        times = take_turns(sides, BLOCK // inner_steps, args.rounds)
+    rows = []
+    cpu = {side: entry.cpu for side, entry in entries.items()} | times
+    for peer_name, bar in {**COMPILED_BARS, "jax_scan": JAX_BARS[inner_steps]}.items():
+        if peer_name not in cpu:
+            continue
+        theirs = cpu[peer_name]
+        ratio, error = ratio_of_medians(theirs, times["ours"], args.seed)
+        ours, reference = (float(torch.tensor(t, dtype=torch.float64).quantile(0.5)) for t in (times["ours"], theirs))
+        seconds = run.compile_seconds if peer_name == "jax_scan" else None
+        rows.append(
+            Row(
+                f"{name}_vs_{peer_name}", ours=ours, reference=reference, ratio=ratio, standard_error=error,
+                seconds=seconds, **at_least(bar).judge(ratio),
+            )
+        )  # fmt: skip
     return rows
 
 
@@ -304,6 +353,8 @@ def _median(entry: Timed) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
     parser.add_argument("--threads", type=int, default=1, help="torch threads, for all sides alike (default: 1)")
+    compiled = "time the compiled step too (default: yes; with --quick: no)"
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None, help=compiled)
     parser.add_argument("--rounds", type=int, default=None, help="rounds of the race (default: 30; quick: 8)")
 
 
@@ -311,18 +362,23 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What was compared."""
     return {
         "unit": "ms per meta-step", "tasks": TASKS, "support": SHOTS, "query": SHOTS, "hidden": list(HIDDEN),
-        "inner_lr": INNER_LR, "meta_lr": META_LR, "second_order": True, "compiled": False, "device": "cpu",
+        "inner_lr": INNER_LR, "meta_lr": META_LR, "second_order": True, "compiled": args.compiled, "device": "cpu",
         "peers": {name: importlib.metadata.version(name) for name in args._peers},
     }  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> list[Row]:
     """Check and time."""
+    args.compiled = not args.quick and args.threads == 1 if args.compiled is None else args.compiled
+    if args.compiled and args.threads != 1:
+        raise SystemExit("--compiled is measured on one thread.")
     args.rounds = (8 if args.quick else 30) if args.rounds is None else args.rounds
     if args.rounds < 2 or args.threads < 1:
         raise SystemExit(f"--rounds must be ≥ 2 and --threads ≥ 1; got {args.rounds} and {args.threads}.")
     args._peers = import_peers()
     torch.set_num_threads(args.threads)
+    if args.threads == 1:
+        one_core()
     return [row for inner_steps in INNER_STEPS for row in compare(args._peers, inner_steps, args)]
 
 

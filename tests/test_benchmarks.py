@@ -309,3 +309,42 @@ def test_speed_meta_step_runs(tmp_path):
     assert names == expected
     assert all(row["ratio"] > 1 for row in content["rows"])
     assert done.returncode == (0 if all(row["passes"] for row in content["rows"]) else 1)
+
+
+def test_blocks_take_turns_and_the_compiled_rows_are_on_one_thread():
+    seen = []
+    sides = {name: (lambda n, name=name: seen.append((name, n)) or 0.5) for name in ("a", "b")}
+    times = speed_meta_step.take_turns(sides, 10, 3)
+    assert times == {"a": [50.0] * 3, "b": [50.0] * 3}
+    assert [name for name, _ in seen] == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    with pytest.raises(SystemExit, match="one thread"):
+        speed_meta_step.run(argparse.Namespace(quick=True, rounds=2, threads=2, compiled=True, seed=0))
+
+
+def test_a_peer_in_its_own_process_answers_and_its_end_is_told(tmp_path, monkeypatch):
+    """The talk alone: a script under this Python; and JAX's gradient is compared, not believed."""
+    from benchmarks import _peers, _speed_compiled
+
+    monkeypatch.setattr(_peers, "HERE", tmp_path)
+    (tmp_path / "echo.py").write_text(
+        "import json, sys\n"
+        "import numpy as np\n"
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    if 'gradient' in request:\n"
+        "        np.savez(request['into'], gradient=np.load(request['gradient'])['w0'].ravel())\n"
+        "    if request.get('end'):\n"
+        "        sys.exit(3)\n"
+        "    print(json.dumps({'seconds': request.get('block')}), flush=True)\n"
+    )
+    network, batch = speed_meta_step.mlp(1, [3], 1), speed_meta_step.draw(2, torch.Generator().manual_seed(0))
+    weight = network[0].weight.detach().flatten()
+    with _peers.Peer("echo.py", python=Path(sys.executable)) as peer:
+        assert peer.ask(block=7) == {"seconds": 7}
+        assert _speed_compiled.check_jax(peer, network, batch, weight, 1e-6) == 0
+        with pytest.raises(RuntimeError, match="differ by"):
+            _speed_compiled.check_jax(peer, network, batch, weight * 1.1, 1e-3)
+        with pytest.raises(RuntimeError, match="numbers"):
+            _speed_compiled.check_jax(peer, network, batch, weight[:2], 1e-3)
+        with pytest.raises(RuntimeError, match="status 3"):
+            peer.ask(end=True)

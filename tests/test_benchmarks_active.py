@@ -59,6 +59,9 @@ def test_curves_of_a_learner_that_is_known():
     torch.testing.assert_close(
         benchmark.Curves.of(Nearest(), tasks, 0, "variance", 1, chunk=40).chosen, variance.chosen
     )
+    torch.testing.assert_close(variance.orders.mean(0), variance.random[-1])
+    assert variance.orders.shape == (2, 40)
+    assert not variance.orders[0].equal(variance.orders[1])
     several = benchmark.Curves.of(Nearest(), tasks, 0, "batch", 1)
     assert several.labels == [1, 4, 7, 10]
     assert several.at(6).equal(several.chosen[2])
@@ -66,16 +69,38 @@ def test_curves_of_a_learner_that_is_known():
 
 def test_points_to_reach():
     errors = torch.tensor([[9.0, 9.0, 0.0], [3.0, 3.0, 0.0], [1.0, 1.0, 4.0]])
-    curves = benchmark.Curves([1, 2, 3], errors, errors, torch.zeros(3, 2))
+    curves = benchmark.Curves([1, 2, 3], errors, errors, torch.zeros(3, 2), errors[-1:])
     assert curves.points_to_reach(2.0) == 2.0
     assert curves.points_to_reach(2.0, median=True) == 3.0
     assert curves.points_to_reach(1.9) is None
-    rows = {
-        row.name: row for row in benchmark.compare("it", benchmark.Curves([1, 4, 7], errors, errors, None), errors[1])
-    }
+    goal = errors[[1, 1]] + torch.tensor([[0.5], [-0.5]])
+    curves = benchmark.Curves([1, 4, 7], errors, errors, None, goal)
+    rows = {row.name: row for row in benchmark.compare("it", curves, goal)}
     assert rows["it_7_mse"].ours == pytest.approx(2.0)
     assert rows["it_7_mse"].difference == pytest.approx(0.0)
     assert rows["it_points_to_reach_random_10_mse"].ours == 4.0
+
+
+def test_the_median_goal_is_over_single_orders(capsys):
+    """Of orders that are right by turns, the mean is never small, and the median of all is."""
+    chosen = torch.tensor([[9.0, 9.0, 9.0], [1.5, 1.5, 1.5], [0.5, 0.5, 0.6]])
+    goal = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])
+    rows = {r.name: r for r in benchmark.compare("it", benchmark.Curves([1, 6, 10], chosen, chosen, None, goal), goal)}
+    assert rows["it_points_to_reach_random_10_mse"].ours == 6.0
+    assert rows["it_points_to_reach_random_10_mse_median"].ours is None, "the median of means, 3, would be reached"
+    goal[0] += torch.tensor([0.0, 3.0, 6.0])
+    rows = benchmark.compare("it", benchmark.Curves([1, 6, 10], chosen, chosen, None, goal), goal)
+    gap = torch.tensor([1.5 - 3, 1.5 - 4, 1.5 - 5])
+    z = float(gap.mean() / (gap.std() / 3**0.5))
+    assert f"6 of them less 10 at random: z = {z:.1f}" in capsys.readouterr().out
+
+
+def test_noise_is_the_error_of_the_true_function():
+    family = bm.tasks.ChallengingSinusoid()
+    clean = bm.tasks.ChallengingSinusoid(relative_noise=0.0)
+    y, truth = (f.sample(20_000, support=1, query=4, generator=7).query.y for f in (family, clean))
+    each = (y - truth).square().mean(-1)
+    assert abs(each.mean() - benchmark.NOISE) < 4 * each.std() / 20_000**0.5
 
 
 @pytest.mark.parametrize("name", list(benchmark.RUNS))
@@ -104,6 +129,8 @@ def test_the_bar_is_of_the_method_that_validation_takes():
     assert benchmark.best(rows, ["b"], True)[0].passes is True
     assert benchmark.best(rows, ["b"], False)[0].bar is None
     assert benchmark.best(rows, ["c"], True) == []
+    diverged = [Row("a_validation_mse", None), *rows[1:]]
+    assert benchmark.best(diverged, ["a", "b"], True)[0].ours == 5.0, "no error is not an error of 0"
     never = [rows[0], Row("a_information_points_to_reach_random_10_mse", None)]
     assert benchmark.best(never, ["a"], True)[0].passes is False
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bayesmeta.adapt.base import Method, MethodCard
 from bayesmeta.adapt.memory import need_memory
+from bayesmeta.adapt.recompute import maybe_recomputed
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import NonFiniteDataError, OptionError, UnsupportedError
 from bayesmeta.models.network import NetworkProgram
@@ -81,6 +82,9 @@ class ABML(Method):
         UnsupportedError: for a prior without a density, or a model that the noise cannot be drawn for; in use, for R of
             more than 4 GiB (tasks · draws of global sites · D² or D (D + rank) · 8 bytes).
     """
+
+    #: Compute inner steps again on the way back instead of keeping them; set by ``fit(checkpoint_inner=True)``.
+    checkpoint_inner = False
 
     card = MethodCard(
         assumes="a prior with a density: Gaussian weights, or a program's own",
@@ -332,8 +336,8 @@ class ABML(Method):
             return state
         has_data = None if support.mask is None else support.mask.any(-1)[:, None]
         counts = support.counts().clamp(min=1.0)
-        for _ in range(self.inner_steps):
-            noise = self._noise(state[0], self.num_particles, support.shots, generator)
+
+        def step(noise: Tensor, *state: Tensor) -> list[Tensor]:
             factor = state[2] if len(state) > 2 else None
             value = self.elbo(state[0], state[1], support, theta, noise, factor) / counts
             gradients = torch.autograd.grad(value.sum(), state, create_graph=create_graph)
@@ -341,7 +345,11 @@ class ABML(Method):
                 keep = (has_data, has_data, has_data.unsqueeze(-1))
                 gradients = tuple(torch.where(k, g, 0.0) for k, g in zip(keep, gradients, strict=False))
             moves = self._moves(gradients, support, theta)
-            state = [part + move for part, move in zip(state, moves, strict=True)]
+            return [part + move for part, move in zip(state, moves, strict=True)]
+
+        for _ in range(self.inner_steps):
+            noise = self._noise(state[0], self.num_particles, support.shots, generator)
+            state = maybe_recomputed(self.checkpoint_inner and create_graph, step, noise, *state)
         return state
 
     def _moves(self, gradients: Sequence[Tensor], support: Observations, theta: Tensor | None) -> list[Tensor]:

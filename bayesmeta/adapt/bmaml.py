@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.adapt.base import Method, MethodCard, per_observation
+from bayesmeta.adapt.recompute import maybe_recomputed
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.network import NetworkProgram
@@ -71,6 +72,9 @@ class BMAML(Method):
         OptionError: for fewer than two particles, an unknown objective, or numbers out of range.
         UnsupportedError: at the first data, for a prior of your own without moments.
     """
+
+    #: Compute inner steps again on the way back instead of keeping them; set by ``fit(checkpoint_inner=True)``.
+    checkpoint_inner = False
 
     card = MethodCard(
         assumes="any model; a prior with a density spreads the particles",
@@ -174,12 +178,15 @@ class BMAML(Method):
         if observations.shots == 0:
             return u
         share = per_observation(observations)[:, None]
-        for _ in range(steps):
-            if not create_graph:
-                u = u.detach().requires_grad_()
+
+        def step(u: Tensor) -> Tensor:
             score = self._score(u, observations, theta, create_graph)
             with torch.set_grad_enabled(create_graph):
-                u = u + self.inner_lr * share * svgd_direction(u, score)
+                return u + self.inner_lr * share * svgd_direction(u, score)
+
+        for _ in range(steps):
+            u = u if create_graph else u.detach().requires_grad_()
+            u = maybe_recomputed(self.checkpoint_inner and create_graph, step, u)
         return u
 
     def _adapt(

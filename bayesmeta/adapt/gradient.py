@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.adapt.base import Method, per_observation
+from bayesmeta.adapt.recompute import maybe_recomputed
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.theta import GlobalKind
@@ -105,6 +106,9 @@ class GradientMethod(PointMethod):
         self.step_weights = step_weights if isinstance(step_weights, str) else tuple(map(float, step_weights))
         self._weights()
 
+    #: Compute inner steps again on the way back instead of keeping them; set by ``fit(checkpoint_inner=True)``.
+    checkpoint_inner = False
+
     def config(self) -> dict[str, Any]:
         """Options that change the result."""
         weights = self.step_weights
@@ -156,17 +160,20 @@ class GradientMethod(PointMethod):
             # a task without support stays at the start, also when the joint would pull it to the prior's mode
             share = per_observation(support)[:, None]
         second_order = create_graph and not self.first_order
-        for step in range(self.inner_steps):
+
+        def move(u: Tensor, step: int) -> Tensor:
             gradient = self.inner_gradient(u, support, theta, second_order)
             rate = self._rate(step)
             if not create_graph and isinstance(rate, Tensor):
                 rate = rate.detach()
             if share is not None:
-                u = u + (rate * share) * gradient
-            elif isinstance(rate, Tensor):
-                u = u + (rate / support.shots) * gradient
-            else:
-                u = torch.add(u, gradient, alpha=rate / support.shots)
+                return u + (rate * share) * gradient
+            if isinstance(rate, Tensor):
+                return u + (rate / support.shots) * gradient
+            return torch.add(u, gradient, alpha=rate / support.shots)
+
+        for step in range(self.inner_steps):
+            u = maybe_recomputed(self.checkpoint_inner and second_order, move, u, step)
             yield u
 
     def _steps(self, support: Observations, theta: Tensor | None, create_graph: bool) -> Tensor:

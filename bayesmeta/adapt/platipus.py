@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from bayesmeta.adapt.base import MethodCard, per_observation
 from bayesmeta.adapt.gradient import GradientMethod, Objective
 from bayesmeta.adapt.maml import MAML
+from bayesmeta.adapt.recompute import maybe_recomputed
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.models.theta import GlobalKind
@@ -180,9 +181,13 @@ class Platipus(GradientMethod):
         """φ after the inner steps from u ``[n, G, tasks, D]``."""
         if support.shots == 0:
             return u
-        step = self.inner_lr * per_observation(support)[:, None]
+        rate = self.inner_lr * per_observation(support)[:, None]
+
+        def step(u: Tensor) -> Tensor:
+            return u + rate * self.inner_gradient(u, support, theta, create_graph)
+
         for _ in range(self.inner_steps):
-            u = u + step * self.inner_gradient(u, support, theta, create_graph)
+            u = maybe_recomputed(self.checkpoint_inner and create_graph, step, u)
         return u
 
     def _adapt(

@@ -18,6 +18,7 @@ from bayesmeta.errors import DataError, OptionError, ShapeError
 from bayesmeta.models.attention import AttentionBlock
 from bayesmeta.models.nets import mlp
 from bayesmeta.ops import sets
+from bayesmeta.ops.capturing import is_capturing
 
 Covariance = Literal["diagonal", "full"]
 
@@ -122,7 +123,7 @@ class Encoder(nn.Module):
         """What the network reads: rows ``[…, tasks, n, width]`` in their order, padding last and 0, and their mask.
 
         On a CPU n is the number of observations of the longest task, so that padding changes no bit of what follows;
-        elsewhere, where reading that number would wait for the device, it is the padded one.
+        elsewhere, where reading that number would wait for the device, it is the padded one, as it is in a graph.
         """
         self.check(observations, given)
         x, y = observations.x, observations.y
@@ -137,7 +138,7 @@ class Encoder(nn.Module):
         rows = torch.cat([x, y.to(x.dtype)], -1).masked_fill(~mask.unsqueeze(-1), 0.0) + 0.0
         order = sets.lexicographic_order(rows, mask) if self.sort and not self.ordered else sets.padding_last(mask)
         rows, mask = sets.take_rows(rows, order), mask.gather(-1, order)
-        if observations.mask is not None and x.device.type == "cpu" and observations.num_tasks:
+        if observations.mask is not None and x.device.type == "cpu" and observations.num_tasks and not is_capturing():
             longest = int(mask.sum(-1).max())
             rows, mask = rows[:, :longest].contiguous(), mask[:, :longest].contiguous()
         if given is None:

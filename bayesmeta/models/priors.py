@@ -286,8 +286,9 @@ class Mixture(Prior):
         """Mean and standard deviation of the whole mixture, each ``[…, D]``."""
         weight = self.logits.softmax(-1).unsqueeze(-1)
         mean = (weight * self.offsets).sum(0)
-        square = (weight * ((2 * self.log_scale).exp() + self.offsets.square())).sum(0)
-        return self.centre(w) + mean, (square - mean.square()).sqrt()
+        # not E[u²] − E[u]², which rounding can bring to 0 or below
+        square = (weight * ((2 * self.log_scale).exp() + (self.offsets - mean).square())).sum(0)
+        return self.centre(w) + mean, square.sqrt()
 
 
 class LayerScales(Prior):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bayesmeta.errors import CheckpointError
-from bayesmeta.ops.files import read_tensors, write_tensors
+from bayesmeta.errors import CheckpointError, RunFolderError
+from bayesmeta.ops.files import discard, read_tensors, reason, write_tensors
 
 FORMAT = 1
-LAST, BEST = "checkpoint.pt", "best.pt"
+LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.previous.pt", "best.pt"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -21,6 +23,60 @@ def save(path: Path, content: dict[str, Any]) -> None:
         RunFolderError: when the folder cannot be written.
     """
     write_tensors(path, content | {"format": FORMAT})
+
+
+def save_last(folder: Path, content: dict[str, Any]) -> None:
+    """Write a run's last checkpoint, and keep the one before it: at every moment there is a whole one.
+
+    Raises:
+        RunFolderError: when the folder cannot be written.
+    """
+    last = folder / LAST
+    if last.exists():
+        _give_name(last, folder / PREVIOUS)
+    save(last, content)
+
+
+def use_previous(folder: Path) -> None:
+    """Put the checkpoint before the last in the last one's place."""
+    _give_name(folder / PREVIOUS, folder / LAST)
+
+
+def _give_name(path: Path, name: Path) -> None:
+    """A second name for a file, in place of what had it: at once, and without a copy where the disk can."""
+    temporary = name.with_name(f"{name.name}.tmp{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, name)
+    except OSError as error:
+        raise RunFolderError(f"{name} could not be written: {reason(error)}") from error
+    finally:
+        discard(temporary)
+
+
+def load_last(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a run's last checkpoint, ``folder / LAST``.
+
+    Raises:
+        CheckpointError: when it is missing or damaged, saying whether the one before it is good. It is not taken in
+            silence.
+    """
+    try:
+        return load(path, map_location=map_location)
+    except CheckpointError as error:
+        previous = path.with_name(PREVIOUS)
+        try:
+            step = load(previous)["step"]
+        except CheckpointError:
+            raise error from None
+        raise CheckpointError(
+            f"{error} The one before it, {previous}, is good, of step {step}: go on from it by "
+            f"resume='previous', or put it in place of {LAST} and resume."
+        ) from error
 
 
 def load(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:

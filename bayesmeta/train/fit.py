@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,10 +15,13 @@ from torch import nn
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.protocols import TaskDistribution
-from bayesmeta.train import checkpoint, events
-from bayesmeta.train.folder import claim
-from bayesmeta.train.loop import Loop, OptimizerFactory, Plan, ScheduleFactory
+from bayesmeta.train import events
+from bayesmeta.train.compiling import Compile, Compiler, check_mode
+from bayesmeta.train.folder import claim, has_checkpoint
+from bayesmeta.train.loop import Loop, NanPolicy, OptimizerFactory, Plan, ScheduleFactory
+from bayesmeta.train.memory import recomputing
 from bayesmeta.train.record import Record
+from bayesmeta.train.signals import Signals
 from bayesmeta.train.validation import Score, Validation
 
 
@@ -33,6 +37,8 @@ class FitResult:
         seconds: wall time of this call.
         tasks_per_second: tasks trained on in this call, a second of its steps; None when it took no step.
         out: the folder of the run, if any.
+        skipped: steps that changed nothing, since their loss or gradient was not finite (``nan_policy="skip"``).
+        compiled: what became of ``compile=``, in words; None for ``"off"``.
     """
 
     method: Any
@@ -43,6 +49,8 @@ class FitResult:
     seconds: float = 0.0
     tasks_per_second: float | None = None
     out: Path | None = None
+    skipped: int = 0
+    compiled: str | None = None
 
 
 def adam(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -79,9 +87,12 @@ def fit(
     query: int | None = 10,
     accumulate: int = 1,
     chunk: int | None = None,
+    checkpoint_inner: bool = False,
     optimizer: OptimizerFactory = adam,
     schedule: ScheduleFactory | None = None,
     clip: float | None = None,
+    nan_policy: NanPolicy = "raise",
+    compile: Compile = "off",
     validation: TaskBatch | Sequence[TaskBatch] | None = None,
     validate_every: int = 100,
     validate_with: Score | None = None,
@@ -93,7 +104,7 @@ def fit(
     dtype: torch.dtype | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | Literal["previous"] = False,
     checkpoint_every: int = 1000,
     log_every: int = 100,
     tensorboard: str | Path | bool | None = None,
@@ -112,10 +123,20 @@ def fit(
             if they were one batch, with the memory of one.
         chunk: most tasks of a batch to go forward and back at a time: less memory, the same gradient up to rounding
             for a method without noise of its own.
+        checkpoint_inner: compute each inner step again on the way back instead of keeping it: memory that hardly grows
+            with their number, the same gradient, two to three times the time. Not together with ``compile``.
         optimizer: makes a torch optimizer from the parameters. A factory, since some parameters exist only after the
             first batch.
         schedule: makes a torch schedule from the optimizer, stepped once a step; :mod:`bayesmeta.schedules` has some.
         clip: largest norm of the gradient, in units of the loss (nats a task).
+        nan_policy: what a loss or gradient that is not finite does: ``"raise"``, or ``"skip"``: the step changes
+            nothing (parameters, optimizer, schedule, buffers), is counted in the result's ``skipped``, and a hundred in
+            a row are an error all the same.
+        compile: ``"off"``; ``"inductor"``: from the second step on a step is one compiled graph, of drawing the tasks
+            where they are drawn by tensor operations, of the loss, its gradient, and the step of SGD, Adam or AdamW.
+            It draws the same numbers as an eager step and differs by rounding alone. Compiling takes a minute or so.
+            ``"auto"``: times eager steps first, and compiles if the run is long enough to win that back. What
+            cannot be one graph stays eager, with a warning that names the line.
         validation: held-out tasks, in one batch or several; their loss is measured every ``validate_every`` steps
             under fixed noise, and the method ends with the θ that was best on them.
         validate_every: steps between validations.
@@ -130,7 +151,8 @@ def fit(
         device: ``"auto"``, or a torch device; method and batches are moved there.
         dtype: cast method and batches; None leaves them as they are.
         out: folder for checkpoints, ``log.jsonl`` and ``config.json``; None keeps nothing.
-        overwrite, resume: what to do when ``out`` already holds a run; neither: refuse.
+        overwrite, resume: what to do when ``out`` already holds a run; neither: refuse. ``resume="previous"`` goes on
+            from the checkpoint before the last, where the last is damaged; never on its own.
         checkpoint_every, log_every: steps between checkpoints and log entries.
         tensorboard: folder for TensorBoard's curves (the extra ``bayesmeta[tensorboard]``), at ``log_every`` and at
             each validation; True: ``out/tensorboard``.
@@ -142,6 +164,9 @@ def fit(
 
     Raises:
         NonFiniteLossError: naming the step; the last good checkpoint stays.
+        DeviceMemoryError: naming the ``chunk`` to try, when the device has too little memory.
+        KeyboardInterrupt: after Ctrl-C, once the step is finished and its checkpoint written; a second one stops at
+            once. SIGTERM does likewise and ends in SystemExit(143). Handlers of the caller's own are left alone.
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
         DataError, ModelError and their kinds: when data and model do not fit.
     """
@@ -155,8 +180,10 @@ def fit(
     )
     _check_counts(optional=True, chunk=chunk, validation_chunk=validation_chunk, patience=patience)
     _check_kinds(method, tasks, optimizer, clip)
-    if resume and out is None:
-        raise OptionError("resume=True needs out=, the folder of the run to go on with.")
+    _check_choices(nan_policy, resume, out)
+    check_mode(compile)
+    if checkpoint_inner and compile != "off":
+        raise OptionError("checkpoint_inner=True and compile exclude each other: a compiled step plans its own memory.")
     held_out = Validation(
         validation,
         every=validate_every,
@@ -165,30 +192,45 @@ def fit(
         chunk=validation_chunk,
         score=validate_with,
     )
-    curves = events.choose(tensorboard, out, overwrite=overwrite, resume=resume)
+    curves = events.choose(tensorboard, out, overwrite=overwrite, resume=bool(resume))
     plan = Plan(tasks_per_step, support, query, seed, accumulate, chunk, dtype)
-    loop = Loop(method, tasks, plan, held_out, pick_device(device), clip)
+    loop = Loop(method, tasks, plan, held_out, pick_device(device), clip, nan_policy)
     loop.set_up(optimizer, schedule)
-    folder = None if out is None else claim(out, overwrite=overwrite, resume=resume)
-    resume = resume and folder is not None and (folder / checkpoint.LAST).exists()  # else it begins again
-    if folder is not None and resume:
-        loop.restore(folder, config)
-    begin = time.perf_counter()
-    with Record(
-        loop,
-        folder,
-        curves,
-        steps=steps,
-        log_every=log_every,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-        overwrite=overwrite,
-        resume=resume,
-        config=config,
-    ) as record:
+    if compile != "off":
+        loop.compiler = Compiler(loop, compile, steps)
+    with ExitStack() as stack:
+        folder = lock = None
+        if out is not None:
+            folder, lock = claim(out, overwrite=overwrite, resume=bool(resume))
+            stack.callback(lock.release)
+        stack.enter_context(loop.own_randomness())
+        stack.enter_context(recomputing(method, checkpoint_inner))
+        goes_on = bool(resume) and folder is not None and has_checkpoint(folder)  # else it begins again
+        if folder is not None and goes_on:
+            loop.restore(folder, config, previous=resume == "previous")
+        begin = time.perf_counter()
+        record = stack.enter_context(
+            Record(
+                loop,
+                folder,
+                curves,
+                steps=steps,
+                log_every=log_every,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+                overwrite=overwrite,
+                resume=goes_on,
+                config=config,
+            )
+        )
+        signals = stack.enter_context(Signals())
         while loop.step < steps and not held_out.stopped:
             loop.advance()
             record.after_step()
+            if lock is not None:
+                lock.beat()
+            if signals.received is not None:
+                signals.stop(record.interrupt())
     loop.check_finite()
     held_out.use_best(method)
     return FitResult(
@@ -200,6 +242,8 @@ def fit(
         time.perf_counter() - begin,
         loop.overall.rate(),
         folder,
+        loop.skipped,
+        None if loop.compiler is None else loop.compiler.report,
     )
 
 
@@ -209,6 +253,15 @@ def _check_counts(*, optional: bool = False, **counts: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}.")
+
+
+def _check_choices(nan_policy: Any, resume: Any, out: Any) -> None:
+    if nan_policy not in ("raise", "skip"):
+        raise OptionError(f"Unknown nan_policy {nan_policy!r}; expected 'raise' or 'skip'.")
+    if resume not in (True, False, "previous"):
+        raise OptionError(f"resume is {resume!r}; expected True, False or 'previous'.")
+    if resume and out is None:
+        raise OptionError("resume=True needs out=, the folder of the run to go on with.")
 
 
 def _check_kinds(method: Any, tasks: Any, optimizer: Any, clip: float | None) -> None:

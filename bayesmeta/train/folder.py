@@ -1,38 +1,66 @@
-"""The folder of a run: who may write there, and its log."""
+"""The folder of a run: what may be done there, and its log."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
 from bayesmeta.errors import RunFolderError
-from bayesmeta.train.checkpoint import BEST, LAST
+from bayesmeta.ops.files import discard, reason
+from bayesmeta.train.checkpoint import BEST, LAST, PREVIOUS
+from bayesmeta.train.lock import Lock
 
 CONFIG, LOG = "config.json", "log.jsonl"
-_OURS = (CONFIG, LOG, LAST, BEST)
+_OURS = (CONFIG, LOG, LAST, PREVIOUS, BEST)
 #: The folder of TensorBoard's curves within a run's, and what its files are called.
 EVENTS, EVENT_FILES = "tensorboard", "events.out.tfevents.*"
 
 
-def claim(out: str | Path, *, overwrite: bool, resume: bool) -> Path:
-    """Prepare the output folder.
+def claim(out: str | Path, *, overwrite: bool, resume: bool) -> tuple[Path, Lock]:
+    """Prepare the output folder, for this process alone.
 
     Args:
         out: the folder; created when it is missing.
         overwrite: delete the run that it holds.
         resume: go on with the run that it holds, from the beginning if it ended before its first checkpoint.
 
+    Returns:
+        The folder, and the lock on it, to be released when the run ends.
+
     Raises:
         RunFolderError: when it holds a run and neither was asked for, when both were, when there is nothing to
-            resume, or when it cannot be written.
+            resume, when another run is going on in it, or when it cannot be written.
     """
     path = Path(out)
     if overwrite and resume:
         raise RunFolderError("overwrite and resume exclude each other; give one of them.")
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file; give a folder for the run.")
+    if not path.exists() and resume:
+        raise RunFolderError(f"{path} holds no run to resume; start without resume.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"The folder {path} cannot be written: {reason(error)}") from error
+    lock = Lock(path)
+    try:
+        _look(path, overwrite=overwrite, resume=resume)
+        _clear(path, overwrite=overwrite)
+    except BaseException:
+        lock.release()
+        raise
+    return path, lock
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is a state to go on from: a run that ended before its first checkpoint begins again."""
+    return (path / LAST).exists() or (path / PREVIOUS).exists()
+
+
+def _look(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """Whether what the folder holds is what was asked for; looked at under the lock."""
     holds_run = any((path / name).exists() for name in _OURS)
     if holds_run and not (overwrite or resume):
         raise RunFolderError(
@@ -40,17 +68,18 @@ def claim(out: str | Path, *, overwrite: bool, resume: bool) -> Path:
         )
     if resume and not holds_run:
         raise RunFolderError(f"{path} holds no run to resume; start without resume.")
+
+
+def _clear(path: Path, *, overwrite: bool) -> None:
+    """Delete what a killed process left half written, and the run itself if it shall be, or must, begin again."""
+    files = [file for name in _OURS for file in path.glob(f"{name}.tmp*")]
+    if overwrite or not has_checkpoint(path):
+        files += [*(path / name for name in _OURS), *(path / EVENTS).glob(EVENT_FILES)]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if overwrite or not (path / LAST).exists():  # a run that ended before its first checkpoint begins again
-            for file in [*(path / name for name in _OURS), *(path / EVENTS).glob(EVENT_FILES)]:
-                file.unlink(missing_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        for file in files:
+            file.unlink(missing_ok=True)
     except OSError as error:
-        raise RunFolderError(f"The folder {path} cannot be written: {error}") from error
-    return path
+        raise RunFolderError(f"The folder {path} cannot be written: {reason(error)}") from error
 
 
 class Log:
@@ -59,25 +88,33 @@ class Log:
     Args:
         path: the file, or None to keep nothing on disk.
         keep_until: on resume, drop lines of later steps, which will be written again.
+
+    Raises:
+        RunFolderError: when it cannot be written.
     """
 
     def __init__(self, path: Path | None, keep_until: int | None = None) -> None:
         self.path = path
         if path is None:
             return
-        if keep_until is None:
-            path.write_text("")
-        elif path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= keep_until]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            shutil.move(temporary, path)
+        kept: list[str] = []
+        if keep_until is not None and path.exists():
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= keep_until]
+        _write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, **values: Any) -> None:
-        """Append a line."""
-        if self.path is not None:
+        """Append a line.
+
+        Raises:
+            RunFolderError: when it cannot be written.
+        """
+        if self.path is None:
+            return
+        try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunFolderError(f"{self.path} could not be written: {reason(error)}") from error
 
 
 def _step(line: str) -> float:
@@ -88,5 +125,21 @@ def _step(line: str) -> float:
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write the run's configuration as JSON."""
-    (path / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
+    """Write the run's configuration as JSON.
+
+    Raises:
+        RunFolderError: when it cannot be written.
+    """
+    _write_text(path / CONFIG, json.dumps(config, indent=2, default=str) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunFolderError(f"{path} could not be written: {reason(error)}") from error
+    finally:
+        discard(temporary)

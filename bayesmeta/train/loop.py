@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import CheckpointError, EmptyTaskError, NonFiniteLossError, OptionError
+from bayesmeta.ops.random import as_generator, forked_rng
 from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train import checkpoint
+from bayesmeta.train.compiling import Compiler
+from bayesmeta.train.memory import memory_for
 from bayesmeta.train.validation import Validation
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+NanPolicy = Literal["raise", "skip"]
+#: A run in which so many steps in a row are not finite stops also when it skips such steps.
+MAX_SKIPPED = 100
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -44,6 +52,7 @@ class Loop:
         validation: held-out tasks and the best on them.
         device: where the run is.
         clip: largest norm of the gradient.
+        nan_policy: what to do on a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -54,11 +63,14 @@ class Loop:
         validation: Validation,
         device: torch.device,
         clip: float | None,
+        nan_policy: NanPolicy = "raise",
     ) -> None:
         self.method, self.tasks, self.plan, self.validation = method, tasks, plan, validation
-        self.device, self.clip = device, clip
+        self.device, self.clip, self.nan_policy = device, clip, nan_policy
         self.generator = torch.Generator(device=device).manual_seed(plan.seed)
+        self.compiler: Compiler | None = None
         self.step = 0
+        self.skipped, self.skipped_in_a_row = 0, 0
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.clock = Clock()
@@ -98,6 +110,12 @@ class Loop:
         self.loss = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
 
+    @contextmanager
+    def own_randomness(self) -> Iterator[None]:
+        """Let what draws from torch's global generators, such as dropout, follow the run's seed; then put them back."""
+        with forked_rng(as_generator(self.plan.seed, self.device, "layers")):
+            yield
+
     # -- a step -------------------------------------------------------------------------------------------------
 
     def sample(self, generator: torch.Generator) -> TaskBatch:
@@ -110,22 +128,56 @@ class Loop:
         """One step of the optimizer."""
         begin = time.perf_counter()
         self.step += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        whole = self.plan.accumulate == 1 and self.plan.chunk is None
-        self.loss, num_tasks = self._backward_whole() if whole else self._backward_in_pieces()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.norm = nn.utils.get_total_norm(gradients)
-        if self.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, self.norm)
-        # 0 · inf and 0 · NaN are NaN: one look at the device for both
-        self._stop_if_not_finite(self.loss + 0 * self.norm, "loss or its gradient")
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
+        skip = self.nan_policy == "skip"
+        buffers = {name: b.clone() for name, b in self.method.named_buffers()} if skip else {}
+        tasks_at_a_time = min(self.plan.chunk or self.plan.tasks_per_step, self.plan.tasks_per_step)
+        with memory_for(f"Step {self.step}", "chunk", tasks_at_a_time):
+            loss, norm, num_tasks = self._gradient()
+            # 0 · inf and 0 · NaN are NaN: one look at the device for both
+            both = float(loss + 0 * norm)
+            if math.isfinite(both) or not skip:
+                self._stop_if_not_finite(both, "loss or its gradient")
+                self._update(loss, norm)
+            else:
+                self._skip(both, buffers)
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         self.clock.add(num_tasks, seconds)
         self.overall.add(num_tasks, seconds)
+
+    def _gradient(self) -> tuple[Tensor, Tensor, int]:
+        """Put the gradient of new tasks into the parameters; returns loss, the gradient's norm, number of tasks."""
+        compiled = None if self.compiler is None else self.compiler.gradient()
+        if compiled is not None:
+            return compiled
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = self.plan.accumulate == 1 and self.plan.chunk is None
+        loss, num_tasks = self._backward_whole() if whole else self._backward_in_pieces()
+        return loss, nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), num_tasks
+
+    def _update(self, loss: Tensor, norm: Tensor) -> None:
+        """Go down the gradient."""
+        self.loss, self.norm, self.skipped_in_a_row = loss, norm, 0
+        if self.compiler is None or not self.compiler.commit():
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+            self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def _skip(self, value: float, buffers: dict[str, Tensor]) -> None:
+        """Leave everything but the generators as it was before the step; not for ever, which would train nothing."""
+        for name, buffer in self.method.named_buffers():
+            buffer.copy_(buffers.get(name, buffer))
+        if self.skipped_in_a_row + 1 >= MAX_SKIPPED:
+            self._stop_if_not_finite(value, f"loss or its gradient, for {MAX_SKIPPED} steps in a row,")
+        if self.skipped == 0:
+            warnings.warn(
+                f"The loss or its gradient is {value} at step {self.step}. The step is skipped, as later ones will be "
+                "without a warning; the result says how many.",
+                stacklevel=4,
+            )
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
     def _backward_whole(self) -> tuple[Tensor, int]:
         """Gradient of the loss of one batch; returns the loss and the number of tasks."""
@@ -156,7 +208,7 @@ class Loop:
                 p.grad.div_(count)
         return total / count, count
 
-    def _stop_if_not_finite(self, value: Tensor, what: str) -> None:
+    def _stop_if_not_finite(self, value: Tensor | float, what: str) -> None:
         if math.isfinite(float(value)):
             return
         raise NonFiniteLossError(
@@ -174,11 +226,14 @@ class Loop:
     def entry(self) -> dict[str, float]:
         """What the history says of this step: nothing that differs when the run is made again."""
         rate = float(self.optimizer.param_groups[0]["lr"])
-        return {"step": self.step, "loss": float(self.loss), "rate": rate, "gradient_norm": float(self.norm)}
+        entry = {"step": self.step, "loss": float(self.loss), "rate": rate, "gradient_norm": float(self.norm)}
+        return entry | {"skipped": self.skipped} if self.skipped else entry
 
     def validate(self) -> tuple[float, bool]:
         """The score of this step on the held-out tasks, and whether it is the best so far."""
-        value = self.validation.measure(self.method, self.device)
+        largest = max(piece.num_tasks for piece in self.validation.pieces)
+        with memory_for(f"Validation at step {self.step}", "validation_chunk", largest):
+            value = self.validation.measure(self.method, self.device)
         return value, self.validation.note(value, self.step, self.method)
 
     def speed(self) -> dict[str, float]:
@@ -197,6 +252,9 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "generator": self.generator.get_state(),
+            "global_generators": self._global_generators(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "last": [self.loss, self.norm],
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -216,10 +274,10 @@ class Loop:
             "config": config or {},
         }
 
-    def restore(self, folder: Path, config: dict[str, Any] | None) -> None:
-        """Load the last checkpoint of a folder."""
-        path = folder / checkpoint.LAST
-        content = checkpoint.load(path, map_location=self.device)
+    def restore(self, folder: Path, config: dict[str, Any] | None, *, previous: bool = False) -> None:
+        """Load the last checkpoint of a folder, or on request the one before it, which then becomes the last."""
+        path = folder / (checkpoint.PREVIOUS if previous else checkpoint.LAST)
+        content = (checkpoint.load if previous else checkpoint.load_last)(path, map_location=self.device)
         checkpoint.check_fingerprint(content["fingerprint"], self.method, path)
         ours = self.identity()
         # runs of 0.1.0 said less of themselves
@@ -247,6 +305,20 @@ class Loop:
         self.step, self.history = content["step"], content["history"]
         self.seconds = content.get("seconds", 0.0)
         self.validation.load_state(content["best"])
+        self.skipped, self.skipped_in_a_row = content.get("skipped", [0, 0])
+        self.loss, self.norm = content.get("last", [self.loss, self.norm])
+        states = content.get("global_generators", {})
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"].cpu())
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
+        if previous:
+            checkpoint.use_previous(folder)
+
+    def _global_generators(self) -> dict[str, Tensor]:
+        """States of torch's own generators, for layers such as dropout."""
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
 
 class Clock:

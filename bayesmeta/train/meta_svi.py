@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import (
+    CheckpointError,
     EmptyTaskError,
     NonFiniteDataError,
     NonFiniteLossError,
@@ -27,8 +31,23 @@ from bayesmeta.models.handlers import bijection
 from bayesmeta.models.program import TaskProgram, as_program
 from bayesmeta.ops.random import Seed, as_generator, forked_rng
 from bayesmeta.posteriors.samples import SamplesPosterior
+from bayesmeta.train import checkpoint
+from bayesmeta.train.compiled_svi import SVICompiler
+from bayesmeta.train.compiling import Compile, check_mode
 from bayesmeta.train.guide_density import log_density
 from bayesmeta.train.known_tasks import GuideTasks, as_arguments, as_observations
+from bayesmeta.train.loop import MAX_SKIPPED, NanPolicy
+from bayesmeta.train.svi_state import (
+    copy_into,
+    generators,
+    make_optimizer,
+    module_tensors,
+    names_of,
+    own_store,
+    owners,
+    set_generators,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -58,9 +77,20 @@ class MetaSVI:
             fixed tasks.
         optim: makes a torch optimizer from parameters.
         loss: a ``pyro.infer.ELBO``.
+        nan_policy: what a loss or gradient that is not finite does: ``"raise"``, or ``"skip"``: the step changes
+            nothing but the generators, returns the loss as it is, and is counted in ``skipped``; a hundred in a row
+            are an error all the same.
+
+        compile: ``"off"``; ``"inductor"``: from the second step on a step is one compiled graph, of ``Trace_ELBO`` or
+            ``TraceMeanField_ELBO`` on reparameterised sites, its gradient, and the step of SGD, Adam or AdamW. It draws
+            the same numbers and differs by rounding alone. ``"auto"``: once eager steps have taken as long as compiling
+            would. What cannot be one graph stays eager, with a warning that names the line.
+
+    Attributes:
+        steps, skipped: steps taken, and those of them that changed nothing.
 
     Raises:
-        OptionError: for an optimizer that is no factory.
+        OptionError: for an optimizer that is no factory, and an unknown policy.
     """
 
     def __init__(
@@ -69,6 +99,9 @@ class MetaSVI:
         guide: Callable[..., Any],
         optim: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
         loss: pyro.infer.ELBO,
+        *,
+        nan_policy: NanPolicy = "raise",
+        compile: Compile = "off",
     ) -> None:
         if isinstance(optim, torch.optim.Optimizer | pyro.optim.PyroOptim) or not callable(optim):
             raise OptionError(
@@ -77,12 +110,17 @@ class MetaSVI:
             )
         if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
             raise OptionError("loss must be a Pyro ELBO object, such as pyro.infer.Trace_ELBO() (with parentheses).")
+        if nan_policy not in ("raise", "skip"):
+            raise OptionError(f"Unknown nan_policy {nan_policy!r}; expected 'raise' or 'skip'.")
         self.model, self.guide, self._factory, self.elbo = model, guide, optim, loss
+        self.nan_policy = nan_policy
         self.optimizer: torch.optim.Optimizer | None = None
         self._store: dict[str, Any] = {"params": {}, "constraints": {}}
-        self._known: dict[int, Tensor] = {}
+        self._groups: list[list[Tensor]] = []
         self._tasks = GuideTasks(guide)
-        self.steps = 0
+        check_mode(compile)
+        self._compiler = None if compile == "off" else SVICompiler(self, compile)
+        self.steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         #: what each step's ELBO was, by step, those that were not finite too
         self.losses: list[float] = []
 
@@ -96,25 +134,43 @@ class MetaSVI:
             NonFiniteDataError: for NaN in a batch, naming where.
             DataError, UnsupportedError: for other tasks than those that an AutoGuide has parameters for.
         """
+        found = None if self._compiler is None else self._compiler.step(args, kwargs)
+        if found is not None:
+            self.steps, self._skipped_in_a_row = self.steps + 1, 0
+            self.losses.append(found)
+            return found
         args, kwargs, tasks = self._arguments(args, kwargs)
         store = pyro.get_param_store().scope(self._store)
-        with tasks, store, poutine.trace(param_only=True) as capture, _named_sites():
+        skip = self.nan_policy == "skip"
+        modules = owners(self.model, self.guide).values() if skip else ()
+        buffers = [{name: b.clone() for name, b in module.named_buffers()} for module in modules]
+        with tasks, store, poutine.trace(param_only=True) as capture, _named_sites(), _quiet(skip):
             loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
         parameters = self._parameters(capture.trace)
         self.steps += 1
         value = _number(loss)
         self.losses.append(value)
         sound = all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters)
-        if not sound or not math.isfinite(value):
-            for parameter in parameters:
-                parameter.grad = None
+        if sound and math.isfinite(value):
+            self._optimize(parameters)
+            self._skipped_in_a_row = 0
+            return value
+        for parameter in parameters:
+            parameter.grad = None
+        for module, before in zip(modules, buffers, strict=True):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(before.get(name, buffer))
+        message = f"The loss is {value} at step {self.steps}, with {'a finite' if sound else 'no finite'} gradient"
+        self._skipped_in_a_row += 1
+        if not skip or self._skipped_in_a_row >= MAX_SKIPPED:
             raise NonFiniteLossError(
-                f"The loss is {value} at step {self.steps}, with {'a finite' if sound else 'no finite'} gradient; no "
-                "parameter was changed. Try a lower learning rate, "
-                "another start, or look at the scale of the data.",
+                f"{message}{f', as at the {MAX_SKIPPED - 1} steps before' if skip else ''}; no parameter was changed. "
+                "Try a lower learning rate, another start, or look at the scale of the data.",
                 self.steps,
             )
-        self._optimize(parameters)
+        if self.skipped == 0:
+            warnings.warn(f"{message}. The step is skipped, as later ones will be without a warning.", stacklevel=2)
+        self.skipped += 1
         return value
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -147,17 +203,17 @@ class MetaSVI:
         for site in trace.nodes.values():
             parameter = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
             found.setdefault(id(parameter), parameter)
-        for source in (self.model, self.guide):  # nn.Module parameters that no pyro.param statement announced
-            owner = source if isinstance(source, torch.nn.Module) else getattr(source, "__self__", None)
-            if isinstance(owner, torch.nn.Module):
-                for parameter in owner.parameters():
-                    if parameter.grad is not None:
-                        found.setdefault(id(parameter), parameter)
+        for owner in owners(self.model, self.guide).values():  # that no pyro.param statement announced
+            for parameter in owner.parameters():
+                if parameter.grad is not None:
+                    found.setdefault(id(parameter), parameter)
         return list(found.values())
 
     def _optimize(self, parameters: list[Tensor]) -> None:
-        new = [p for p in parameters if id(p) not in self._known]
-        self._known.update({id(p): p for p in new})
+        known = {id(p) for group in self._groups for p in group}
+        new = [p for p in parameters if id(p) not in known]
+        if new:
+            self._groups.append(new)
         if self.optimizer is None:
             self.optimizer = self._factory(new)
         elif new:
@@ -166,6 +222,11 @@ class MetaSVI:
         # as pyro.infer.SVI: parameters that a step does not touch keep no gradient
         for parameter in parameters:
             parameter.grad = None
+
+    @property
+    def compiled(self) -> str | None:
+        """What became of ``compile=``, in words; None for ``"off"``."""
+        return None if self._compiler is None else self._compiler.report
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -182,34 +243,83 @@ class MetaSVI:
         return torch.distributions.transform_to(constraint)(self._store["params"][name]).detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters (unconstrained, by name) and optimizer state, loadable with ``weights_only=True``."""
+        """Parameters (unconstrained, by name), those of modules, optimizer state and the tasks of an AutoGuide.
+
+        Plain values and tensors, loadable with ``weights_only=True``. The state of torch's generators is not among
+        them: see :meth:`save`.
+        """
+        store, extra = self._tensors()
         return {
-            "params": {name: value.detach().clone() for name, value in self._store["params"].items()},
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "params": {name: value.detach().clone() for name, value in store.items()},
+            "modules": {name: value.detach().clone() for name, value in extra.items()},
+            "groups": names_of(self._groups, store, extra),
+            "optimizer": None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
             "steps": self.steps,
+            "skipped": [self.skipped, self._skipped_in_a_row],
             "tasks": self._tasks.state(),
             "losses": list(self.losses),
         }
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is trained or counted: in the store, and in modules alone."""
+        modules = owners(self.model, self.guide)
+        store = own_store(self._store["params"], modules)
+        return store, module_tensors(store, modules)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load parameters and optimizer state into an object whose parameters exist (take or evaluate a step first).
 
         Raises:
-            SiteError: when the parameters differ in name.
+            SiteError: when the parameters differ in name or shape.
+            CheckpointError: when the state is of another optimizer.
         """
-        if set(state["params"]) != set(self._store["params"]):
-            raise SiteError(
-                f"The state has the parameters {sorted(state['params'])}; here are {sorted(self._store['params'])}. "
-                "Call evaluate_loss once, so that they exist, and use the same model and guide."
-            )
-        with torch.no_grad():
-            for name, value in state["params"].items():
-                self._store["params"][name].copy_(value)
-        if state["optimizer"] is not None and self.optimizer is not None:
+        store, extra = self._tensors()
+        copy_into(store, state["params"], "parameters")
+        if "groups" not in state and state["optimizer"] is not None:  # of 0.1.0, which did not say whose moments
+            if self.optimizer is None:
+                raise CheckpointError("The state is of version 0.1.0: take a step before you load it.")
             self.optimizer.load_state_dict(state["optimizer"])
+        elif "groups" in state:
+            copy_into(extra, state["modules"], "modules' parameters")
+            self._groups = tensors_of(state["groups"], store, extra)
+            saved = state["optimizer"]
+            self.optimizer = None if saved is None else make_optimizer(self._factory, self._groups, saved)
         self.steps = state["steps"]
+        self.skipped, self._skipped_in_a_row = state.get("skipped", [0, 0])
         self.losses = list(state.get("losses", []))
         self._tasks.load(state.get("tasks"))
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint: :meth:`state_dict` and the state of torch's global generators, from which Pyro draws.
+
+        It is written whole or not at all, with a checksum.
+
+        Raises:
+            RunFolderError: when it cannot be written; what was there before is as it was.
+        """
+        checkpoint.save(Path(path), {"kind": "MetaSVI", "state": self.state_dict(), "generators": generators()})
+
+    def load(self, path: str | Path, *args: Any, generators: bool = True, **kwargs: Any) -> None:
+        """Read a checkpoint of :meth:`save` into an object made alike; the steps that follow are those of that run.
+
+        Args:
+            path: the file.
+            *args: what a step is given, such as a batch: the parameters are made from it, not trained.
+            generators: set torch's global generators too, without which the steps have other noise.
+            **kwargs: as args.
+
+        Raises:
+            CheckpointError: when the file is missing, damaged, or of something else.
+            SiteError: when the parameters differ in name or shape.
+        """
+        content = checkpoint.load(Path(path))
+        if content.get("kind") != "MetaSVI":
+            raise CheckpointError(f"{path} is no checkpoint of MetaSVI; a run of fit is loaded by load_method.")
+        with torch.random.fork_rng():
+            self.evaluate_loss(*args, **kwargs)
+        self.load_state_dict(content["state"])
+        if generators:
+            set_generators(content["generators"])
 
     def posterior(
         self,
@@ -285,10 +395,11 @@ class MetaSVI:
     ) -> SamplesPosterior:
         if num_samples < 1:
             raise OptionError(f"num_samples={num_samples}; expected at least 1 draw.")
-        wrong = [list(p.shape) for p in self._known.values() if not bool(torch.isfinite(p).all())]
+        trained = [p for group in self._groups for p in group]
+        wrong = [list(p.shape) for p in trained if not bool(torch.isfinite(p).all())]
         if wrong:
             raise NonFiniteDataError(
-                f"{len(wrong)} of {len(self._known)} trained parameters hold NaN or infinity (the first has shape "
+                f"{len(wrong)} of {len(trained)} trained parameters hold NaN or infinity (the first has shape "
                 f"{wrong[0]}), so there is no posterior. Train again from a sound state, with a lower learning rate."
             )
         observations, rows = self._tasks.find(observations)
@@ -365,6 +476,17 @@ class MetaSVI:
             log_det = transform.log_abs_det_jacobian(raw, node["value"])
             jacobian = jacobian.to(raw) + (log_det.sum() if tasks is None else log_det.reshape(tasks, -1).sum(-1))
         return torch.cat(parts, -1), jacobian
+
+
+@contextmanager
+def _quiet(skip: bool) -> Iterator[None]:
+    """Without Pyro's own warning of a loss that is not finite, where such steps are skipped and counted."""
+    if not skip:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
+        yield
 
 
 @contextmanager

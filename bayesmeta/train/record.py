@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from bayesmeta.errors import NonFiniteLossError, RunFolderError
+from bayesmeta.ops.files import reason
 from bayesmeta.train import checkpoint
 from bayesmeta.train.events import Events
 from bayesmeta.train.folder import Log, write_config
@@ -49,6 +53,7 @@ class Record:
     ) -> None:
         self.loop, self.folder, self.steps, self.config = loop, folder, steps, config
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.saved = loop.step if resume else None
         kept = loop.step if resume else None
         self.log = Log(None if folder is None else folder / "log.jsonl", keep_until=kept)
         self.events = Events(curves, clear=overwrite, resumed_at=kept)
@@ -75,7 +80,8 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        self.events.close()
+        with suppress(RunFolderError) if error is not None else nullcontext(), _disk("TensorBoard's curves"):
+            self.events.close()
 
     def _mend_best(self, folder: Path) -> None:
         """A run that was killed may have found a best after its last checkpoint: go back to the one known there."""
@@ -103,8 +109,37 @@ class Record:
             loop.history.append(entry)
             timed = entry | loop.speed()
             self.log.write(**timed)
-            self.events.write(timed)
-        if folder is not None and (loop.step % self.checkpoint_every == 0 or last or loop.validation.stopped):
-            loop.check_finite()
+            with _disk("TensorBoard's curves"):
+                self.events.write(timed)
+        if loop.step % self.checkpoint_every == 0 or last or loop.validation.stopped:
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint, if there is a folder and it does not hold this step's already."""
+        if self.folder is None or self.saved == self.loop.step:
+            return
+        self.loop.check_finite()
+        with _disk("TensorBoard's curves"):
             self.events.flush()
-            checkpoint.save(folder / checkpoint.LAST, loop.state(self.config))
+        checkpoint.save_last(self.folder, self.loop.state(self.config))
+        self.saved = self.loop.step
+
+    def interrupt(self) -> str:
+        """Save before the process stops; returns what was kept, in words."""
+        done = f"after step {self.loop.step}"
+        if self.folder is None:
+            return f"{done}; the method has the parameters of that step"
+        try:
+            self._save()
+        except NonFiniteLossError:
+            return f"{done}, whose parameters are not finite and were not saved"
+        return f"{done}; its checkpoint is in {self.folder}: go on with resume"
+
+
+@contextmanager
+def _disk(what: str) -> Iterator[None]:
+    """A full disk, or another error of the system, as a typed one."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{what} could not be written: {reason(error)}") from error

@@ -1,0 +1,229 @@
+"""A training step as one compiled graph: objective, gradient, and the optimizer's update where it can be part of it."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesmeta.errors import CaptureError
+from bayesmeta.train.capture import capture
+from bayesmeta.train.updates import Update
+
+#: what a step minimises: its value, and what its gradient is taken of
+Objective = Callable[..., tuple[Tensor, Tensor]]
+
+
+class CompiledStep:
+    """One step, compiled.
+
+    Args:
+        objective: takes the arguments, gives the loss and what is to be differentiated (the same, or a surrogate).
+        parameters: those that are trained.
+        optimizer: a torch optimizer that has taken a step.
+        generators: what the objective draws from, beside torch's global generators.
+        clip: largest norm of the gradient.
+        buffers: tensors that the objective may change in place, such as running statistics.
+        arguments: tensors that each step brings anew, contiguous and of the same shapes, which the objective uses.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        generators: Sequence[torch.Generator],
+        *,
+        clip: float | None = None,
+        buffers: Sequence[Tensor] = (),
+        arguments: Sequence[Tensor] = (),
+    ) -> None:
+        self.objective, self.optimizer, self.clip = objective, optimizer, clip
+        self.generators, self.buffers, self.arguments = list(generators), list(buffers), list(arguments)
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.update: Update | None = None
+        self.trained: list[Tensor] = []  # the parameters that the objective reaches
+        self.seconds = {"capture": 0.0, "compile": 0.0}
+        self._pending: list[Tensor] = []
+        self._moved: list[Tensor] = []  # buffers that a step changes
+        self.broken: list[str] = []  # conditions that did not hold when it was last called
+
+    # -- making it ----------------------------------------------------------------------------------------------
+
+    def capture(self, others: Sequence[Tensor] = ()) -> CompiledStep:
+        """Record the step, and compare what the graph gives with the step itself on other draws.
+
+        Generators and buffers are left as they were.
+
+        Args:
+            others: other arguments to compare on.
+
+        Raises:
+            CaptureError: when the step cannot be one graph, or the graph does not give what the step gives.
+        """
+        begin = time.perf_counter()
+        with self._undone([*self.generators, torch.default_generator]):
+            self._prepare_update()
+            self.captured = capture(lambda: self._outputs(self.arguments), self.generators, self.arguments)
+            others = others or self.arguments
+            before = [b.clone() for b in self.buffers]
+            with self._undone([*self.generators, torch.default_generator]):
+                expected = [t.detach().clone() for t in self._outputs(others)]
+                self._moved = [b for b, old in zip(self.buffers, before, strict=True) if not torch.equal(b, old)]
+            given = self.captured.graph(*self.captured.inputs(self.captured.draw(), others))
+        self._drawn_from = self.captured.generators()
+        self._compare(given, expected)
+        self.seconds["capture"] = time.perf_counter() - begin
+        return self
+
+    def compile(self) -> CompiledStep:
+        """Compile what was captured, and compare once more.
+
+        Raises:
+            CaptureError: when it cannot be compiled, or gives other numbers.
+        """
+        begin = time.perf_counter()
+        self._strip()
+        graph, inputs = self.captured.graph, self.captured.inputs(self.captured.example, self.arguments)
+        self._targets = [] if self.update is None else self.update.targets(self.trained)
+        self._call = _inductor(graph, inputs)
+        with self._undone([]):
+            expected = [t.clone() for t in graph(*inputs)[:2]]
+        with self._undone([]):
+            given = self._call(*inputs)[:2]
+        self._compare_numbers(given, expected, 1e-3)
+        self.seconds["compile"] = time.perf_counter() - begin
+        return self
+
+    def _prepare_update(self) -> None:
+        with self._undone([]):
+            _, differentiated = self.objective(*self.arguments)
+            gradients = torch.autograd.grad(differentiated, self.parameters, allow_unused=True)
+        self.trained = [p for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        if Update.serves(self.optimizer):
+            update = Update(self.optimizer)
+            self.update = update if update.is_ready(self.trained) else None
+
+    def _outputs(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """Loss, norm of the gradient, gradients, and what the update makes of parameters and state."""
+        loss, differentiated = self.objective(*arguments)
+        gradients = list(torch.autograd.grad(differentiated, self.trained))
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        new: list[Tensor] = []
+        if self.update is not None:
+            clipped = gradients
+            if self.clip is not None:
+                share = (self.clip / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grads_with_norm_
+                clipped = [g * share for g in gradients]
+            new = self.update.values(self.trained, clipped)
+        return [loss, norm, *gradients, *new]
+
+    def _compare(self, given: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """The graph and the step itself, on the same draws."""
+        held = given[-1]
+        if not bool(held.all()):
+            broken = [text for text, ok in zip(self.captured.conditions, held.tolist(), strict=True) if not ok]
+            raise CaptureError(f"a value that differs from step to step is used outside of the graph: {broken[0]}")
+        # one gradient: that of a parameter may be rounding alone, as a bias's before a softmax
+        end = 2 + len(self.trained)
+        one = [torch.cat([t.flatten() for t in values[2:end]]) for values in (given, expected)]
+        self._compare_numbers([*given[:2], one[0]], [*expected[:2], one[1]], 1e-4)
+
+    def _compare_numbers(self, given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+        for a, b in zip(given, expected, strict=True):
+            scale, off = (float(t.detach().abs().max()) if t.numel() else 0.0 for t in (b, a - b))
+            if math.isfinite(scale) and not off <= tolerance * scale + 1e-30:
+                raise CaptureError(
+                    f"the graph differs from the step itself by {off / max(scale, 1e-30):.2g} of the largest number: "
+                    "something changes from step to step that is neither drawn from its generator nor a parameter"
+                )
+
+    def _strip(self) -> None:
+        """Gradients are outputs only where the optimizer steps outside."""
+        if self.update is None:
+            return
+        graph, count = self.captured.graph.graph, len(self.trained)
+        output = next(node for node in graph.nodes if node.op == "output")
+        values = output.args[0]
+        output.args = ((*values[:2], *values[2 + count :]),)
+        graph.eliminate_dead_code()
+        self.captured.graph.recompile()
+
+    # -- running it ---------------------------------------------------------------------------------------------
+
+    def __call__(self, arguments: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor] | None:
+        """Loss and norm of the gradient of a step on fresh draws; :meth:`commit` then makes it.
+
+        Returns:
+            None where a condition did not hold: then nothing has happened, and the step is to be made eagerly.
+        """
+        if self.update is not None and not self.update.refresh():
+            raise CaptureError("an option of the optimizer has changed that is part of the graph")
+        states = [(g, g.get_state()) for g in self._drawn_from]
+        buffers = [(b, b.clone()) for b in self._moved]
+        try:
+            result = self._call(*self.captured.inputs(self.captured.draw(), arguments))
+        except RuntimeError as error:  # as a matrix that has no factor; the eager step says it better, or knows help
+            self.broken = [str(error)]
+        else:
+            if not self.captured.conditions or bool(result[-1].all()):
+                self._pending = list(result[2:-1])
+                return result[0], result[1]
+            self.broken = [t for t, ok in zip(self.captured.conditions, result[-1].tolist(), strict=True) if not ok]
+        _restore(states, buffers)
+        return None
+
+    def commit(self) -> None:
+        """Make the step that was last computed."""
+        if self.update is not None:
+            torch._foreach_copy_(self._targets, self._pending)
+            return
+        for p in self.parameters:
+            p.grad = None
+        for p, gradient in zip(self.trained, self._pending, strict=True):
+            p.grad = gradient
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+
+    # -- leaving no trace ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _undone(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+        """Put generators and buffers back afterwards."""
+        states = [(g, g.get_state()) for g in generators]
+        buffers = [(b, b.clone()) for b in self.buffers]
+        try:
+            yield
+        finally:
+            _restore(states, buffers)
+
+
+def _restore(states: Sequence[tuple[torch.Generator, Tensor]], buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """The compiled graph."""
+    on_cpu = all(t.device.type == "cpu" for t in inputs)
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):  # torch's own, of parts of it that inductor uses
+            warnings.simplefilter("ignore", kind)
+        from torch._inductor import compile as inductor
+
+        try:
+            # the option is patched while it compiles, and is then as it was
+            return inductor(graph, list(inputs), options={"cpp_wrapper": on_cpu})
+        except Exception as error:
+            line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
+            raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error

@@ -1,0 +1,231 @@
+"""``compile=`` of :class:`~bayesmeta.MetaSVI`: a step of SVI on any Pyro program as one graph.
+
+Pyro's ELBO classes read their value back while they add it up, which a graph cannot hold. The sums are written out here
+on the traces that the ELBO object itself makes (its particles, plates and scales are Pyro's own): for ``Trace_ELBO``,
+D. Wingate, T. Weber, "Automated Variational Inference in Probabilistic Programming", 2013,
+https://arxiv.org/abs/1301.1299, with reparameterised sites (D. Kingma, M. Welling, "Auto-Encoding Variational Bayes",
+2013, https://arxiv.org/abs/1312.6114, section 2.3), and for ``TraceMeanField_ELBO`` with the Kullback-Leibler
+divergence of a site where it is known. Gradients by the score function are not compiled.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+from torch.distributions import kl_divergence
+from torch.utils import _pytree as pytree
+
+from bayesmeta.errors import CaptureError, CompileWarning
+from bayesmeta.train.compiled import CompiledStep
+from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile
+from bayesmeta.train.known_tasks import as_observations
+from bayesmeta.train.svi_state import owners
+
+
+class SVICompiler:
+    """Makes the steps of a :class:`~bayesmeta.MetaSVI` by compiled graphs where it can.
+
+    Args:
+        svi: the object; its first step is eager, which creates parameters and the optimizer's state.
+        mode: ``"inductor"``, or ``"auto"``: compile once eager steps have taken as long as compiling would. How many
+            steps are to come is not known; this takes at most about twice the time of the better choice.
+    """
+
+    def __init__(self, svi: Any, mode: Compile) -> None:
+        self.svi, self.mode = svi, mode
+        self.report = "not compiled: too few steps so far"
+        self.graphs: dict[Any, CompiledStep] = {}
+        self._off = False
+        self._spent, self._last = 0.0, cast(float | None, None)
+        self._made, self._broken = 0, 0
+        self._same: tuple[list[tuple[Any, int]], CompiledStep, list[Tensor]] | None = None
+
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """The loss of a step, which has been made; None where it is to be made eagerly."""
+        if self._off or self.svi.optimizer is None or not self.svi.optimizer.state:
+            return None
+        states = torch.get_rng_state()
+        try:
+            step, arguments = self._step(args, kwargs)
+            found = None if step is None else step(arguments)
+        except CaptureError as error:
+            self._give_up(str(error))
+            return None
+        if step is None:
+            return None
+        value = math.nan if found is None else float(found[0] + 0 * found[1])
+        if not math.isfinite(value):
+            torch.set_rng_state(states)
+            self._count_broken(found, step)
+            return None
+        step.commit()
+        self._made += 1
+        return value
+
+    def _count_broken(self, found: Any, step: CompiledStep) -> None:
+        if found is None:
+            self._broken += 1
+            if self._broken > 5 and self._broken > MOST_BROKEN * (self._made + self._broken):
+                self._give_up(f"{self._broken} steps had to be made again eagerly, the last since {step.broken[0]}")
+
+    def _give_up(self, reason: str) -> None:
+        self._off = True
+        self.report = f"not compiled: {reason}"
+        warnings.warn(
+            f"From step {self.svi.steps + 1} on the steps of MetaSVI are eager, as with compile='off': {reason}.",
+            CompileWarning,
+            stacklevel=4,
+        )
+
+    # -- the graphs ---------------------------------------------------------------------------------------------
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledStep | None, list[Tensor]]:
+        """The compiled step for these arguments, and their tensors."""
+        given = (*args, *kwargs, *kwargs.values())
+        if self._same is not None and _are_same(given, self._same[0]):
+            return self._same[1:]
+        args, kwargs, _ = self.svi._arguments(args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        known = self.svi._tasks.known
+        if known is not None and len(tensors[0]) != known.size:
+            return None, []  # some of a guide's tasks: whose parameters these are differs from step to step
+        key = (str(spec), *((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else _plain(v) for v in leaves))
+        if key not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS or not self._is_time():
+                return None, []
+            self._build(key, self._objective(leaves, spec), tensors)
+        self._same = ([(leaf, getattr(leaf, "_version", 0)) for leaf in given], self.graphs[key], tensors)
+        return self.graphs[key], tensors
+
+    def _objective(self, leaves: Sequence[Any], spec: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+        svi = self.svi
+        particle = _PARTICLES.get(type(svi.elbo))
+        if particle is None:
+            raise CaptureError(
+                f"{type(svi.elbo).__name__} is not compiled; Trace_ELBO and TraceMeanField_ELBO are, on sites that are "
+                "reparameterised"
+            )
+
+        def objective(*given: Tensor) -> tuple[Tensor, Tensor]:
+            rest = iter(given)
+            args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(v, Tensor) else v for v in leaves], spec)
+            within: AbstractContextManager[None] = nullcontext()
+            if svi._tasks.known is not None:
+                rows = torch.arange(svi._tasks.known.size)
+                within = svi._tasks.within(as_observations(args, kwargs), rows)
+            # what validation reads back would be conditions; the first step was validated
+            with within, pyro.get_param_store().scope(svi._store), pyro.validation_enabled(False):
+                traces = svi.elbo._get_traces(svi.model, svi.guide, args, kwargs)
+                elbo = torch.stack([torch.as_tensor(particle(*pair)) for pair in traces]).sum()
+            loss = -elbo / svi.elbo.num_particles
+            return loss, loss
+
+        return objective
+
+    def _build(self, key: Any, objective: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Tensor]) -> None:
+        svi = self.svi
+        parameters = [p for group in svi._groups for p in group]
+        modules = owners(svi.model, svi.guide).values()
+        step = CompiledStep(
+            objective,
+            parameters,
+            svi.optimizer,
+            [],
+            buffers=[b for module in modules for b in module.buffers()],
+            arguments=tensors,
+        )
+        self.graphs[key] = step.capture().compile()
+        seconds = sum(sum(s.seconds.values()) for s in self.graphs.values())
+        nodes = ", ".join(str(s.captured.num_nodes) for s in self.graphs.values())
+        self.report = (
+            f"compiled at step {svi.steps + 1}: {len(self.graphs)} graph(s) of {nodes} operations in {seconds:.1f} s"
+        )
+
+    def _is_time(self) -> bool:
+        """For ``"auto"``, whether eager steps have taken as long as compiling may."""
+        if self.mode == "inductor" or self.graphs:
+            return True
+        now = time.perf_counter()
+        if self._last is not None:
+            self._spent += now - self._last
+        self._last = now
+        return self._spent > 2 * SECONDS
+
+
+def _are_same(given: Sequence[Any], before: Sequence[tuple[Any, int]]) -> bool:
+    """Whether these are the very objects of the step before, unchanged."""
+    return len(given) == len(before) and all(
+        a is b and getattr(a, "_version", 0) == version for a, (b, version) in zip(given, before, strict=True)
+    )
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CaptureError(
+        f"an argument is a {type(value).__name__}; a graph takes tensors and plain values; the model and guide of "
+        "a method are trained by fit"
+    )
+
+
+# -- what a particle adds to the ELBO -----------------------------------------------------------------------------
+
+
+def _trace(model_trace: Any, guide_trace: Any) -> Any:
+    """log p(y, z) − log q(z)."""
+    total: Any = 0.0
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            _check_reparameterised(name, site)
+            total = total - site["log_prob_sum"]
+    return total + sum(site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample")
+
+
+def _mean_field(model_trace: Any, guide_trace: Any) -> Any:
+    """log p(y | z) − KL(q ‖ p), site by site, with a draw where the divergence is not known."""
+    total: Any = 0.0
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site["is_observed"]:
+            total = total + site["log_prob_sum"]
+            continue
+        guide_site = guide_trace.nodes[name]
+        _check_reparameterised(name, guide_site)
+        try:
+            divergence = kl_divergence(guide_site["fn"], site["fn"])
+        except NotImplementedError:
+            total = total + site["log_prob_sum"] - guide_site["score_parts"].entropy_term.sum()
+            continue
+        divergence = scale_and_mask(divergence, scale=guide_site["scale"], mask=guide_site["mask"])
+        total = total - divergence.sum()
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample" and name not in model_trace.nodes:
+            _check_reparameterised(name, site)
+            total = total - site["score_parts"].entropy_term.sum()
+    return total
+
+
+def _check_reparameterised(name: str, site: Any) -> None:
+    if not is_identically_zero(site["score_parts"].score_function):
+        raise CaptureError(f"the guide's site {name!r} is not reparameterised, and its gradient is not compiled")
+
+
+_PARTICLES: dict[type, Callable[[Any, Any], Any]] = {
+    Trace_ELBO: _trace,
+    JitTrace_ELBO: _trace,
+    TraceMeanField_ELBO: _mean_field,
+    JitTraceMeanField_ELBO: _mean_field,
+}

@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM while a run goes on: the step is finished and saved before the process stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+#: Signals that stop a run, with the handler that each is expected to have: a handler of the user's own is left alone.
+_STOPS: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+
+
+class Signals:
+    """Notes the first signal to stop; a second one stops at once. A context manager.
+
+    Handlers are set in the main thread alone, where Python allows it, and only in place of Python's own; on leaving
+    they are put back.
+
+    Attributes:
+        received: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number, usual in _STOPS.items():
+                if signal.getsignal(number) is usual:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if self.received is not None and kind is None:
+            self.stop("at its end, with all steps done and saved")
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.received = self.received is not None, signal.Signals(number)
+        if again:
+            self._restore()
+            self.stop("before the step was finished")
+
+    def stop(self, where: str) -> NoReturn:
+        """Leave as Python does on the signal that came.
+
+        Args:
+            where: what was done and what was kept, for the message.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, as without ``fit``, so that a script does not go on with a model that is
+                half trained.
+            SystemExit: after SIGTERM, with the status 143 that a shell gives for it.
+        """
+        if self.received is signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(f"Training was stopped {where}.")

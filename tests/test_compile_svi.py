@@ -1,0 +1,199 @@
+"""MetaSVI with compiled steps gives the numbers of MetaSVI without."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+import bayesmeta as bm
+from bayesmeta.errors import CompileWarning, OptionError
+from tests.programs import batch_of
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The captured graph as it is."""
+    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+
+
+def hierarchy(x, y=None, mask=None):
+    """A global site, a positive parameter, a latent site for each task."""
+    mu = pyro.sample("mu", dist.Normal(x.new_tensor(0.0), 1.0))
+    tau = pyro.param("tau", lambda: x.new_tensor(0.8), constraint=dist.constraints.positive)
+    with bm.task_plate(x):
+        slope = pyro.sample("slope", dist.Normal(mu, tau))
+        with bm.shot_plate(x, mask):
+            return pyro.sample("y", dist.Normal(slope * x.squeeze(-1), 0.5), obs=y)
+
+
+def data(seed=0, tasks=4, ragged=True):
+    observations = batch_of(tasks, 5, seed=seed, dtype=F64, ragged=ragged)
+    return observations.x, observations.y, observations.mask
+
+
+def train(mode, elbo, guide=AutoNormal, steps=8, batches=None, model=hierarchy, **options):
+    """Losses, final parameters, and the object."""
+    batches = batches or [data()]
+    pyro.set_rng_seed(0)
+    torch.set_default_dtype(F64)  # AutoGuides make parameters of it
+    try:
+        svi = bm.MetaSVI(model, guide(model), lambda p: torch.optim.Adam(p, 0.05), elbo, compile=mode, **options)
+        losses = [svi.step(*batches[i % len(batches)]) for i in range(steps)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    flat = torch.cat([p.detach().flatten() for group in svi._groups for p in group])
+    return torch.tensor(losses, dtype=F64), flat, svi
+
+
+ELBOS = {
+    "trace": lambda: Trace_ELBO(),
+    "mean_field": lambda: TraceMeanField_ELBO(),
+    "particles": lambda: Trace_ELBO(num_particles=3),
+    "vectorised": lambda: TraceMeanField_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2),
+}
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("kind", ELBOS)
+def test_steps_are_those_of_eager_svi(kind, guide, uncompiled):
+    elbo = ELBOS[kind]()
+    if kind == "vectorised" and guide is AutoMultivariateNormal:
+        pytest.skip("the program's plates leave no room for this guide's particles")
+    losses, ours, svi = train("inductor", elbo, guide)
+    expected, theirs, _ = train("off", elbo, guide)
+    assert svi.compiled.startswith("compiled at step 2: 1 graph(s)")
+    assert svi.steps == 8
+    assert svi.losses == losses.tolist()
+    assert torch.allclose(losses, expected, rtol=1e-11)
+    assert torch.allclose(ours, theirs, rtol=1e-11)
+    assert losses.unique().numel() == 8
+    other, _, _ = train("off", Trace_ELBO(num_particles=2), guide)
+    assert not torch.allclose(other, expected, rtol=1e-3)  # another estimator of the same bound would be seen
+
+
+def test_new_data_of_the_same_shape_are_seen(uncompiled):
+    """A guide without parameters for each task: each step has other tasks."""
+
+    def make(model):
+        def guide(x, y=None, mask=None):
+            loc = pyro.param("loc", lambda: x.new_zeros(2))
+            pyro.sample("mu", dist.Normal(loc[0], 0.3))
+            with bm.task_plate(x):
+                mean = loc[1] + torch.where(mask, x.squeeze(-1) * y, 0.0).sum(-1, keepdim=True)
+                pyro.sample("slope", dist.Normal(mean, 0.2))
+
+        return guide
+
+    batches = [data(seed) for seed in range(3)]
+    losses, ours, svi = train("inductor", Trace_ELBO(), make, batches=batches, steps=9)
+    expected, theirs, _ = train("off", Trace_ELBO(), make, batches=batches, steps=9)
+    assert "1 graph(s)" in svi.compiled
+    assert torch.allclose(losses, expected, rtol=1e-11)
+    assert torch.allclose(ours, theirs, rtol=1e-11)
+    once, _, _ = train("off", Trace_ELBO(), make, steps=9)
+    assert not torch.allclose(once, expected, rtol=1e-3)
+
+
+def test_data_changed_in_place_are_seen(uncompiled):
+    """The quick path of the same tensors notices that they are no longer the same."""
+    x, y, mask = data()
+    results = []
+    for mode in ("inductor", "off"):
+        given = y.clone()
+        pyro.set_rng_seed(1)
+
+        def guide(x, y=None, mask=None):
+            loc = pyro.param("loc", lambda: torch.zeros(2, dtype=F64))
+            pyro.sample("mu", dist.Normal(loc[0], 0.3))
+            with bm.task_plate(x):
+                pyro.sample("slope", dist.Normal(loc[1].expand(len(x), 1), 0.2))
+
+        svi = bm.MetaSVI(hierarchy, guide, lambda p: torch.optim.SGD(p, 1e-3), Trace_ELBO(), compile=mode)
+        values = []
+        for i in range(6):
+            if i == 4:
+                given.add_(1.0)
+            values.append(svi.step(x, given, mask))
+        results.append(torch.tensor(values, dtype=F64))
+    assert torch.allclose(*results, rtol=1e-11)
+
+
+def test_what_is_not_compiled_says_so(uncompiled):
+    with pytest.warns(CompileWarning, match="TraceGraph_ELBO is not compiled"):
+        losses, ours, svi = train("inductor", TraceGraph_ELBO())
+    expected, theirs, _ = train("off", TraceGraph_ELBO())
+    assert torch.equal(losses, expected)
+    assert torch.equal(ours, theirs)
+    assert svi.compiled.startswith("not compiled: TraceGraph_ELBO")
+    with pytest.raises(OptionError, match="'jit'"):
+        train("jit", Trace_ELBO())
+
+
+def test_a_guide_by_the_score_function_is_not_compiled(uncompiled):
+    def model(x, y=None, mask=None):
+        p = pyro.sample("p", dist.Normal(x.new_tensor(0.0), 1.0))
+        pyro.sample("n", dist.Poisson(p.exp()), obs=x.new_tensor(2.0))
+
+    def make(model):
+        def guide(x, y=None, mask=None):
+            loc = pyro.param("loc", lambda: x.new_tensor(0.1))
+            pyro.sample("p", dist.Normal(loc, 0.5).has_rsample_(False))
+
+        return guide
+
+    with pytest.warns(CompileWarning, match="'p' is not reparameterised"):
+        losses, *_ = train("inductor", Trace_ELBO(), make, model=model)
+    assert torch.equal(losses, train("off", Trace_ELBO(), make, model=model)[0])
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(uncompiled):
+    """The step is made again eagerly, which raises or skips as ever."""
+    x, y, mask = data()
+    bad = (x, torch.where(torch.arange(5) == 0, torch.tensor(1e200, dtype=F64), y), mask)
+
+    def make(model):
+        def guide(x, y=None, mask=None):
+            loc = pyro.param("loc", lambda: x.new_zeros(2))
+            pyro.sample("mu", dist.Normal(loc[0], 0.3))
+            with bm.task_plate(x):
+                pyro.sample("slope", dist.Normal(loc[1].expand(len(x), 1), 0.2))
+
+        return guide
+
+    batches = [(x, y, mask)] * 4 + [bad] + [(x, y, mask)] * 3
+    with pytest.warns(UserWarning, match="at step 5"):
+        losses, ours, svi = train("inductor", Trace_ELBO(), make, batches=batches, nan_policy="skip")
+    with pytest.warns(UserWarning, match="at step 5"):
+        expected, theirs, _ = train("off", Trace_ELBO(), make, batches=batches, nan_policy="skip")
+    assert svi.skipped == 1
+    assert svi.compiled.startswith("compiled")
+    finite = losses.isfinite()
+    assert torch.equal(finite, expected.isfinite())
+    assert torch.allclose(losses[finite], expected[finite], rtol=1e-11)
+    assert torch.allclose(ours, theirs, rtol=1e-11)
+
+
+def test_auto_waits_until_compiling_may_pay(uncompiled, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, _, svi = train("auto", Trace_ELBO(), steps=4)
+        assert svi.compiled.startswith("not compiled")
+        monkeypatch.setattr("bayesmeta.train.compiled_svi.SECONDS", 0.0)
+        losses, _, svi = train("auto", Trace_ELBO())
+    assert svi.compiled.startswith("compiled at step 3")
+    assert torch.allclose(losses, train("off", Trace_ELBO())[0], rtol=1e-11)
+
+
+@pytest.mark.slow
+def test_inductor_on_a_pyro_program():
+    losses, ours, svi = train("inductor", Trace_ELBO())
+    expected, theirs, _ = train("off", Trace_ELBO())
+    assert svi.compiled.startswith("compiled at step 2")
+    assert torch.allclose(losses, expected, rtol=1e-10)
+    assert torch.allclose(ours, theirs, rtol=1e-10)
