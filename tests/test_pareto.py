@@ -16,6 +16,8 @@ from pyro.infer.autoguide import AutoNormal
 from scipy.stats import chi2, norm
 
 import bayesmeta as bm
+from bayesmeta.diagnostics.importance import LogRatios, log_ratios
+from bayesmeta.diagnostics.pareto import _smooth
 from bayesmeta.errors import DataError, EmptyTaskError, NonFiniteDataError, OptionError, ShapeError, UnsupportedError
 
 F64 = torch.float64
@@ -65,6 +67,35 @@ def test_an_exact_guide_has_no_tail():
     assert (narrow.pareto_k > 0.2).all(), "control"
     assert narrow.pareto_k.isfinite().all()
     assert narrow.finding == "bad"
+
+
+def test_a_tail_is_not_taken_for_rounding_of_single_precision():
+    """The log of a Pareto variable with k = 0.8 is exponential with that mean."""
+    draws = torch.empty(4000, 1, dtype=F64).exponential_(1 / 0.8, generator=torch.Generator().manual_seed(0))
+
+    def k(size):
+        log_p = (draws - size).float().double()
+        return float(_smooth(LogRatios(log_p, torch.zeros_like(log_p)), torch.float32)[1])
+
+    exact = k(0.0)
+    assert abs(exact - 0.8) < 4 * 1.8 / math.sqrt(3 * math.sqrt(4000)), "the error is (1 + k) / √tail"
+    assert abs(k(5e3) - exact) < 0.02
+    with pytest.warns(UserWarning, match="rounded to"):
+        k(5e5)
+    constant = LogRatios(torch.full((4000, 1), -5e3, dtype=F64), torch.zeros(4000, 1, dtype=F64))
+    assert _smooth(constant, torch.float32)[1] == -math.inf
+
+
+def test_weights_are_those_of_arviz():
+    tasks, support = supports(2, 3)
+    posterior = Stretched(tasks, support, 0.6)
+    found = bm.psis(posterior, num_samples=1000)
+    ratios = log_ratios(posterior, support, posterior.draws(1000, None)).values
+    for task in range(3):
+        smoothed, _ = array_stats.psislw(-ratios[:, task].numpy(), axis=0)
+        torch.testing.assert_close(found.log_weights[:, task], torch.from_numpy(smoothed).log_softmax(0))
+        raw = ratios[:, task].log_softmax(0)
+        assert (found.log_weights[:, task] - raw).abs().max() > 1e-3, "control: the tail is smoothed"
 
 
 @pytest.mark.parametrize("factor", [0.9, 0.7, 0.5, 0.3])

@@ -18,6 +18,7 @@ from bayesmeta.diagnostics.scores import log_joint_density
 from bayesmeta.diagnostics.surprise import log_mean, surprise
 from bayesmeta.errors import DataError, EmptyTaskError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.ops.whole import is_whole
 
 #: Below so many effective draws a score is called unreliable.
 _FEW_DRAWS = 10.0
@@ -162,7 +163,7 @@ def _folds(tasks: int, k: int, folds: Any, generator: Seed) -> Tensor:
         if given.is_floating_point() or len(given.unique()) < 2:
             raise OptionError("folds are integers, at least two different ones: each is held out once.")
         return given.cpu()
-    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= tasks:
+    if not is_whole(k, 2) or k > tasks:
         raise OptionError(f"k={k} folds of {tasks} tasks; expected a whole number from 2 to {tasks}.")
     random = as_generator(generator, stream="folds")
     order = torch.randperm(tasks, generator=random, device=random.device).cpu()

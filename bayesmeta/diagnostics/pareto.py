@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ _LEAST_DRAWS = 100
 _FINITE_VARIANCE = 0.5
 #: Share of effective draws from which on means of the draws are off by at most √(1 / 0.9 − 1) = 1/3 of a deviation.
 _ENOUGH = 0.9
+#: Rounding of the log-densities, in nats, beyond which their ratios mean nothing.
+_COARSE = 0.5
 #: Share of the tasks that must reach a finding for the whole to have it.
 _MOST = 0.95
 _SAYS = {
@@ -184,8 +187,17 @@ def _smooth(ratios: LogRatios, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Smoothed log weights ``[n, tasks]``, normalised, and k ``[tasks]``; of joint ratios with one task."""
     values = ratios.values.reshape(len(ratios.values), -1).cpu()
     log_p = ratios.log_p.reshape(values.shape).cpu()
-    size = torch.where(log_p.isfinite(), log_p.abs(), 0.0).amax(0)
-    rounding = 1000.0 * torch.finfo(dtype).eps * (1.0 + size)  # in nats: densities are sums of many terms
+    # in nats, of the draws in the tail: densities are sums of many terms
+    heavy = values.topk(min(tail_size(len(values)), len(values)), dim=0).indices
+    size = log_p.gather(0, heavy).abs().nan_to_num(posinf=0.0).amax(0)
+    rounding = 30.0 * torch.finfo(dtype).eps * (1.0 + size)
+    if bool((rounding > _COARSE).any()):
+        warnings.warn(
+            f"Log-densities of {float(size.max()):.3g} are rounded to {float(rounding.max()):.2g} nats in {dtype}: the "
+            "importance ratios may be nothing but rounding. Take model and data in float64 (.double()).",
+            UserWarning,
+            stacklevel=3,
+        )
     weights, shapes = [], []
     for task in range(values.shape[1]):
         smoothed, k = _smooth_one(values[:, task], float(rounding[task]))
@@ -195,12 +207,16 @@ def _smooth(ratios: LogRatios, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.stack(weights, 1).to(device), torch.tensor(shapes, dtype=torch.float64, device=device)
 
 
+def tail_size(draws: int) -> int:
+    """How many of the largest weights the Pareto distribution is fitted to, less one."""
+    return max(draws // 5, 5) if draws <= 225 else int(3.0 * math.sqrt(draws))
+
+
 def _smooth_one(values: Tensor, rounding: float) -> tuple[Tensor, float]:
     """Smoothed log weights of one task ``[n]``, not normalised, and k."""
     from arviz_stats.base import array_stats
 
-    tail = max(len(values) // 5, 5) if len(values) <= 225 else int(3.0 * math.sqrt(len(values)))
-    largest = values.topk(tail + 1).values
+    largest = values.topk(tail_size(len(values)) + 1).values
     if not bool(largest[0].isfinite()):
         return torch.zeros_like(values), math.inf  # no draw has weight, or one has all
     if not bool(largest.isfinite().all()):
