@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,30 @@ class Judged:
         out["calibration_noise"] = float((self.below - levels).square().mean().sqrt() / root)
         out["curve"], out["below"] = self.coverage[:, 2:].mean(0).tolist(), self.below.mean(0).tolist()
         return out
+
+
+def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The :meth:`Judged.figures` of all tasks together, from those of runs of tasks (each of two tasks or more)."""
+    counts = torch.tensor([part["tasks"] for part in parts], dtype=torch.float64)
+    total = float(counts.sum())
+
+    def mean(key: str) -> Tensor:
+        values = torch.tensor([part[key] for part in parts], dtype=torch.float64)
+        return torch.tensordot(counts, values, 1) / total
+
+    out: dict[str, Any] = {"tasks": int(total)}
+    for name in ("nll", "crps", "coverage50", "coverage90"):
+        each, error = (
+            torch.tensor([part[key] for part in parts], dtype=torch.float64) for key in (name, f"{name}_error")
+        )
+        centre = mean(name)
+        squares = (counts - 1) * counts * error.square() + counts * (each - centre).square()
+        out[name], out[f"{name}_error"] = float(centre), float((squares.sum() / (total - 1) / total).sqrt())
+    curve, below = mean("curve"), mean("below")
+    noise = torch.tensor([part["calibration_noise"] for part in parts], dtype=torch.float64)
+    out["calibration_error"] = float((below - torch.tensor(LEVELS, dtype=torch.float64)).square().mean().sqrt())
+    out["calibration_noise"] = float((counts.square() * noise.square()).sum().sqrt() / total)
+    return out | {"curve": curve.tolist(), "below": below.tolist()}
 
 
 def judge(posterior: Any, batch: bm.TaskBatch, seed: int, num_samples: int) -> Judged:

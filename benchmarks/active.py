@@ -208,7 +208,7 @@ def compare(name: str, curves: Curves, goal: Tensor) -> list[Row]:
     gap, theirs = ours - goal.mean(0), float(goal.mean())
     reach, half = curves.points_to_reach(theirs), curves.points_to_reach(float(goal.median()), median=True)
     means = ", ".join(f"{n}: {m:.4f}" for n, m in zip(curves.labels, curves.chosen.mean(1), strict=True))
-    z = float(gap.mean()) / _error(gap)
+    z = float(gap.mean() / gap.std() * len(gap) ** 0.5)
     print(f"{name}: {means}; {count} of them less {GOAL} at random: z = {z:.1f}", flush=True)
     return [
         Row(f"{name}_{count}_mse", float(ours.mean()), theirs, None, float(gap.mean()), _error(gap)),

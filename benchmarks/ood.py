@@ -24,6 +24,7 @@ score can do better.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -237,10 +238,11 @@ def best(rows: list[Row], names: list[str], full: bool) -> list[Row]:
     known = {row.name: row for row in rows}
     found = []
     for noise, published in ORACLE.items():
-        nll = {name: known[key].ours for name in names if (key := f"{label(noise)}_{name}_validation_nll") in known}
-        if not nll:  # all of them diverged
+        ours = {name: known[key].ours for name in names if (key := f"{label(noise)}_{name}_validation_nll") in known}
+        if not ours:  # all of them diverged
             continue
-        chosen = min(nll, key=lambda name: nll[name] or 0.0)
+        nll = {name: math.inf if value is None or math.isnan(value) else value for name, value in ours.items()}
+        chosen = min(nll, key=lambda name: nll[name])
         row = known[f"{label(noise)}_{chosen}_auroc"]
         judged = at_least(published - MARGIN).judge(row.ours or 0.0) if full else {}
         found.append(

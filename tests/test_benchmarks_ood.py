@@ -90,6 +90,8 @@ def test_the_best_is_chosen_without_lines(monkeypatch):
     (row,) = benchmark.best(rows, ["b"], True)
     assert row.passes is True
     assert benchmark.best(rows, ["b"], False)[0].bar is None
+    diverged = [rows[0], Row("noise03_a_validation_nll", None), *rows[2:]]
+    assert benchmark.best(diverged, ["a", "b"], True)[0].ours == 0.99, "no figure is not a figure of 0"
     assert benchmark.best(rows, ["c"], True) == []
 
 

@@ -36,6 +36,9 @@ def test_the_exact_ones_pass_and_controls_fail():
     assert rows["control_narrow_p"].bar == "≤ 0.001"
     narrow = rows["control_narrow_dispersion"]
     assert narrow.ours > 5 * narrow.standard_error
+    (p, *_) = benchmark.measure("control_narrow_100", 0, False)
+    assert p.passes
+    assert p.bar == "≤ 0.05", "100 ranks can fail, though not as surely as 2000"
     for how in ("shifted", "prior", "uncorrelated"):
         (p, dispersion, fit) = benchmark.measure(f"control_{how}", 0, True)
         assert p.passes, how
@@ -49,6 +52,30 @@ def test_an_exact_method_that_is_not_falls_short(monkeypatch):
     monkeypatch.setitem(methods.RUNS, ("last_layer", "linear"), wrong)
     monkeypatch.setattr(methods, "train", lambda run, model, seed, steps: run.make())
     assert benchmark.measure("last_layer_linear", 0, True)[0].passes is False
+
+
+def test_what_so_many_ranks_see():
+    """The measured probabilities, by a few more runs at 100 ranks."""
+    assert [benchmark.seen(count) for count in (50, 100, 199, 200, 600, 2000)] == [None, 0.7, 0.7, 0.8, 0.8, 0.9]
+    caught = {}
+    for factor in (0.7, 0.9):
+        method, below = benchmark.Changed("narrow", factor), 0
+        simulator = bm.ABML(method.program, inner_steps=0)
+        for seed in range(10):
+            inputs = template("linear", 100, seed)
+            found = bm.sbc_method(method, inputs, num_draws=31, alpha=1e-3, simulator=simulator, generator=seed)
+            below += min(found.values()) * len(found) * benchmark.exact_runs() < benchmark.ALPHA
+        caught[factor] = below / 10
+    for factor, share in caught.items():
+        power = benchmark.POWER[100][factor]
+        assert abs(share - power) < 4 * (power * (1 - power) / 10) ** 0.5
+
+
+def test_an_exact_run_says_what_it_would_have_seen(capsys):
+    rows = {row.name: row for row in benchmark.measure("closed_form_hierarchy", 0, True)}
+    assert rows["closed_form_hierarchy_seen"].ours == 0.8
+    assert "400 ranks; would have seen spread × 0.8" in capsys.readouterr().out
+    assert not [row for row in benchmark.measure("laplace_diagonal_linear", 0, True) if row.name.endswith("_seen")]
 
 
 def test_approximate_ones_have_findings_without_bars(capsys):
@@ -106,5 +133,6 @@ def test_a_short_fit_by_svi_has_all_quantities():
 @pytest.mark.parametrize("name", ["nuts_linear", "nuts_theta_hierarchy", "amortised_flow_scale", "platipus_linear"])
 def test_short_runs(name):
     rows = benchmark.measure(name, 0, True)
-    assert [row.name for row in rows] == [f"{name}_p", f"{name}_dispersion", f"{name}_fit"]
+    expected = ["p", "dispersion", "fit", *(["seen"] if name.startswith("nuts") else [])]
+    assert [row.name for row in rows] == [f"{name}_{ending}" for ending in expected]
     assert rows[0].passes in ((True,) if name.startswith("nuts") else (None,))

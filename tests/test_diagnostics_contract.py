@@ -212,6 +212,10 @@ def test_no_targets(diagnostic):
 
 @pytest.mark.parametrize("diagnostic", QUERY | SUPPORT)
 def test_what_is_no_batch(diagnostic):
+    if diagnostic in ("loo", "to_datatree"):  # observations are taken for the support
+        refused(diagnostic, Full(BATCH.support), BATCH.query, DataError, "Give the batch whose support")
+        refused(diagnostic, Full(BATCH.support), BATCH.support.x, OptionError, "TaskBatch", "Tensor")
+        return
     refused(diagnostic, Full(BATCH.support), BATCH.query, OptionError, "TaskBatch", "Observations")
 
 

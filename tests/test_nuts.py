@@ -135,6 +135,41 @@ def test_global_and_local_sites_together():
     assert found.min_ess <= float(found.ess_theta.min())
 
 
+def unknown_scale(x, y=None, mask=None):
+    tau = pyro.sample("tau", dist.LogNormal(torch.tensor(-0.3, dtype=F64), torch.tensor(0.8, dtype=F64)))
+    with bm.task_plate(x):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros_like(tau), tau))
+        with bm.shot_plate(x, mask):
+            pyro.sample("y", dist.Normal(beta, torch.tensor(0.5, dtype=F64)), obs=y)
+
+
+def test_the_potential_of_a_positive_theta():
+    """−log p(log τ, β, y), written out, and its gradient: a positive τ is sampled as log τ, so its density has a
+    Jacobian. Control: the density of τ itself has another gradient."""
+    y = torch.tensor([[2.0, 2.5, 1.5], [0.1, 0.0, 0.0]], dtype=F64)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    support = bm.Observations(torch.zeros(2, 3, 1, dtype=F64), y, mask)
+    method = bm.NUTS(unknown_scale, infer_theta=True).to(F64)
+    method.prepare(support)
+    potential = method._potential(support, None)
+    loc, scale, noise = (torch.tensor(value, dtype=F64) for value in (-0.3, 0.8, 0.5))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(3, generator=generator, dtype=F64).requires_grad_()  # log τ, β_1, β_2
+        found = potential({"theta": z[:1].reshape(1, 1), "u": z[1:].reshape(1, 2, 1)})
+        of_log_tau, tau, beta = dist.Normal(loc, scale).log_prob(z[0]), z[0].exp(), z[1:]
+        rest = dist.Normal(0 * tau, tau).log_prob(beta).sum()
+        rest = rest + torch.where(mask, dist.Normal(beta[:, None], noise).log_prob(y), 0.0).sum()
+        torch.testing.assert_close(found, -(of_log_tau + rest), rtol=1e-10, atol=1e-10)
+
+        def gradient(value, z=z):
+            return torch.autograd.grad(value, z, retain_graph=True)[0]
+
+        torch.testing.assert_close(gradient(found), gradient(-(of_log_tau + rest)), rtol=1e-10, atol=1e-10)
+        of_tau = dist.LogNormal(loc, scale).log_prob(tau)
+        assert (gradient(found) - gradient(-(of_tau + rest)))[0].abs() > 0.9, "1, by the Jacobian τ"
+
+
 def small(**options):
     options = {"num_samples": 20, "warmup": 20, "num_chains": 2, "max_tree_depth": 4} | options
     return bm.NUTS(linear_model(), **options)

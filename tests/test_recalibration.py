@@ -126,10 +126,18 @@ def test_a_joint_heavy_tail_is_stretched_as_a_whole():
 def test_each_draw_stays_with_its_phi():
     (valid, valid_batch), (posterior, batch) = pair(0.5, closed=False, tasks=50, new=10)
     correction = bm.recalibrate(valid, valid_batch, num_samples=100)
-    draws = posterior.draws(50, 1)
+    draws = posterior.draws(200, 1)
     y = posterior.predict(batch.query.x, draws=draws, generator=2)
     expected = y.mean(0) + correction.value * (y - y.mean(0))
     torch.testing.assert_close(correction(posterior).predict(batch.query.x, draws=draws, generator=2), expected)
+    # few draws are stretched about the mean of the forecast, not about their own
+    one = Phi(draws.u[:1])
+    y = posterior.predict(batch.query.x, draws=one, generator=2)
+    found = correction(posterior).predict(batch.query.x, draws=one, generator=2)
+    exact = Linear(posterior.tasks, batch.support, 0.5).predictive(batch.query)
+    centre = (found - correction.value * y) / (1 - correction.value)
+    assert ((centre - exact.mean) / exact.stddev).abs().max() < 4.5 / math.sqrt(200)
+    assert (found - y).abs().min() > 0, "control: not as it was"
 
 
 def test_conformal_forecasts_from_few_draws_cover_what_their_intervals_cover():
@@ -163,8 +171,9 @@ def test_corrections_can_be_chained():
     first = bm.recalibrate(valid, valid_batch, num_samples=200)
     second = bm.recalibrate(first(valid), valid_batch, "isotonic", num_samples=200)
     assert bm.calibration(second(first(posterior)), batch, num_samples=200).finding == "calibrated"
-    alone = bm.recalibrate(valid, valid_batch, "isotonic", num_samples=200)(posterior)
-    draws = posterior.draws(50, 1)
+    with pytest.warns(UserWarning, match="outside all 200 draws of their forecasts, where 1.0% were expected"):
+        alone = bm.recalibrate(valid, valid_batch, "isotonic", num_samples=200)(posterior)
+    draws = posterior.draws(200, 1)
     before, after = (p.predict(batch.query.x, draws=draws, generator=2) for p in (posterior, alone))
     assert (after.amax(0) <= before.amax(0)).all(), "not beyond the draws, as documented"
     assert (second(first(posterior)).predict(batch.query.x, draws=draws, generator=2).amax(0) > before.amax(0)).any()
@@ -291,7 +300,7 @@ def test_a_real_posterior_with_scores_tree_and_picture(how, tmp_path):
     for method in (bm.BayesianLastLayer(model), bm.ABML(model, inner_steps=2, inner_lr=0.1)):
         posterior = method.adapt(batch.support)
         corrected = bm.recalibrate(posterior, batch, how, num_samples=200)(posterior)
-        assert bm.scores(corrected, batch, num_samples=100)["nll"] < bm.scores(posterior, batch)["nll"]
+        assert bm.scores(corrected, batch, num_samples=200)["nll"] < bm.scores(posterior, batch)["nll"]
         tree = bm.to_datatree(corrected, batch, num_samples=20)
         assert tree["predictions"]["y"].shape == (1, 20, 150)
         assert "log_likelihood" not in tree.children

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -369,7 +370,10 @@ def test_surprise_is_the_evidence_of_the_support(tmp_path):
     words = " ".join("".join(page.words).split())
     task = order[0]
     number = f"{float(found.scores[task]):.3g}".replace("-", "−")
-    assert f"surprise of the support {number} nats, p = {float(found.p_values[task]):.2g} among 99" in words
+    p_value = float(found.p_values[task])
+    sign = "≤" if p_value == pytest.approx(1 / 100) else "="
+    assert f"surprise of the support {number} nats, p {sign} {p_value:.2g} among 99" in words
+    assert sign == "≤", "none of the 99 is as surprising: no smaller value is possible"
     assert "whose support was least to be expected" in words
     page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch, examples=1))
     assert "No validation tasks were given" in "".join(page.words)
@@ -418,11 +422,17 @@ def test_an_evidence_that_is_not_known_is_not_used(tmp_path):
 
 def test_a_posterior_that_its_own_weights_contradict_is_warned_of():
     family, batch = linear_tasks(20, seed=4)
-    assert alarms.untrusted(WithDensity(family, batch.support), batch, 0) == []
-    (text,) = alarms.untrusted(WithDensity(family, batch.support, 0.3), batch, 0)
+    assert alarms.trust(WithDensity(family, batch.support), batch, 0) == alarms.Trust([], [])
+    (text,) = alarms.trust(WithDensity(family, batch.support, 0.3), batch, 0).warnings
     assert text.startswith("Pareto k is above")
     assert text == bm.psis(WithDensity(family, batch.support, 0.3), num_samples=1000, generator=0).verdict
-    assert alarms.untrusted(Linear(family, batch.support, 0.3), batch, 0) == [], "no density, nothing to say"
+    (told,) = alarms.trust(WithDensity(family, batch.support, 0.3), batch, 0, {"trust": "Use --method X."}).warnings
+    assert told.endswith("relied on. Use --method X.")
+    assert told.partition(". Use")[0] == text.partition(". Take")[0]
+    assert alarms.trust(Linear(family, batch.support, 0.3), batch, 0) == alarms.Trust([], []), "no density to judge"
+    wide = alarms.trust(WithDensity(family, batch.support, 1.6), batch, 0)
+    assert wide.warnings == []
+    assert "usable, in 100% of tasks" in wide.notes[0]
 
 
 def losses(values, key="loss"):
@@ -447,8 +457,64 @@ def test_training_that_diverged_or_did_not_converge_is_warned_of():
     assert alarms.training(over, best_step=120) == [], "the best step was kept"
     (text,) = alarms.training(over)
     assert "by heart" in text
-    assert alarms.training(losses([9.0, 5.0, 1.0])) == [], "too few to tell"
+    (text,) = alarms.training(losses([9.0, 5.0, 1.0]))
+    assert text.startswith("Only 30 training steps were made")
+    assert alarms.training(losses([9.0, 5.0, 1.0]), planned_steps=1000) == [], "stopped by patience"
+    few = losses([9.0, 5.0, 1.0, 0.9, 0.8, 0.1], "validation")
+    (text,) = alarms.training(few, 60)
+    assert "lowest at the last step" in text
+    assert alarms.training(losses([9.0, 5.0, 1.0, 0.9, 0.8, 0.79], "validation"), 60) == [], "by a hair"
+    assert alarms.training(losses([9.0, 5.0, 1.0, 0.9, 0.8, 0.1])) == [], "a training loss varies by chance"
     assert alarms.training([]) == []
+
+
+def test_a_training_that_patience_stopped_is_not_told_to_go_on():
+    time = np.arange(60)
+    falls = losses(np.where(time < 20, 5 - time / 4, 9 - time / 12), "validation")  # never got back
+    assert min(falls, key=lambda line: line["validation"])["step"] == 200
+    assert alarms.training(falls, best_step=200) == []
+    still = losses(5 - time / 12, "validation")
+    (text,) = alarms.training(still, best_step=600)
+    assert "still falling" in text
+    assert alarms.training(still, 600, 600) == [text], "control: the steps ran out"
+    assert alarms.training(still, 600, 1000) == []
+    assert alarms.training(still, 600, 600, {"steps": "More."})[0].endswith("converged. More.")
+    words = alarms.course(still, 200, 1000, "--steps")
+    assert words == "600 steps, stopped by patience before --steps 1000; kept: step 200, best on validation"
+    assert alarms.course(still, 600, 600) == (
+        "600 steps, to the end of the 600 planned; kept: step 600, the last, best on validation"
+    )
+    assert alarms.course([], 3, 4) == ""
+
+
+def test_one_loss_is_shown(tmp_path):
+    posterior, batch = case()
+    log = [{"step": 5, "loss": 11.62, "validation": 8.264}]
+    page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch, log=log, best_step=5, planned_steps=5))
+    words = " ".join("".join(page.words).split())
+    assert "training loss 11.62 at step 5, loss on the validation tasks 8.264 at step 5" in words
+    assert "Only 5 training steps were made" in words
+    assert page.row("training") == ["5 steps, to the end of the 5 planned; kept: step 5, the last, best on validation"]
+
+
+def test_praise_needs_tasks_and_a_gain_beyond_chance(tmp_path):
+    for tasks, praised in ((40, True), (12, False)):
+        posterior, batch = case(tasks=tasks)
+        assert bm.calibration(posterior, batch).finding == "calibrated"
+        page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch))
+        assert ("Good. 90% intervals cover" in "".join(page.words)) == praised
+    narrow = bm.scores(case(tasks=40, factor=0.3)[0], case(tasks=40)[1])
+    posterior, batch = case(tasks=40)
+    gap = findings.gaps(bm.scores(posterior, batch), {"n": narrow})["n"]
+    each = narrow.per_task["nll"] - bm.scores(posterior, batch).per_task["nll"]
+    assert gap.mean == pytest.approx(float(each.mean()))
+    assert gap.error == pytest.approx(float(each.std()) / 40**0.5)
+    assert findings.beaten_by({"n": findings.Gap(-1.0, 0.1)}, {"baseline": "Do X."})[0].endswith("over it. Do X.")
+    assert not findings.Gap(5.0, math.nan).sure
+    posterior, batch = case(tasks=1)
+    page, _ = read(bm.write_report(tmp_path / "r.html", posterior, batch, baselines={"n": {"nll": 99.0}}))
+    assert "Good." not in "".join(page.words)
+    assert "lower than that of the baseline in the table, though that may be chance" in "".join(page.words)
 
 
 def test_losses_that_only_vary_are_seldom_warned_of():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,12 +17,14 @@ from bayesmeta import errors
 from bayesmeta.data import Observations
 from bayesmeta.errors import BayesMetaError, CheckpointError, DataError, EmptyTaskError, OptionError, RunFolderError
 from bayesmeta.protocols import TaskDistribution
+from bayesmeta.tabular.advice import advice_of
 from bayesmeta.tabular.evaluate import evaluate_csv
 from bayesmeta.tabular.fit import fit_csv
 from bayesmeta.tabular.lines import Lines
 from bayesmeta.tabular.methods import methods_table
 from bayesmeta.tabular.models import RECIPES, WITHOUT_COVARIATES, all_methods, method_class
 from bayesmeta.tabular.predict import predict_csv
+from bayesmeta.tabular.rates import Rates
 from bayesmeta.tabular.run import load_run
 from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks import TableTasks
@@ -201,6 +205,60 @@ def test_tasks_of_one_row_have_nothing_to_see():
         every_task(table, 3)
 
 
+# -- shares and rates ---------------------------------------------------------------------------------------------
+
+
+def observed(y, x=None):
+    y = torch.tensor(y)
+    return Observations(torch.ones(*y.shape[:2], 1) if x is None else torch.tensor(x), y)
+
+
+def batch_of(support, query):
+    return bm.TaskBatch(support=support, query=query)
+
+
+def test_shares_are_pseudo_counts_and_hits():
+    rates = Rates(torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([4.0]).double(), True, False)
+    batch = batch_of(observed([[0, 2, 2], [1, 1, 1]]), observed([[2], [0]]))
+    own = rates.own(batch).class_probabilities(batch.query)[:, 0]
+    # (4 · 0.5 + 1) / 7, (4 · 0.3 + 0) / 7, (4 · 0.2 + 2) / 7 by hand
+    assert own[0].tolist() == pytest.approx([3 / 7, 1.2 / 7, 2.8 / 7])
+    assert own[1].tolist() == pytest.approx([2 / 7, 4.2 / 7, 0.8 / 7])
+    assert rates.pooled(batch).class_probabilities(batch.query)[1, 0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert bm.scores(rates.own(batch), batch).per_task["nll"].tolist() == pytest.approx(
+        [-math.log(2.8 / 7), -math.log(2 / 7)], rel=1e-6
+    )
+
+
+def test_rates_are_the_negative_binomial_of_gamma_and_poisson():
+    rates = Rates(torch.tensor([2.0]).double(), torch.tensor([3.0]).double(), False, True)
+    batch = batch_of(observed([[4, 1]], [[[1.0], [0.5]]]), observed([[5]], [[[2.0]]]))
+    # Gamma(3 + 5, 3 / 2 + 1.5), times an exposure of 2; without the support Gamma(3, 3 / 2)
+    for forecast, a, b in ((rates.own(batch), 8, 3.0), (rates.pooled(batch), 3, 1.5)):
+        found = bm.scores(forecast, batch, num_samples=200)["nll"]
+        assert found == pytest.approx(-stats.nbinom(a, b / (b + 2)).logpmf(5), rel=1e-6)
+        assert found != pytest.approx(-stats.nbinom(a, b / (b + 1)).logpmf(5), rel=1e-3), "control: no exposure"
+
+
+def test_rates_learn_how_much_tasks_differ():
+    rng = np.random.default_rng(0)
+    town = np.repeat(np.arange(400), 8)
+    level = rng.gamma(3.0, 2.0 / 3.0, 400)[town]
+    share = rng.dirichlet([3.0, 1.0], 400)[town, 0]
+    frame = pd.DataFrame({"town": town, "x": 1.0, "visits": rng.poisson(level)})
+    frame["paid"] = np.where(rng.uniform(size=len(frame)) < share, "a", "b")
+    options = {"task": "town", "x": ["x"], "dtype": torch.float64}
+    counts = Rates.fit(TableTasks.from_dataframe(frame, y=["visits"], target="count", **options))
+    assert float(counts.level) == pytest.approx(2.0, abs=4 * 1.16 / 20)  # sd of the Gamma over √400
+    assert 2.2 < float(counts.strength) < 4.1
+    classes = Rates.fit(TableTasks.from_dataframe(frame, y=["paid"], target="class", **options))
+    assert float(classes.level[0]) == pytest.approx(0.75, abs=0.05)
+    assert 2.5 < float(classes.strength) < 6.5
+    same = frame.assign(visits=rng.poisson(2.0, len(frame)))
+    alike = Rates.fit(TableTasks.from_dataframe(same, y=["visits"], target="count", **options))
+    assert float(alike.strength) > 50, "tasks that do not differ"
+
+
 # -- fit, evaluate, predict ---------------------------------------------------------------------------------------
 
 
@@ -258,6 +316,38 @@ def test_evaluate_says_when_all_tasks_were_trained_on(csv, folder, tmp_path):
     result = evaluate_csv(folder, tmp_path / "seen.csv", out=tmp_path / "s.json", support=2, say=said.append)
     assert result["tasks"] == len(tasks["train"])
     assert "these scores flatter" in said[0]
+
+
+def test_scores_of_other_tasks_do_not_replace_those_there(csv, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    first = evaluate_csv(copy, csv, say=lambda t: None, device="cpu")
+    before = (copy / "scores.json").read_bytes()
+    one = make_frame()
+    one = one[one.town == max(first["nll_by_task"], key=lambda name: (one.town == name).sum())]
+    one.to_csv(tmp_path / "one.csv", index=False)
+    said = []
+    evaluate_csv(copy, tmp_path / "one.csv", say=said.append, device="cpu")
+    assert (copy / "scores.json").read_bytes() == before
+    assert json.loads((copy / "scores-one.json").read_text())["tasks"] == 1
+    text = "\n".join(said)
+    assert "scores.json holds the scores of 6 task(s) of towns.csv and was left as it is." in text
+    assert "One task: no standard errors." in text
+    assert "nan" not in text
+    evaluate_csv(copy, csv, say=lambda t: None, device="cpu")
+    assert (copy / "scores.json").read_bytes() == before, "the same again goes to the same place"
+
+
+def test_advice_names_options_that_are_not_on_already(csv, folder):
+    settings = load_run(folder).settings
+    assert "--likelihood student-t or --likelihood heteroscedastic" in advice_of(settings, False)["over-confident"]
+    heavy = advice_of(replace(settings, likelihood="student-t", method="ABML"), False)
+    assert "student-t" not in heavy["over-confident"]
+    counts = replace(settings, likelihood="poisson", method="ABML")
+    assert "--likelihood negative-binomial" in advice_of(counts, False)["miscalibrated"]
+    assert "more --steps" in advice_of(settings, False)["baseline"]
+    assert "more --steps" not in advice_of(settings, True)["baseline"]
+    for text in advice_of(settings, False).values():
+        assert "bm." not in text
 
 
 def test_predict_gives_what_adapting_by_hand_gives(folder, tmp_path):
@@ -389,7 +479,10 @@ def test_every_kind_of_target_makes_the_whole_way(tmp_path, case):
     result = evaluate_csv(out, tmp_path / "a.csv", say=lambda text: None, num_samples=50)
     (mine, *lines) = result["scores"].values()
     assert all(math.isfinite(value) for value in mine.values())
-    assert bool(lines) == (likelihood in ("gaussian", "student-t", "heteroscedastic"))
+    assert len(lines) == 2
+    real = likelihood in ("gaussian", "student-t", "heteroscedastic")
+    assert ("unpooled" in result["scores"]) == real
+    assert (out / "rates.pt").is_file() == (not real)
     assert ("brier" in mine) == ("class" in case)
     frame.loc[::2, options["y"]] = None
     frame.to_csv(tmp_path / "new.csv", index=False)

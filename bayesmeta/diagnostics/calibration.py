@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bayesmeta.diagnostics.figures import Figures
 from bayesmeta.diagnostics.forecasts import Predictor, check_classes, check_finite, task_names, valid_points
 from bayesmeta.diagnostics.reliability import Reliability, reliability
 from bayesmeta.diagnostics.uniformity import Shape, bonferroni, legendre, shape_of, t_test
+from bayesmeta.diagnostics.verdicts import LEAST_TASKS, Finding, conclusion, of_classes, of_numbers
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior, TargetKind
@@ -27,36 +28,8 @@ from bayesmeta.protocols import Posterior, TargetKind
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What a forecast is found to be; "unknown" of fewer than 3 tasks, of which no test can be made.
-Finding = Literal["calibrated", "over-confident", "under-confident", "too low", "too high", "miscalibrated", "unknown"]
-
-_LEAST_TASKS = 3  # for a spread over tasks that is worth a test
 #: Levels of the central intervals whose coverage is taken, and probabilities of the quantiles.
 LEVELS = tuple(i / 20 for i in range(1, 20))
-
-_OF_NUMBERS = "learning the noise scale, "
-_ANOTHER = "another likelihood (StudentT)"
-#: What is said instead: counts have no scale of the noise, and classes neither likelihood nor scale to choose.
-_INSTEAD = {
-    "count": {
-        _OF_NUMBERS: "another likelihood of counts (NegativeBinomial with learn_concentration=True), ",
-        _ANOTHER: "another likelihood of counts (NegativeBinomial with learn_concentration=True)",
-    },
-    "class": {_OF_NUMBERS: "", _ANOTHER: "another model of the logits"},
-}
-_ADVICE = {
-    "calibrated": "No correction is called for.",
-    "over-confident": f"Try bm.recalibrate on validation tasks, {_OF_NUMBERS}or a method with a wider posterior over "
-    "φ.",
-    "under-confident": f"Try bm.recalibrate on validation tasks, {_OF_NUMBERS}more training, or less prior variance.",
-    "too low": "The forecasts lie below the data: look for tasks unlike those of training; try bm.recalibrate with "
-    "'isotonic'.",
-    "too high": "The forecasts lie above the data: look for tasks unlike those of training; try bm.recalibrate with "
-    "'isotonic'.",
-    "miscalibrated": f"Their width is right on the whole, their form is not: try {_ANOTHER}, or "
-    "bm.recalibrate with 'isotonic'.",
-    "unknown": "Give more tasks.",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +50,10 @@ class Calibration(Figures):
         per_task: for each task, NaN where it does not count: ``coverage`` ``[tasks, levels]``, ``moments`` of its PIT
             values ``[tasks, 4]``.
         num_tasks: how many tasks count.
-        finding: "calibrated", "over-confident", "under-confident", "too low", "too high" (of the forecasts),
-            "miscalibrated" (in another way) or "unknown".
-        verdict: the finding in a sentence.
+        finding: "calibrated" (that is, no miscalibration was found), "over-confident", "under-confident", "too low",
+            "too high" (of the forecasts), "miscalibrated" (in another way) or "unknown".
+        verdict: the finding in a sentence, with how far it can be relied on: few tasks, or a p-value that is small
+            though not below alpha, are no evidence of calibration.
     """
 
     values_by_name: dict[str, float]
@@ -99,6 +73,9 @@ class Calibration(Figures):
 
     def __str__(self) -> str:
         return _table(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.verdict}>"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Coverage curve and histogram of the PIT values, see :func:`~bayesmeta.plot_calibration`."""
@@ -138,6 +115,9 @@ class ClassCalibration(Figures):
 
     def __str__(self) -> str:
         return _table(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.verdict}>"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Reliability diagrams, see :func:`~bayesmeta.plot_calibration`."""
@@ -190,7 +170,7 @@ def calibration(
         batch: its query is predicted. Padding tasks and points, and tasks without a query point, do not count.
         levels: of the coverage curve, increasing, in (0, 1).
         alpha: with a p-value below this the forecast is not called calibrated: so many calibrated ones are wrongly
-            accused.
+            accused. From alpha to 0.1 the verdict says that there is some sign.
         num_bins: bins of the reliability diagrams.
         num_samples: draws, where there is no closed form.
         generator: generator or seed; None means seed 0.
@@ -258,10 +238,8 @@ def _of_numbers(pit: Tensor, valid: Tensor, levels: Tensor, alpha: float, kind: 
     tasks = int(counts.sum())
     finding = _finding(shape, alpha, tasks)
     each = {"coverage": covered[:, :-2], "moments": moments}
-    verdict = (
-        f"90% intervals cover {_percent(values['coverage_90'], errors['coverage_90'])} of the query of "
-        f"{tasks} task{'s' if tasks > 1 else ''}: {_say(finding, shape.p_value, kind)}"
-    )
+    verdict = of_numbers(values, errors, [levels, mean[:-2], error[:-2]], tasks)
+    verdict += conclusion(finding, values, errors, tasks, kind)
     return Calibration(values, errors, levels, mean[:-2], error[:-2], pit, each, tasks, finding, verdict)
 
 
@@ -275,7 +253,7 @@ def _noise(below: Tensor, levels: Tensor) -> float:
 
 
 def _finding(shape: Shape, alpha: float, tasks: int) -> Finding:
-    if tasks < _LEAST_TASKS:
+    if tasks < LEAST_TASKS:
         return "unknown"
     if shape.p_value >= alpha:
         return "calibrated"
@@ -323,16 +301,12 @@ def _of_classes(predictor: Predictor, batch: TaskBatch, valid: Tensor, alpha: fl
         values |= {f"ece{kind}": diagram.ece, f"mce{kind}": diagram.mce}
     values |= {"p_value": p_value, "p_gap": p_gap, "p_shape": p_shape}
     finding = _class_finding(values, alpha, tasks)
-    verdict = (
-        f"The most probable class has probability {values['confidence']:.0%} and is right "
-        f"{_percent(values['accuracy'], errors['accuracy'])} of the time, over {tasks} "
-        f"task{'s' if tasks > 1 else ''}: {_say(finding, p_value, 'class')}"
-    )
+    verdict = of_classes(values, errors, tasks) + conclusion(finding, values, errors, tasks, "class")
     return ClassCalibration(values, errors, equal, adaptive, each, tasks, finding, verdict)
 
 
 def _class_finding(values: dict[str, float], alpha: float, tasks: int) -> Finding:
-    if tasks < _LEAST_TASKS:
+    if tasks < LEAST_TASKS:
         return "unknown"
     if values["p_value"] >= alpha:
         return "calibrated"
@@ -341,24 +315,8 @@ def _class_finding(values: dict[str, float], alpha: float, tasks: int) -> Findin
     return "miscalibrated"
 
 
-# -- in words -----------------------------------------------------------------------------------------------------
-
-
 def _mean_error(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the first dimension and its standard error; NaN for one."""
     tasks = len(values)
     error = values.std(0) / math.sqrt(tasks) if tasks > 1 else torch.full_like(values[0], math.nan)
     return values.mean(0), error
-
-
-def _percent(value: float, error: float) -> str:
-    return f"{value:.1%}" if math.isnan(error) else f"{value:.1%} ± {error:.1%}"
-
-
-def _say(finding: Finding, p_value: float, kind: TargetKind) -> str:
-    advice = _ADVICE[finding]
-    for words, other in _INSTEAD.get(kind, {}).items():
-        advice = advice.replace(words, other)
-    if finding == "unknown":
-        return f"too few tasks to tell ({_LEAST_TASKS} are the least). {advice}"
-    return f"{finding} (p = {p_value:.2g}). {advice}"

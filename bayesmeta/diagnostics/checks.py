@@ -49,6 +49,20 @@ def check_batch(batch: Any) -> None:
         raise OptionError(f"A TaskBatch of support and query is needed here; got {type(batch).__name__}.")
 
 
+def as_batch(data: TaskBatch | Observations) -> TaskBatch:
+    """A batch as it is; of observations one with them as the support, and no query.
+
+    Raises:
+        OptionError: for anything else.
+    """
+    if isinstance(data, TaskBatch):
+        return data
+    if not isinstance(data, Observations):
+        raise OptionError(f"A TaskBatch, or the Observations of the support, is needed; got {type(data).__name__}.")
+    y = None if data.y is None else data.y[:, :0]
+    return TaskBatch(data, Observations(data.x[:, :0], y, None, data.w))
+
+
 def check_same_tasks(posterior: Posterior, observations: Observations) -> None:
     """Check that observations are of as many tasks as the posterior, with as many features and outputs.
 

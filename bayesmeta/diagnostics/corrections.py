@@ -170,12 +170,13 @@ class Isotonic(Recalibration):
     ICML 2018, https://arxiv.org/abs/1807.00263, algorithm 1. The isotonic regression of its eq. 5 passes through all
     its points, as shares only grow. Departures: R is a line on the scale of Normal quantiles, Φ⁻¹(R(Φ(z))), between
     ``num_bins`` − 1 of these points and beyond them, so that F̃ has a density and tails; and all tasks count alike. It
-    corrects form and location too, and needs more tasks than a temperature. From draws it cannot reach beyond the
+    corrects form and location too, and needs more tasks than a temperature: of K tasks it has at most K / 5 pieces
+    (but 2), so that few tasks give a shift or little more. From draws it cannot reach beyond the
     outermost draw: where forecasts are far too narrow, take a temperature first. Of counts F(y) is the randomised PIT
     (Czado, Gneiting & Held 2009, https://doi.org/10.1111/j.1541-0420.2009.01191.x) and R changes F at the counts.
 
     Attributes:
-        old, new: R maps Φ(``old``) to Φ(``new``), both ``[num_bins + 1]`` and increasing.
+        old, new: R maps Φ(``old``) to Φ(``new``), both ``[pieces + 1]`` and increasing.
         num_tasks: the tasks on which it was learned.
         kind: ``"real"`` or ``"count"``.
     """
@@ -198,11 +199,11 @@ class Isotonic(Recalibration):
     def quantile(self, u: Tensor, base: BaseForecast) -> Tensor:
         """F⁻¹(R⁻¹(u))."""
         z = interpolate(torch.special.ndtri(u), self.new, self.old)[0]
-        return base.quantile(inside(torch.special.ndtr(z)))
+        return base.at_normal(z)
 
     def before(self, y: Tensor, base: BaseForecast) -> Tensor:
         """F⁻¹(R(F(y)))."""
-        return base.quantile(inside(torch.special.ndtr(self._map(y, base)[1])))
+        return base.at_normal(self._map(y, base)[1])
 
     def log_jacobian(self, y: Tensor, base: BaseForecast, log_density: Any, log_before: Tensor) -> Tensor:
         """log R′(F(y)) + log F′(y) − log F′(before)."""
@@ -212,7 +213,7 @@ class Isotonic(Recalibration):
 
     def _map(self, y: Tensor, base: BaseForecast) -> tuple[Tensor, Tensor, Tensor]:
         """Φ⁻¹(F(y)), what it becomes, and the slope there."""
-        old = torch.special.ndtri(inside(base.cdf(y)))
+        old = base.normal(y)
         return old, *interpolate(old, self.old, self.new)
 
 
@@ -315,7 +316,7 @@ class Conformal(Recalibration):
         """F⁻¹(Φ(z)), with z = g⁻¹((y − m) / s)."""
         score = (y - base.loc) / base.scale
         z = interpolate(score.abs(), self.stretched, self.radius)[0]
-        return base.quantile(inside(torch.special.ndtr(z * score.sign())))
+        return base.at_normal(z * score.sign())
 
     def log_jacobian(self, y: Tensor, base: BaseForecast, log_density: Any, log_before: Tensor) -> Tensor:
         """log φ(z) + log g⁻¹′ − log s − log F′(before)."""
@@ -339,11 +340,6 @@ def weighted_quantile(scores: Tensor, weights: Tensor, level: float) -> float:
     """The smallest sorted score up to which the weights reach ``level``; infinite where they do not."""
     place = int(torch.searchsorted(weights.cumsum(0), level - 1e-12))
     return float(scores[place]) if place < len(scores) else math.inf
-
-
-def inside(u: Tensor) -> Tensor:
-    """u inside (0, 1), where quantiles are finite."""
-    return u.clamp(1e-15, 1.0 - 1e-15)
 
 
 def interpolate(value: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

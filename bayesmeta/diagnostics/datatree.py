@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bayesmeta.data import TaskBatch
-from bayesmeta.diagnostics.checks import check_batch, check_same_support
+from bayesmeta.data import Observations, TaskBatch
+from bayesmeta.diagnostics.checks import as_batch, check_same_support
 from bayesmeta.diagnostics.datatree_groups import NO_LOO, Export, build_tree, refusal_of
 from bayesmeta.diagnostics.forecasts import Predictor
 from bayesmeta.errors import DataError, NonFiniteDataError, OptionError, UnsupportedError
@@ -39,7 +39,7 @@ _DRAWS = 1000
 @torch.no_grad()
 def to_datatree(
     posterior: Posterior,
-    batch: TaskBatch,
+    batch: TaskBatch | Observations,
     *,
     num_samples: int | None = None,
     chains: int | None = None,
@@ -66,7 +66,8 @@ def to_datatree(
 
     Args:
         posterior: adapted to ``batch.support``.
-        batch: support and query; groups that lack data (no support, no query, no y) are left out.
+        batch: support and query, or the observations of the support alone; groups that lack data (no support, no
+            query, no y) are left out.
         num_samples: draws in all. None: of a posterior that keeps draws (MetaSVI, NUTS) all of them, else 1000.
         chains: 1 for independent draws, which is honest: r-hat and effective sizes then say only how good so many
             independent draws are. None: the posterior's own Markov chains where ``num_samples`` is all of them, else 1.
@@ -81,7 +82,7 @@ def to_datatree(
         OptionError: for fewer than 2 draws, draws that do not divide into the chains, or several chains of a random
             choice of a sampler's draws.
     """
-    check_batch(batch)
+    batch = as_batch(batch)
     check_same_support(posterior, batch)
     num_samples, chains = _sizes(posterior, num_samples, chains)
     standardizer = batch.standardizer if raw_units else None
@@ -111,7 +112,7 @@ def _sizes(posterior: Posterior, num_samples: int | None, chains: int | None) ->
 @torch.no_grad()
 def loo(
     posterior: Posterior,
-    batch: TaskBatch,
+    batch: TaskBatch | Observations,
     *,
     num_samples: int = 1000,
     generator: Seed = None,
@@ -131,7 +132,7 @@ def loo(
 
     Args:
         posterior: adapted to ``batch.support``.
-        batch: its support is scored.
+        batch: its support is scored; or the observations of the support.
         num_samples, generator, raw_units: as in :func:`to_datatree`.
         pointwise: keep the score and Pareto k of each observation.
 
@@ -161,7 +162,7 @@ def loo(
                 "such as ABML or Laplace, or more draws or particles; or score the query with bayesmeta.scores."
             )
         num_samples = min(num_samples, posterior.num_draws)  # repeated draws would have equal weights
-    check_batch(batch)
+    batch = as_batch(batch)
     check_same_support(posterior, batch)
     standardizer = batch.standardizer if raw_units else None
     num_samples, chains = _sizes(posterior, num_samples, None)

@@ -57,6 +57,21 @@ class Decomposition:
             raise OptionError(f"There is no part {name!r}; expected one of {known}.")
         return value.flatten(1).nanmean(-1)
 
+    def __str__(self) -> str:
+        first = self.per_task("entropy")
+        how = {0: "closed form", 1: "one φ"}.get(self.num_draws, f"{self.num_draws} draws of φ")
+        lines = [f"{'part':<20}{'mean':>10}{'± s.e.':>10}   of {int((~first.isnan()).sum())} tasks, {how}"]
+        for name in (k for k, v in vars(self).items() if isinstance(v, Tensor)):
+            each = self.per_task(name)
+            each = each[~each.isnan()]
+            error = f"{float(each.std()) / math.sqrt(len(each)):>10.4f}" if len(each) > 1 else ""
+            lines.append(f"{name:<20}{float(each.mean()):>10.4f}{error}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        tasks, shots = self.entropy.shape
+        return f"<Decomposition of {tasks} tasks of {shots} points>"
+
 
 @torch.no_grad()
 def decompose(

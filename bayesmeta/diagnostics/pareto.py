@@ -87,12 +87,28 @@ class PSIS:
         order = k.argsort(descending=True).tolist()
         lines = [self.verdict, f"{'':<{size}}{'Pareto k':>10}{'effective':>11}   of {self.num_samples} draws"]
         for i in order[:5]:
-            line = f"{self.names[i]:<{size}}{float(k[i]):>10.2f}{float(self.effective_draws[i]):>11.0f}"
+            effective = float(self.effective_draws[i])
+            line = f"{self.names[i]:<{size}}{self._k(float(k[i]), effective):>10}{effective:>11.0f}"
             lines.append(f"{line}   {self.findings[i]}")
         if len(order) > 5:
-            median = f"{float(k.median()):>10.2f}{float(self.effective_draws.median()):>11.0f}"
+            shown = self._k(float(k.median()), float(self.effective_draws.median()))
+            median = f"{shown:>10}{float(self.effective_draws.median()):>11.0f}"
             lines.append(f"{'median':<{size}}{median}   of {len(order)} tasks; above: the worst")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<PSIS: {self.verdict}>"
+
+    def _k(self, k: float, effective: float) -> str:
+        """A Pareto k in a column: −∞ and ∞ in words."""
+        if math.isfinite(k):
+            return f"{k:.2f}"
+        return "infinite" if k > 0 else "exact" if _equal(k, effective, self.num_samples) else "no tail"
+
+
+def _equal(k: float, effective: float, n: int) -> bool:
+    """Whether the weights are all the same, but for rounding: those of an exact posterior."""
+    return k == -math.inf and effective > (1.0 - 1e-3) * n
 
 
 @torch.no_grad()
@@ -287,11 +303,14 @@ def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def _say(
     k: Tensor, threshold: float, effective: Tensor, n: int, share: float, finding: TrustFinding, joint: bool
 ) -> str:
+    middle, median = float(k.median()), float(effective.median())
+    size = f"{middle:.2f}"
+    if not math.isfinite(middle):
+        size = "infinite" if middle > 0 else "none, as the weights have no tail"
+        size = "exact: all weights equal" if _equal(middle, median, n) else size
     if joint:
-        head = f"Pareto k of θ and φ together is {float(k[0]):.2f} (threshold {threshold:.2f})"
+        head = f"Pareto k of θ and φ together is {size} (threshold {threshold:.2f})"
     else:
-        head = (
-            f"Pareto k is above {threshold:.2f} in {share:.0%} of {len(k)} task{'s' if len(k) > 1 else ''} (median "
-            f"{float(k.median()):.2f})"
-        )
-    return f"{head}, with {float(effective.median()) / n:.0%} effective draws: {finding}; {_SAYS[finding]}"
+        tasks = f"{len(k)} task{'s' if len(k) > 1 else ''}"
+        head = f"Pareto k is above {threshold:.2f} in {share:.0%} of {tasks} (median {size})"
+    return f"{head}, with {median / n:.0%} effective draws: {finding}; {_SAYS[finding]}"

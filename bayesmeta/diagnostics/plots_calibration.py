@@ -119,8 +119,9 @@ def _reliability(axis: Any, diagram: Reliability, style: dict[str, Any], marker:
     share, confidence, accuracy, errors = (
         _numpy(v) for v in (diagram.share, diagram.confidence, diagram.accuracy, diagram.errors)
     )
+    reach = np.stack([np.minimum(2 * errors, accuracy), np.minimum(2 * errors, 1 - accuracy)])  # shares end at 0 and 1
     axis.errorbar(
-        confidence, accuracy, 2 * errors, fmt=marker, markersize=4, linewidth=1.2, capsize=2, zorder=2, **style
+        confidence, accuracy, reach.clip(0.0), fmt=marker, markersize=4, linewidth=1.2, capsize=2, zorder=2, **style
     )
     axis.scatter(confidence, accuracy, s=12 + 160 * share, marker=marker, color=style["color"], zorder=3)
     axis.set_xlim(0.0, 1.02)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesmeta.data import Observations
 from bayesmeta.diagnostics.checks import in_words
-from bayesmeta.diagnostics.recalibrated_counts import CountForecast, count_forecast
+from bayesmeta.diagnostics.recalibrated_counts import CountForecast, NormalMap, count_forecast
 from bayesmeta.errors import NoClosedFormError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.protocols import Posterior, TargetKind
@@ -18,6 +18,7 @@ from bayesmeta.protocols import Posterior, TargetKind
 #: Of the draws that give the moments of the predictive.
 _STREAM = "moments of the predictive"
 _WITHIN = "places within a count"
+_ENOUGH = 200  # draws of y that F is made of at least, where there is no closed form
 
 
 class BaseForecast:
@@ -36,6 +37,18 @@ class BaseForecast:
         if self.sorted is None:
             return torch.special.ndtr((y - self.loc) / self.scale)
         return ((self.sorted < y).sum(0).double() + 0.5) / (len(self.sorted) + 1)
+
+    def normal(self, y: Tensor) -> Tensor:
+        """Φ⁻¹(F(y)), of a Normal however far out."""
+        if self.sorted is None:
+            return (y - self.loc) / self.scale
+        return torch.special.ndtri(inside(self.cdf(y)))
+
+    def at_normal(self, z: Tensor) -> Tensor:
+        """F⁻¹(Φ(z))."""
+        if self.sorted is None:
+            return self.loc + self.scale * z
+        return self.quantile(inside(torch.special.ndtr(z)))
 
     def quantile(self, u: Tensor) -> Tensor:
         """F⁻¹(u) for u in (0, 1), ``[…, tasks, shots]``; of draws, none beyond the outermost of them."""
@@ -204,18 +217,21 @@ class RecalibratedPosterior:
         generator = as_generator(generator, observations.device, "predictions")
         draws = self.draws(num_samples, generator) if draws is None else draws
         y = self.posterior.predict(observations, num_samples, draws=draws, generator=generator)
+        if y.numel() == 0:
+            return y
         if self.target_kind == "count":
             return self._predict_counts(observations, draws, y)
         base = self._base(observations, draws, y)
         if base.sorted is None:
             u = torch.special.ndtr((y.double() - base.loc) / base.scale)
         else:
-            ranks = y.argsort(0).argsort(0)
+            ranks = torch.searchsorted(base.sorted.movedim(0, -1).contiguous(), y.double().movedim(0, -1).contiguous())
+            ranks = ranks.movedim(-1, 0)
             if self.map.by_moments:  # the middles of the steps are spread too evenly to be draws of F̃
-                u = torch.rand(y.shape, generator=generator, dtype=torch.float64, device=y.device)
+                u = torch.rand(base.sorted.shape, generator=generator, dtype=torch.float64, device=y.device)
                 u = u.sort(0).values.gather(0, ranks)
             else:  # the draw itself comes back from its quantile
-                u = (ranks.double() + 0.5) / len(y)
+                u = (ranks.double() + 0.5) / len(base.sorted)
         tiny = 1e-15  # an end of (0, 1) would become infinite
         return self.map.quantile(u.double().clamp(tiny, 1 - tiny), base).to(y.dtype)
 
@@ -272,21 +288,25 @@ class RecalibratedPosterior:
             parts = normal_parts(self.posterior, observations)
             if parts is not None:
                 return BaseForecast(*parts)
+        bare, generator = observations.with_y(None), as_generator(0, observations.device, _STREAM)
         if y is None:
-            generator = as_generator(0, observations.device, _STREAM)
-            y = self.posterior.predict(observations.with_y(None), draws=draws, generator=generator)
+            y = self.posterior.predict(bare, draws=draws, generator=generator)
+        if len(y) < _ENOUGH:  # F is of the point, not of the few draws that someone asks for
+            source = self.posterior.prior_draws if draws is self._prior else self.posterior.draws
+            more = source(_ENOUGH - len(y), generator)
+            y = torch.cat([y, self.posterior.predict(bare, draws=more, generator=generator)])
         y = y.double().sort(0).values
         return BaseForecast(y.mean(0), y.std(0), y)
 
-    def _counts(self, observations: Observations, draws: Any) -> CountForecast:
+    def _counts(self, observations: Observations, draws: Any, change: NormalMap | None = None) -> CountForecast:
         def each(at: Observations) -> Tensor:
             return self.posterior.log_likelihood(at, draws=draws)
 
-        return count_forecast(self.posterior, observations, draws, each)
+        return count_forecast(self.posterior, observations, draws, each, change=change)
 
     def _predict_counts(self, observations: Observations, draws: Any, y: Tensor) -> Tensor:
         """A draw y becomes F̃⁻¹ of its randomised PIT."""
-        forecast = self._counts(observations.with_y(y.amax(0)), draws)
+        forecast = self._counts(observations.with_y(y.amax(0)), draws, self.map.of_normal)
         generator = as_generator(0, y.device, _WITHIN)
         uniform = torch.rand(y.shape, generator=generator, dtype=torch.float64, device=y.device)
         return forecast.quantile(forecast.pit(y, uniform), self.map.of_normal).to(y.dtype)
@@ -332,14 +352,16 @@ def class_log_likelihoods(posterior: Posterior, observations: Observations, draw
     Raises:
         UnsupportedError: for several outputs, whose log-likelihood is that of all together.
     """
-    first = posterior.class_probabilities(Observations(observations.x[:, :1], w=observations.w), 2)
+    with in_words():
+        first = posterior.class_probabilities(Observations(observations.x[:, :1], w=observations.w), 2)
     if first.dim() != 3:
         raise UnsupportedError("Classes of several outputs cannot be recalibrated; recalibrate each output alone.")
     like = observations.x[..., 0]
     values = []
     for k in range(first.shape[-1]):
         every = Observations(observations.x, torch.full_like(like, float(k)), None, observations.w)
-        values.append(posterior.log_likelihood(every, draws=draws).double())
+        with in_words():
+            values.append(posterior.log_likelihood(every, draws=draws).double())
     return torch.stack(values, 1)
 
 
@@ -356,6 +378,11 @@ def normal_parts(posterior: Posterior, observations: Observations) -> tuple[Tens
     if not isinstance(closed, torch.distributions.Normal):
         return None
     return closed.loc.expand(shape).double(), closed.scale.expand(shape).double()
+
+
+def inside(u: Tensor) -> Tensor:
+    """u inside (0, 1), where quantiles are finite."""
+    return u.clamp(1e-15, 1.0 - 1e-15)
 
 
 def _log_mean(values: Tensor) -> Tensor:

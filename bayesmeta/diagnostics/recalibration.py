@@ -7,7 +7,9 @@ new to the method, as those it is used on are: on training tasks forecasts look 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +22,19 @@ from bayesmeta.diagnostics.corrections import (
     Recalibration,
     Temperature,
     centre_of,
-    inside,
     moments,
     weighted_quantile,
 )
-from bayesmeta.diagnostics.forecasts import Predictor, check_finite, task_names, valid_points
-from bayesmeta.diagnostics.recalibrated import check_not_twice, class_log_likelihoods, normal_parts
-from bayesmeta.diagnostics.recalibrated_counts import CountForecast, count_forecast, log_step
+from bayesmeta.diagnostics.forecasts import (
+    Predictor,
+    SampleForecast,
+    check_classes,
+    check_finite,
+    task_names,
+    valid_points,
+)
+from bayesmeta.diagnostics.recalibrated import check_not_twice, class_log_likelihoods, inside, normal_parts
+from bayesmeta.diagnostics.recalibrated_counts import CountForecast, check_count_targets, count_forecast
 from bayesmeta.diagnostics.scores import log_density
 from bayesmeta.errors import DataError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
@@ -54,7 +62,8 @@ def recalibrate(
         how: ``"temperature"``, one factor on the spread that gives the best log score: for tens of tasks, any targets;
             ``"isotonic"``, a map of all quantiles: for hundreds of tasks, numbers and counts; ``"conformal"``,
             intervals with a guarantee, numbers and counts; of classes sets with a guarantee.
-        num_bins: of ``"isotonic"`` and ``"conformal"``: pieces of the map.
+        num_bins: of ``"isotonic"`` and ``"conformal"``: pieces of the map; of ``"isotonic"`` at most one for 5 tasks
+            (but 2).
         num_samples: draws, where there is no closed form.
         generator: generator or seed; None means seed 0.
 
@@ -66,15 +75,21 @@ def recalibrate(
         OptionError: for another ``how``, or fewer than 2 bins or draws.
         UnsupportedError: for an isotonic map of classes; for several outputs but with a temperature of numbers; for
             counts above 2000, and those that were recalibrated before, but with ``"conformal"``.
-        DataError: for fewer than 2 tasks with a query, and for forecasts without any width.
-        ShapeError, EmptyTaskError, NonFiniteDataError: as :func:`~bayesmeta.scores`.
+        DataError: for fewer than 2 tasks with a query, for targets that are no counts or classes of the likelihood,
+            and for forecasts without any width.
+        ShapeError, EmptyTaskError, NonFiniteDataError: as :func:`~bayesmeta.scores`; so is a target that the forecast
+            calls impossible at every temperature.
+
+    Warns:
+        UserWarning: when a temperature ends at 50 or 1 / 50, where the search ends; and when an isotonic map is learned
+            on draws outside of which far too many targets lie.
     """
     if how not in ("temperature", "isotonic", "conformal"):
         raise OptionError(f"how={how!r}; expected 'temperature', 'isotonic' or 'conformal'.")
     if num_bins < 2:
         raise OptionError(f"num_bins={num_bins}; expected at least 2.")
     valid = valid_points(posterior, batch, "Recalibration needs")
-    tasks = int(valid.any(-1).sum())
+    tasks = _tasks(valid)
     if tasks < 2:
         raise DataError(f"Recalibration needs at least 2 tasks with a query; this batch has {tasks}.")
     kind = posterior.target_kind
@@ -86,24 +101,39 @@ def recalibrate(
     # all draws of a point are the same; but those of y are not
     predictor = Predictor(posterior, 2 if posterior.is_point and kind == "class" else num_samples, generator)
     if kind == "class":
-        if how == "conformal":
-            return conformal_sets(predictor, batch.query, valid)
-        return Temperature(_class_temperature(predictor, batch.query, _weights(valid)), kind, tasks)
-    if kind == "count" and how != "conformal":
-        return _of_counts(predictor, batch.query, valid, how, num_bins, generator)
+        return _of_classes(predictor, batch, valid, how)
+    if kind == "count":
+        check_count_targets(batch.query.y, valid, task_names(batch))
+        if how != "conformal":
+            return _of_counts(predictor, batch, valid, how, num_bins, generator)
     return _of_numbers(predictor, batch, valid, how, num_bins, generator)
 
 
+def _of_classes(predictor: Predictor, batch: TaskBatch, valid: Tensor, how: How) -> Recalibration:
+    query, names = batch.query, task_names(batch)
+    assert query.y is not None
+    probabilities = predictor.class_forecast(query).probabilities
+    check_finite(probabilities, valid, "probability of a class", names)
+    check_classes(torch.where(valid, query.y, 0), probabilities.shape[-1], names)
+    if how == "conformal":
+        return conformal_sets(predictor, query, valid)
+    value = _class_temperature(predictor, query, _weights(valid), names)
+    return Temperature(value, "class", _tasks(valid))
+
+
 def _of_counts(
-    predictor: Predictor, query: Observations, valid: Tensor, how: How, num_bins: int, generator: Seed
+    predictor: Predictor, batch: TaskBatch, valid: Tensor, how: How, num_bins: int, generator: Seed
 ) -> Recalibration:
     check_not_twice(predictor.posterior)
+    query, names = batch.query, task_names(batch)
     assert query.y is not None
-    table = count_forecast(predictor.posterior, query, predictor.draws, predictor.log_likelihood)
+    # what is padding needs no table; nor does what counts for nothing
+    query = Observations(query.x, torch.where(valid, query.y, 0), valid, query.w)
+    table = count_forecast(predictor.posterior, query, predictor.draws, predictor.log_likelihood, names=names)
+    assert query.y is not None
     if how == "temperature":
-        return Temperature(_count_temperature(table, query, _weights(valid)), "count", int(valid.any(-1).sum()))
-    pit = table.pit(query.y.double(), _uniform(query, generator))
-    return _isotonic(pit, valid, num_bins, "count")
+        return Temperature(_count_temperature(table, query.y, _weights(valid), names), "count", _tasks(valid))
+    return _isotonic(table.pit(query.y.double(), _uniform(query, generator)), valid, num_bins, "count")
 
 
 def _of_numbers(
@@ -118,11 +148,16 @@ def _of_numbers(
     if bool(((scale <= 0) & keep).any()):
         raise DataError("Some forecasts have no width at all, which no factor can widen. Give the likelihood noise.")
     if how == "temperature":
-        value = _temperature(predictor, query, _weights(valid), mean, scale)
-        return Temperature(value, kind, int(valid.any(-1).sum()))
+        value = _temperature(predictor, query, _weights(valid), mean, scale, task_names(batch))
+        return Temperature(value, kind, _tasks(valid))
     if how == "isotonic":
-        pit = predictor.forecast(query).pit(query.y.double(), _uniform(query, generator))
-        return _isotonic(pit, valid, num_bins, kind)
+        forecast, y = predictor.forecast(query), query.y.double()
+        if isinstance(forecast, SampleForecast):
+            _warn_of_outside(forecast, y, valid)
+            z = torch.special.ndtri(inside(forecast.pit(y, _uniform(query, generator))))
+        else:
+            z = (y - forecast.loc) / forecast.scale
+        return _isotonic(z, valid, num_bins, kind)
     return _conformal(query, valid, mean, scale, num_bins, kind)
 
 
@@ -134,64 +169,96 @@ def _weights(valid: Tensor) -> Tensor:
     return valid.double() / valid.sum(-1, keepdim=True).clamp(min=1) / valid.any(-1).sum()
 
 
-def _temperature(predictor: Predictor, query: Observations, weight: Tensor, mean: Tensor, scale: Tensor) -> float:
+def _tasks(valid: Tensor) -> int:
+    return int(valid.any(-1).sum())
+
+
+def _temperature(
+    predictor: Predictor, query: Observations, weight: Tensor, mean: Tensor, scale: Tensor, names: list[str]
+) -> float:
     assert query.y is not None
     y = query.y.double()
     if normal_parts(predictor.posterior, query) is not None:  # log τ + z² / (2 τ²) is least at τ² = mean z²
         square = ((y - mean) / scale).square()
         square = square if square.dim() == 2 else square.mean(-1)
-        return float(torch.where(weight > 0, weight * square, 0.0).sum().sqrt().clamp(1 / _WORST, _WORST))
+        return _told(float(torch.where(weight > 0, weight * square, 0.0).sum().sqrt().clamp(1 / _WORST, _WORST)))
     outputs = 1 if y.dim() == 2 else y.shape[-1]
-    keep = weight > 0
 
     # a mixture of draws has too thin tails, and a factor that is learned on it makes up for that
     closed = predictor.closed_form(query)
     centre = mean if closed is None else centre_of(closed)
     centre = mean if centre is None else centre.double().expand(mean.shape)
 
-    def loss(log_value: float) -> float:
+    def score(log_value: float) -> Tensor:
         before = (centre + (y - centre) / math.exp(log_value)).to(query.x.dtype)
         if closed is not None:
             point = log_density(closed, before)
         else:
             each = predictor.log_likelihood(query.with_y(before))
             point = each.logsumexp(0) - math.log(len(each))
-        return outputs * log_value - float(torch.where(keep, weight * point, 0.0).sum())
+        return point - outputs * log_value
 
-    return math.exp(_minimum(loss))
-
-
-def _count_temperature(table: CountForecast, query: Observations, weight: Tensor) -> float:
-    assert query.y is not None
-    keep = weight > 0
-    low, high = table.around(torch.where(keep, query.y, 0))
-
-    def loss(log_value: float) -> float:
-        point = log_step(low / math.exp(log_value), high / math.exp(log_value))
-        return -float(torch.where(keep, weight * point, 0.0).sum())
-
-    return math.exp(_minimum(loss))
+    return _best(score, weight, names)
 
 
-def _class_temperature(predictor: Predictor, query: Observations, weight: Tensor) -> float:
+def _count_temperature(table: CountForecast, y: Tensor, weight: Tensor, names: list[str]) -> float:
+    def score(log_value: float) -> Tensor:
+        return table.log_prob(y, lambda z: z / math.exp(log_value))
+
+    return _best(score, weight, names)
+
+
+def _class_temperature(predictor: Predictor, query: Observations, weight: Tensor, names: list[str]) -> float:
     assert query.y is not None
     y = torch.where(weight > 0, query.y, 0).long()
     log_p = class_log_likelihoods(predictor.posterior, query, predictor.draws)  # [n, classes, tasks, shots]
     index = y.expand(len(log_p), 1, *y.shape)
 
-    def loss(log_value: float) -> float:
+    def score(log_value: float) -> Tensor:
         each = (log_p / math.exp(log_value)).log_softmax(1).gather(1, index).squeeze(1)
-        point = each.logsumexp(0) - math.log(len(each))
-        return -float(torch.where(weight > 0, weight * point, 0.0).sum())
+        return each.logsumexp(0) - math.log(len(each))
 
-    return math.exp(_minimum(loss))
+    return _best(score, weight, names)
 
 
-def _minimum(loss: Any) -> float:
-    """Where a function of log τ is least: the best of a grid, then golden section around it, to 0.003."""
+def _best(score: Callable[[float], Tensor], weight: Tensor, names: list[str]) -> float:
+    """The τ of the best weighted mean of a log score ``[tasks, shots]`` of log τ.
+
+    Raises:
+        NonFiniteDataError: where the score is finite at no τ, naming a task.
+    """
+
+    def loss(log_value: float) -> float:
+        value = -float(torch.where(weight > 0, weight * score(log_value), 0.0).sum())
+        return value if math.isfinite(value) else math.inf
+
     end = math.log(_WORST)
-    grid = torch.linspace(-end, end, 13).tolist()
+    grid = torch.linspace(-end, end, 13, dtype=torch.float64).tolist()
     values = [loss(g) for g in grid]
+    if min(values) == math.inf:
+        check_finite(score(0.0), weight > 0, "log score, at whatever temperature,", names)
+        check_finite(score(end), weight > 0, "log score, at whatever temperature,", names)
+    return _told(math.exp(_minimum(loss, grid, values)))
+
+
+def _told(value: float) -> float:
+    """The temperature; with a warning where it is an end of those that were looked for."""
+    if abs(math.log(value)) > math.log(_WORST) - 0.01:
+        warnings.warn(
+            f"The temperature ended at {value:.3g}, where the search ends: no spread near that of the forecasts fits. "
+            + (
+                "Look for targets in other units than the forecasts, and for forecasts of almost no spread."
+                if value > 1
+                else "The validation targets are all but exactly the most probable ones: are they training tasks?"
+            ),
+            UserWarning,
+            stacklevel=2,
+        )
+    return value
+
+
+def _minimum(loss: Callable[[float], float], grid: list[float], values: list[float]) -> float:
+    """Where a function of log τ is least: the best of a grid, then golden section around it, to 0.003."""
     best = min(range(len(grid)), key=values.__getitem__)
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     ratio = (math.sqrt(5) - 1) / 2
@@ -216,16 +283,34 @@ def _uniform(query: Observations, generator: Seed) -> Tensor:
     return torch.rand(query.y.shape, generator=generator, dtype=torch.float64, device=query.device)
 
 
-def _isotonic(pit: Tensor, valid: Tensor, num_bins: int, kind: str) -> Isotonic:
-    pit = pit[valid]
-    order = pit.argsort()
+def _warn_of_outside(forecast: SampleForecast, y: Tensor, valid: Tensor) -> None:
+    """Warn of targets outside the draws: more than twice as many as n draws have, 2 / (n + 1), and 1% more."""
+    outside = (y < forecast.draws[0]) | (y > forecast.draws[-1])
+    share = float((_weights(valid) * outside).sum())
+    expected = 2 / (len(forecast.draws) + 1)
+    # so many that one task more or less does not matter
+    if share > 2 * expected + 0.01 + 1 / _tasks(valid):
+        warnings.warn(
+            f"{share:.1%} of the validation targets lie outside all {len(forecast.draws)} draws of their forecasts, "
+            f"where {expected:.1%} were expected; an isotonic map cannot reach there. Learn a temperature first, and "
+            "the isotonic map on what it corrected.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _isotonic(z: Tensor, valid: Tensor, num_bins: int, kind: str) -> Isotonic:
+    """From Φ⁻¹ of the PIT."""
+    z, order = z[valid].sort()
     share = _weights(valid)[valid][order].cumsum(0)
-    levels = torch.linspace(0.0, 1.0, num_bins + 1, dtype=torch.float64, device=pit.device)[1:-1]
-    inner = pit[order][torch.searchsorted(share, levels - 1e-12).clamp(max=len(pit) - 1)]
-    old, new = torch.special.ndtri(inside(inner)), torch.special.ndtri(levels)
+    # a level between fewer than some five tasks is noise, and two that are close make a step of the density
+    pieces = min(num_bins, max(2, _tasks(valid) // 5))
+    levels = torch.linspace(0.0, 1.0, pieces + 1, dtype=torch.float64, device=z.device)[1:-1]
+    old = z[torch.searchsorted(share, levels - 1e-12).clamp(max=len(z) - 1)]
+    new = torch.special.ndtri(levels)
     # strictly increasing also where values are tied, so that R has an inverse
     old = torch.cat([old[:1], old[0] + old.diff().clamp(min=1e-6).cumsum(0)])
-    return Isotonic(_with_tails(old), _with_tails(new), int(valid.any(-1).sum()), kind)
+    return Isotonic(_with_tails(old), _with_tails(new), _tasks(valid), kind)
 
 
 def _with_tails(knots: Tensor) -> Tensor:
@@ -241,7 +326,7 @@ def _conformal(
     query: Observations, valid: Tensor, mean: Tensor, scale: Tensor, num_bins: int, kind: str = "real"
 ) -> Conformal:
     assert query.y is not None
-    tasks = int(valid.any(-1).sum())
+    tasks = _tasks(valid)
     score = ((query.y.double() - mean) / scale).abs()[valid]
     score, order = score.sort()
     weights = (_weights(valid) * tasks / (tasks + 1))[valid][order]

@@ -6,6 +6,7 @@ so that its rank among them is uniform. That tells wrong inference from a wrong 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,8 +23,10 @@ from bayesmeta.protocols import Posterior
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What ranks say of a posterior; "miscalibrated" in another way than these.
-RankFinding = Literal["calibrated", "too narrow", "too wide", "too low", "too high", "miscalibrated"]
+#: What ranks say of a posterior; "miscalibrated" in another way than these; "unknown" of ranks too few to accuse it.
+RankFinding = Literal["calibrated", "too narrow", "too wide", "too low", "too high", "miscalibrated", "unknown"]
+#: Fewer ranks let a posterior of half or twice the right spread pass.
+LEAST_RANKS = 20
 Values = Mapping[str, Tensor]
 Quantities = Mapping[str, Callable[[Values, Any], Tensor]]
 
@@ -38,7 +41,8 @@ class SBC(Mapping[str, float]):
             three.
         details: by quantity, these three: ``ecdf``, ``chi_squared``, ``moments``.
         shapes: by quantity, location and dispersion of the ranks with their standard errors.
-        findings: by quantity; "too narrow" and so on are of the posterior, with Bonferroni over the quantities.
+        findings: by quantity; "too narrow" and so on are of the posterior, with Bonferroni over the quantities;
+            "unknown" where fewer than 20 ranks show nothing.
         band: of the rank curves.
         num_draws: draws of the posterior of each simulation.
         alpha: p-value, over all quantities together, below which a quantity is not called calibrated.
@@ -64,7 +68,7 @@ class SBC(Mapping[str, float]):
 
     @property
     def passes(self) -> bool:
-        """Whether every quantity is called calibrated."""
+        """Whether every quantity is called calibrated; False where there are too few ranks to tell."""
         return set(self.findings.values()) == {"calibrated"}
 
     def __str__(self) -> str:
@@ -73,7 +77,14 @@ class SBC(Mapping[str, float]):
         lines = [f"{'quantity':<20}{'p-value':>10}   {what}"]
         for name, p in self.p_values.items():
             lines.append(f"{name:<20}{p:>10.2g}   {self.findings[name]}")
+        if {"calibrated", "unknown"} & set(self.findings.values()):
+            lines.append(_power(count, self.alpha / len(self)))
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        kinds = list(self.findings.values())
+        found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        return f"<SBC of {self.band.num_values} ranks of each quantity: {found}>"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Rank curves with their bands, see :func:`~bayesmeta.plot_ranks`."""
@@ -281,7 +292,8 @@ def judge_ranks(ranks: dict[str, Tensor], num_draws: int, num_bins: int, alpha: 
         }
         p = p_values[name] = bonferroni(list(details[name].values()))
         level = alpha / len(ranks)
-        findings[name] = finding_of(p, shape.dispersion, shape.location, shape.p_dispersion, shape.p_location, level)
+        finding = finding_of(p, shape.dispersion, shape.location, shape.p_dispersion, shape.p_location, level)
+        findings[name] = "unknown" if finding == "calibrated" and len(each) < LEAST_RANKS else finding
     return SBC(ranks, p_values, details, shapes, findings, band, num_draws, alpha)
 
 
@@ -304,3 +316,37 @@ def finding_of(
     if p_location < alpha:
         return "too low" if location > 0 else "too high"
     return "miscalibrated"
+
+
+def spreads_seen(count: int, alpha: float) -> tuple[float, float]:
+    """Spreads of a Gaussian posterior, in units of the right one, that ranks would call wrong about half the time.
+
+    Under a spread s the dispersion of the ranks is √5 (3 arcsin(1 / (1 + s²)) / π − 1/2), as E Φ(z/s)² = 1/4 +
+    arcsin(1 / (1 + s²)) / 2π of a standard normal z. It is held against the moments' own test, of variance 1 / count,
+    with Bonferroni as in :func:`judge_ranks`.
+
+    Args:
+        count: ranks.
+        alpha: of one quantity.
+
+    Returns:
+        The narrow and the wide one; 0 and ∞ where none would be seen.
+    """
+    from scipy import special
+
+    z = -float(special.ndtri(alpha / 24.0))  # two-sided, three tests, one of which takes four moments
+    shift = z / math.sqrt(5.0 * count)
+    narrow, wide = (math.pi / 3.0 * (0.5 + sign * shift) for sign in (1.0, -1.0))
+
+    def spread(angle: float) -> float:
+        return math.sqrt(1.0 / math.sin(angle) - 1.0)
+
+    return 0.0 if narrow >= math.pi / 2 else spread(narrow), math.inf if wide <= 0.0 else spread(wide)
+
+
+def _power(count: int, alpha: float) -> str:
+    narrow, wide = spreads_seen(count, alpha)
+    seen = [f"{each:.2g} times" for each in (narrow, wide) if 0.0 < each < math.inf]
+    found = f"a spread of {' or '.join(seen)} the right one would be found half the time" if seen else ""
+    text = f"with {count} ranks {found or 'no spread, however wrong, would be found'}"
+    return f"{text}; at least {LEAST_RANKS} are needed to pass" if count < LEAST_RANKS else text

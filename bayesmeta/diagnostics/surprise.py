@@ -17,6 +17,9 @@ from bayesmeta.errors import DataError, EmptyTaskError, OptionError, ShapeError,
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
 
+#: With fewer effective draws neither a score nor its error can be trusted.
+_FEW_DRAWS = 10
+
 
 @dataclass(frozen=True, eq=False)
 class Surprise:
@@ -74,6 +77,26 @@ class Surprise:
         above = torch.cat([above, above.new_zeros(1)])  # weight at and above each place
         place = torch.searchsorted(ranked, self.scores.double().contiguous())
         return torch.where(self.scores.isnan(), math.nan, (1.0 + above[place]) / (tasks + 1))
+
+    def __str__(self) -> str:
+        known = ~self.scores.isnan()
+        scores, errors, effective = (v[known].double() for v in (self.scores, self.errors, self.effective_draws))
+        what = "points" if self.scores.dim() == 2 else "tasks"
+        unit = "nats an observation" if self.per_point else "nats"
+        if not len(scores):
+            return f"Surprise of no {what}: there is no observation."
+        text = (
+            f"Surprise of {len(scores)} {what}: median {float(scores.median()):.4g} {unit}, from "
+            f"{float(scores.min()):.4g} to {float(scores.max()):.4g}"
+        )
+        if bool(effective.isinf().all()):
+            return f"{text}; exact"
+        weak = int((effective < _FEW_DRAWS).sum())
+        text += f"; Monte Carlo error up to {float(errors.max()):.2g}"
+        return f"{text}; {weak} with fewer than {_FEW_DRAWS} effective draws: take more" if weak else text
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
 
 @torch.no_grad()
@@ -279,6 +302,9 @@ class ROC:
             f"AUROC {self.auroc:.4f} ± {self.standard_error:.4f} ({self.num_inside} tasks inside, {self.num_outside} "
             f"outside); {self.false_positives_at():.1%} inside are flagged with 95% of those outside"
         )
+
+    def __repr__(self) -> str:
+        return f"<ROC: {self}>"
 
 
 def roc(inside: Surprise | Tensor, outside: Surprise | Tensor) -> ROC:

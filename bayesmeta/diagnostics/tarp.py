@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesmeta.diagnostics.simulation import RankFinding, finding_of, rank_of, smooth
+from bayesmeta.diagnostics.simulation import LEAST_RANKS, RankFinding, finding_of, rank_of, smooth
 from bayesmeta.diagnostics.uniformity import EcdfBand, bonferroni, legendre, shape_of
 from bayesmeta.errors import NonFiniteDataError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
@@ -22,7 +22,8 @@ class TARP:
             ``[simulations]``; uniform if the posterior is exact.
         levels, coverage: expected coverage at each credibility level, ``[levels]``; equal if the posterior is exact.
         p_value: of uniformity of the fractions (ECDF band, and the moments, Bonferroni over both).
-        finding: "calibrated", "too narrow", "too wide" or "miscalibrated".
+        finding: "calibrated", "too narrow", "too wide" or "miscalibrated"; "unknown" where fewer than 20
+            simulations show nothing.
     """
 
     fractions: Tensor
@@ -33,6 +34,9 @@ class TARP:
 
     def __str__(self) -> str:
         return f"TARP over {len(self.fractions)} simulations: {self.finding} (p = {self.p_value:.2g})"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
 
 @torch.no_grad()
@@ -88,6 +92,7 @@ def tarp(
     p = bonferroni([EcdfBand(len(ranks), num_draws).p_value(ranks), shape.p_value])
     # the references lie outside of a narrow posterior, so that the fractions of one are 0 or 1
     finding = finding_of(p, shape.dispersion, 0.0, shape.p_dispersion, 1.0, alpha)
+    finding = "unknown" if finding == "calibrated" and len(ranks) < LEAST_RANKS else finding
     levels = torch.linspace(0.0, 1.0, 51, dtype=torch.float64)
     fractions = ranks.double() / num_draws
     coverage = (values.unsqueeze(-1) <= levels).double().mean(0)

@@ -26,6 +26,8 @@ from bayesmeta.protocols import TargetKind
 _AUXILIARY = "_u"
 #: Draws are taken through the program in slices of at most this many numbers of u, so that memory stays bounded.
 MAX_ELEMENTS = 20_000_000
+#: Sites of φ that a posterior's ``repr`` names.
+_NAMED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,20 @@ class TaskPosterior:
     def num_tasks(self) -> int:
         """Number of tasks."""
         return self.support.num_tasks
+
+    def __repr__(self) -> str:
+        counts = self.support.counts()
+        least, most = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
+        shots = str(most) if least == most else f"{least} to {most}"
+        parts = [f"{self.num_tasks} task{'' if self.num_tasks == 1 else 's'} of {shots} shots"]
+        if self.num_draws is not None:
+            parts.append(f"{self.num_draws} draws")
+        blocks = self.program.blocks if self.program.is_prepared else {}
+        if blocks:
+            sizes = [f"{name} [{block.stop - block.start}]" for name, block in blocks.items()]
+            more = f", … ({len(sizes)} in all)" if len(sizes) > _NAMED else ""
+            parts.append(f"φ: {', '.join(sizes[:_NAMED])}{more}")
+        return f"<{type(self).__name__}: {'; '.join(parts)}>"
 
     # -- what a kind of posterior defines -----------------------------------------------------------------------
 

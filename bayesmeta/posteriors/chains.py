@@ -21,6 +21,10 @@ CHAIN_STATS = (
 )  # fmt: skip
 
 
+#: R-hat above this says that chains have not met, by the strict rule of Vehtari et al. (2021).
+_STRICT = 1.01
+
+
 @dataclass(frozen=True, eq=False)
 class ChainDiagnostics:
     """Convergence of chains, of each number of u and of θ.
@@ -54,6 +58,23 @@ class ChainDiagnostics:
         """The smallest effective sample size of all."""
         values = [self.ess.flatten()] + ([] if self.ess_theta is None else [self.ess_theta])
         return float(torch.cat(values).min())
+
+    def __str__(self) -> str:
+        chains, diverged = len(self.divergences), int(self.divergences.sum())
+        tasks, size = self.rhat.shape
+        theta = "" if self.rhat_theta is None else f" and {len(self.rhat_theta)} numbers of θ"
+        high = int((self.rhat > _STRICT).sum()) + (
+            0 if self.rhat_theta is None else int((self.rhat_theta > _STRICT).sum())
+        )
+        steps = ", ".join(f"{step:.3g}" for step in self.step_size.tolist())
+        return (
+            f"{chains} chain{'' if chains == 1 else 's'}, {tasks} tasks of {size} numbers{theta}: R-hat up to "
+            f"{self.max_rhat:.3f} ({high} above {_STRICT}), bulk effective sample size from {self.min_ess:.0f}; "
+            f"{diverged} transition{'' if diverged == 1 else 's'} diverged; step size {steps}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<ChainDiagnostics: {self}>"
 
 
 class ChainsPosterior(SamplesPosterior):

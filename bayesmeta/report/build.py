@@ -49,6 +49,8 @@ def write_report(
     warnings: Sequence[str] = (),
     log: Sequence[Mapping[str, Any]] = (),
     best_step: int | None = None,
+    planned_steps: int | None = None,
+    advice: Mapping[str, str] | None = None,
     validation: Posterior | None = None,
     examples: int = 2,
     x_label: str = "x",
@@ -76,6 +78,10 @@ def write_report(
             ``to_dict()``, of which ``nll`` must be there.
         warnings: more of them, shown first.
         log: lines of the training log, with ``step`` and ``loss`` or ``validation``. best_step: the step that was kept.
+        planned_steps: of a training that has ended, those that it was asked for, where that is known: with fewer
+            done, patience stopped it.
+        advice: what to try, instead of what is said by default, by finding of the calibration ("over-confident", …),
+            and for "bias", "baseline", "trust" and "usable" (of the posterior's draws), "steps" and "diverged".
         validation: by the same method, adapted to the supports of validation tasks: the surprise of each task shown is
             then held against theirs.
         examples: tasks of each kind (worst, surprising, best) whose forecasts are drawn.
@@ -93,42 +99,57 @@ def write_report(
     """
     path = _check(Path(path), examples)
     others = {other: _plain(other, value) for other, value in (baselines or {}).items()}
+    advice = advice or {}
     mine = scores if scores is not None else score(posterior, batch, num_samples=num_samples, generator=generator)
     verdict = calibrate(posterior, batch, num_samples=num_samples, generator=generator)
     strange = alarms.strangeness(posterior, validation, num_samples, generator)
     chosen = findings.choose(mine, verdict, examples, strange)
+    gaps = findings.gaps(mine, baselines or {})
+    trust = alarms.trust(posterior, batch, generator, advice)
     heard = [
         *warnings,
-        *findings.beaten_by(mine.to_dict(), others),
-        *findings.warnings_of(mine, verdict, posterior),
-        *alarms.training(log, best_step),
-        *alarms.untrusted(posterior, batch, generator),
+        *findings.beaten_by(gaps, advice),
+        *findings.warnings_of(mine, verdict, posterior, advice),
+        *alarms.training(log, best_step, planned_steps, advice),
+        *trust.warnings,
         *alarms.strange_tasks(strange),
     ]
+    said = findings.verdict_in_words(verdict, mine, advice)
     options = {"x_label": x_label, "y_label": y_label, "num_samples": num_samples, "generator": generator}
     parts = [
-        _trained(facts or {}, batch, log, best_step),
+        _trained(facts or {}, batch, log, best_step, planned_steps),
         _scores(mine, others, name),
-        sections.calibration(verdict),
+        sections.calibration(verdict, said),
         sections.forecasts(posterior, batch, mine, verdict, chosen, options),
         sections.phi(posterior, batch, chosen, generator),
         sections.theta(posterior, generator),
     ]
-    lead = _lead(mine, verdict, others, heard)
+    lead = _lead(verdict, said, gaps, heard, trust.notes)
     return _write(path, page.document(title, lead, parts, f"Written by bayesmeta {__version__}."))
 
 
 def write_stub(
-    path: str | Path, *, title: str, facts: Mapping[str, str], missing: str, log: Sequence[Any], best_step: int | None
+    path: str | Path,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    missing: str,
+    log: Sequence[Any],
+    best_step: int | None,
+    planned_steps: int | None = None,
+    advice: Mapping[str, str] | None = None,
 ) -> Path:
     """A page on a run whose tasks are not at hand: what was trained, and that nothing was scored.
 
     Args:
-        path, title, facts, log, best_step: as :func:`write_report`. missing: why, and what to do.
+        path, title, facts, log, best_step, planned_steps, advice: as :func:`write_report`.
+        missing: why, and what to do.
     """
-    parts = [_trained(facts, None, log, best_step)]
+    parts = [_trained(facts, None, log, best_step, planned_steps)]
+    heard = [missing, *alarms.training(log, best_step, planned_steps, advice)]
+    lead = "".join(page.box(text, "warning") for text in heard)
     foot = f"Written by bayesmeta {__version__}."
-    return _write(_check(Path(path), 1), page.document(title, page.box(missing, "warning"), parts, foot))
+    return _write(_check(Path(path), 1), page.document(title, lead, parts, foot))
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
@@ -176,17 +197,25 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _lead(
-    mine: Scores,
     verdict: Calibration | ClassCalibration,
-    others: Mapping[str, Mapping[str, float]],
+    said: str,
+    gaps: Mapping[str, findings.Gap],
     heard: Sequence[str],
+    notes: Sequence[str],
 ) -> str:
     kind = {"calibrated": "good", "unknown": ""}.get(verdict.finding, "warning")
-    kind = "" if kind == "good" and verdict.num_tasks < findings.FEW_TASKS else kind
-    html = page.box(verdict.verdict, kind) + "".join(page.box(text, "warning") for text in heard)
-    if others and all(value["nll"] > mine["nll"] for value in others.values()):
-        html += page.box(f"The NLL is lower than that of {_every(len(others))} in the table.", "good")
-    return html
+    better = all(gap.mean > 0 for gap in gaps.values())
+    clear = verdict.num_tasks >= findings.ENOUGH_TASKS and verdict["p_value"] >= findings.CLEAR
+    if kind == "good" and not (clear and better):  # that no test accuses it is no praise
+        kind = ""
+    html = page.box(said, kind) + "".join(page.box(text, "warning") for text in heard)
+    if gaps and better:
+        text = f"The NLL is lower than that of {_every(len(gaps))} in the table"
+        if verdict.num_tasks >= findings.FEW_TASKS and all(gap.sure for gap in gaps.values()):
+            html += page.box(f"{text}, by more than chance explains.", "good")
+        else:
+            html += page.box(f"{text}, though that may be chance.")
+    return html + "".join(page.box(text) for text in notes)
 
 
 def _every(count: int) -> str:
@@ -194,9 +223,15 @@ def _every(count: int) -> str:
 
 
 def _trained(
-    facts: Mapping[str, str], batch: TaskBatch | None, log: Sequence[Mapping[str, Any]], best_step: int | None
+    facts: Mapping[str, str],
+    batch: TaskBatch | None,
+    log: Sequence[Mapping[str, Any]],
+    best_step: int | None,
+    planned_steps: int | None,
 ) -> Section:
     rows = list(facts.items())
+    if log and "training" not in facts:
+        rows.append(("training", alarms.course(log, best_step, planned_steps)))
     if batch is not None:
         real = batch.real_tasks()
         tasks = batch.num_tasks if real is None else int(real.sum())
@@ -205,7 +240,7 @@ def _trained(
     html = page.facts("What was trained, and on what", rows) if rows else page.paragraph("Nothing was said about it.")
     key, steps, values = alarms.losses(log)
     if not values:
-        return Section("trained", "What was trained", html + page.paragraph("No losses were kept of the training."))
+        return Section("trained", "What was trained", html + page.paragraph(_single(log)))
     label = alarms.NAMES[key]
     low = min(range(len(values)), key=values.__getitem__)
     alt = (
@@ -218,6 +253,19 @@ def _trained(
     return Section("trained", "What was trained", html)
 
 
+def _single(log: Sequence[Mapping[str, Any]]) -> str:
+    """What stands where there are too few losses for a line."""
+    found = [
+        f"{alarms.NAMES[key]} {line[key]:.4g} at step {line.get('step', '?')}"
+        for line in log
+        for key in ("loss", "validation")
+        if isinstance(line.get(key), int | float)
+    ]
+    if not found:
+        return "No losses were kept of the training."
+    return f"Too few losses were kept for a line: {', '.join(found)} (nats a task; lower is better)."
+
+
 def _scores(mine: Scores, others: Mapping[str, Mapping[str, float]], name: str) -> Section:
     meaning = CLASS_SCORES if mine.target_kind == "class" else SCORES
     keys = [key for key in _COLUMNS if key in mine]
@@ -228,7 +276,8 @@ def _scores(mine: Scores, others: Mapping[str, Mapping[str, float]], name: str) 
     if not others:
         html += page.paragraph("No baselines were given to hold these against.")
     units = "the data" if mine.raw_units else "the standardised data"
-    explained = "; ".join(f"{_COLUMNS[key]}: {meaning[key]}" for key in keys)
+    more = " (of counts: or more)" if mine.target_kind == "count" else ""
+    explained = "; ".join(f"{_COLUMNS[k]}: {meaning[k]}{more if k.startswith('coverage') else ''}" for k in keys)
     how = f"from up to {mine.num_samples} draws" if mine.num_samples else "in closed form"
     if mine.target_kind == "class":
         html += page.paragraph(f"{explained}. NLL in nats. Lower is better, but for accuracy.")
@@ -237,6 +286,8 @@ def _scores(mine: Scores, others: Mapping[str, Mapping[str, float]], name: str) 
             f"{explained}. NLL in nats, lengths in units of {units}; scores {how}. Lower is better, but "
             "for the shares: intervals should cover what they say."
         )
+    if mine.target_kind == "count":
+        html += page.paragraph(findings.OF_COUNTS)
     return Section("scores", "Scores", html)
 
 
@@ -250,5 +301,7 @@ def _cell(key: str, value: Mapping[str, float]) -> str:
         return f"{mean:.4g}"
     if error < 1e-4 * abs(mean) or error == 0 or abs(mean) >= 1e5:
         return f"{mean:.4g} ± {error if error > 1e-12 * abs(mean) else 0.0:.1g}"
-    places = min(max(1 - math.floor(math.log10(error)), 0), 8)  # two digits of the standard error
+    # two digits of the standard error, or one where the number would be long
+    most = max(-math.floor(math.log10(error)), 3 - math.floor(math.log10(max(abs(mean), 1e-300))), 0)
+    places = min(max(1 - math.floor(math.log10(error)), 0), most, 8)
     return f"{mean:.{places}f} ± {error:.{places}f}"

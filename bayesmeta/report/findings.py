@@ -15,12 +15,15 @@ from bayesmeta.diagnostics.scores import Scores
 from bayesmeta.errors import BayesMetaError
 from bayesmeta.ops.random import Seed
 from bayesmeta.protocols import Posterior
+from bayesmeta.report import alarms
 from bayesmeta.report.alarms import Strangeness
 
 #: Draws of φ for the forest plots, fewer where tasks × parameters are many.
 DRAWS, _MOST_ELEMENTS, _LEAST_DRAWS = 500, 20_000_000, 20
 #: Fewer tasks have standard errors that are themselves rough.
 FEW_TASKS = 10
+#: That no test accuses a forecast is good news only of so many tasks, and with a p-value of so much.
+ENOUGH_TASKS, CLEAR = 30, 0.1
 
 
 @dataclass(frozen=True)
@@ -144,22 +147,66 @@ def global_parameters(posterior: Posterior, generator: Seed) -> dict[str, np.nda
     return {name: value[:, 0] for name, value in flat.items() if float(value.std()) > 0}
 
 
-def beaten_by(mine: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
+@dataclass(frozen=True)
+class Gap:
+    """By how much a baseline's NLL a point is higher, and its standard error: paired, where its tasks are known."""
+
+    mean: float
+    error: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is more than chance explains, to either side; never where the error is not known."""
+        return abs(self.mean) > 2 * self.error
+
+
+def gaps(mine: Scores, baselines: Mapping[str, Mapping[str, float]]) -> dict[str, Gap]:
+    """Of each baseline; one that is no :class:`Scores` of the same tasks has no paired error."""
+    out = {}
+    for name, theirs in baselines.items():
+        error = math.hypot(mine.to_dict().get("nll_se", math.nan), theirs.get("nll_se", math.nan))
+        if isinstance(theirs, Scores):
+            error = theirs.standard_errors.get("nll", math.nan)
+            error = math.hypot(mine.standard_errors.get("nll", math.nan), error)
+            if theirs.per_task["nll"].shape == mine.per_task["nll"].shape:
+                each = theirs.per_task["nll"].cpu().double() - mine.per_task["nll"].cpu().double()
+                each = each[~each.isnan()]
+                error = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+        out[name] = Gap(theirs["nll"] - mine["nll"], error)
+    return out
+
+
+def beaten_by(found: Mapping[str, Gap], advice: Mapping[str, str] | None = None) -> list[str]:
     """Warnings where a baseline's NLL a point is lower."""
     out = []
-    for name, theirs in baselines.items():
-        gap = mine["nll"] - theirs["nll"]
-        if gap > 0:
-            error = math.hypot(mine.get("nll_se", math.nan), theirs.get("nll_se", math.nan))
-            sure = "by more than chance explains" if gap > 2 * error else "though that may be chance"
+    for name, gap in found.items():
+        if gap.mean < 0:
+            sure = "by more than chance explains" if gap.sure else "though that may be chance"
             out.append(
-                f"The baseline “{name}” has the lower NLL, by {gap:.2g} nats a point, {sure}: as it stands, learning "
-                "from other tasks gains nothing over it. Try more training, other inputs, or another method."
+                f"The baseline “{name}” has the lower NLL, by {-gap.mean:.2g} nats a point, {sure}: as it stands, "
+                "learning from other tasks gains nothing over it. "
+                + (advice or {}).get("baseline", "Try more training, other inputs, or another method.")
             )
     return out
 
 
-def _bias(calibration: Calibration) -> list[str]:
+#: Where coverage is told twice: of intervals, and of PIT values.
+OF_COUNTS = (
+    "Two coverages of counts are shown: that in the score table is of intervals whose ends are counts, which cover "
+    "their level or more; that of the verdict is of randomised PIT values, which meets its level where forecasts are "
+    "calibrated."
+)
+
+
+def verdict_in_words(
+    verdict: Calibration | ClassCalibration, scores: Scores, advice: Mapping[str, str] | None = None
+) -> str:
+    """The verdict, with the advice that is given for its finding."""
+    text = alarms.instead(verdict.verdict, (advice or {}).get(verdict.finding))
+    return f"{text} {OF_COUNTS}" if scores.target_kind == "count" else text
+
+
+def _bias(calibration: Calibration, advice: Mapping[str, str]) -> list[str]:
     """A warning where forecasts lie to one side of the outcomes, which the verdict may not say beside their width."""
     if not calibration["p_location"] < 0.01:
         return []
@@ -170,11 +217,17 @@ def _bias(calibration: Calibration) -> list[str]:
     share = mean if mean > 0.5 else 1 - mean
     return [
         f"Bias: {share:.0%} ± {error:.0%} of the outcomes lie {side} the middle of their forecast, where 50% would be "
-        "expected. Look for tasks unlike those of training; try bm.recalibrate with 'isotonic'."
+        "expected. "
+        + advice.get("bias", "Look for tasks unlike those of training; try bm.recalibrate with 'isotonic'.")
     ]
 
 
-def warnings_of(scores: Scores, calibration: Calibration | ClassCalibration, posterior: Posterior) -> list[str]:
+def warnings_of(
+    scores: Scores,
+    calibration: Calibration | ClassCalibration,
+    posterior: Posterior,
+    advice: Mapping[str, str] | None = None,
+) -> list[str]:
     """What a reader must know before the figures are believed, in plain words; the verdict stands elsewhere."""
     out = []
     if scores.num_tasks < FEW_TASKS:
@@ -189,7 +242,7 @@ def warnings_of(scores: Scores, calibration: Calibration | ClassCalibration, pos
         )
     if isinstance(calibration, ClassCalibration) or "calibration_error" not in calibration:
         return out
-    out += _bias(calibration)
+    out += _bias(calibration, advice or {})
     error, noise = calibration["calibration_error"], calibration["calibration_noise"]
     if calibration.finding == "calibrated" and noise > 0.1:
         out.append(

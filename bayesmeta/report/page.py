@@ -32,6 +32,8 @@ nav a { display: inline-block; padding: .3rem 0; }
 .say.good { border-color: var(--good-edge); background: var(--good); }
 .say p { margin: .25rem 0; }
 .scroll { overflow-x: auto; max-width: 100%; }
+.scroll table { font-size: .93rem; } .scroll th, .scroll td { padding: .3rem .45rem; }
+.scroll th:first-child { padding-left: 0; }
 table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }

@@ -21,10 +21,10 @@ from bayesmeta.report.page import Section
 _MOST_FOREST, _MOST_THETA, _PARAMETERS = 16, 12, 3
 
 
-def calibration(result: Calibration | ClassCalibration) -> Section:
-    """Coverage curve and PIT histogram, or reliability diagrams."""
+def calibration(result: Calibration | ClassCalibration, said: str) -> Section:
+    """Coverage curve and PIT histogram, or reliability diagrams; ``said`` is the verdict in words."""
     pictures = figures.calibration(result)
-    html = page.paragraph(result.verdict)
+    html = page.paragraph(said)
     if isinstance(result, ClassCalibration):
         alt = (
             f"Reliability diagram: the most probable class has a mean probability of {result['confidence']:.0%} and is "
@@ -137,7 +137,9 @@ def _of_task(
         unit = "nats an observation" if strange.per_point else "nats"
         text += f"; surprise of the support {float(strange.scores[task]):.3g} {unit}"
         if strange.p_values is not None:
-            text += f", p = {float(strange.p_values[task]):.2g} among {strange.reference} validation tasks"
+            p = float(strange.p_values[task])
+            least = p <= 1.0001 / (strange.reference + 1)  # none of them is as surprising: it cannot be smaller
+            text += f", p {'≤' if least else '='} {p:.2g} among {strange.reference} validation tasks"
     return f"{name}: {text.replace(' -', ' −')}."
 
 

@@ -1,4 +1,4 @@
-"""Score a trained model on the tasks of a CSV file, beside a pooled line and a line for each task."""
+"""Score a trained model on the tasks of a CSV file, beside what one would try first."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import Tensor
 from bayesmeta.data import TaskBatch
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import OptionError
-from bayesmeta.tabular.run import SCORES, Run, load_run
+from bayesmeta.tabular.run import LABELS, SCORES, Run, load_run
 from bayesmeta.tabular.supports import every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.table import TableTasks
 
 _REAL = {"nll": "NLL", "crps": "CRPS", "rmse": "RMSE", "coverage_90": "90% covers", "width_90": "90% width"}
 _CLASS = {"nll": "NLL", "brier": "Brier", "accuracy": "accuracy"}
-_LABELS = {"pooled": "pooled line", "unpooled": "line per task"}
 
 
 def evaluate_csv(
@@ -43,7 +42,8 @@ def evaluate_csv(
     Args:
         folder: of the run. csv: the file; every row that is to count needs its target.
         support: rows of each task that are seen (all but one where a task has no more); by default as in training.
-        out: file for the scores as JSON; by default ``scores.json`` in the folder.
+        out: file for the scores as JSON; by default ``scores.json`` in the folder, or where that holds the scores of
+            another file or of other tasks, ``scores-NAME.json`` by the name of the CSV.
         seed: of the choice of rows, where it is random, and of draws.
         num_samples: draws, where there is no closed form.
         separator: between two cells; by default as in training.
@@ -63,8 +63,7 @@ def evaluate_csv(
     table, note = _unseen(run, csv, separator)
     batches = every_task(table, support, seed=seed)
     models: dict[str, Callable[[TaskBatch], Any]] = {run.settings.method: lambda b: run.method.adapt(b.support)}
-    if run.lines is not None:
-        models |= {"pooled": run.lines.pooled, "unpooled": run.lines.unpooled}
+    models |= run.baselines
     names = _CLASS if run.schema.target == "class" else _REAL
     per_task = {
         model: _score(forecast, batches, list(names), num_samples, seed, run.device if i == 0 else torch.device("cpu"))
@@ -90,10 +89,11 @@ def evaluate_csv(
         "nll_difference": {model: {"mean": mean, "se": se} for model, (mean, se) in differences.items()},
         "nll_by_task": dict(zip(tasks, mine.tolist())),
     }
-    file = run.folder / SCORES if out is None else Path(out)
+    file, kept = _file(run.folder, result) if out is None else (Path(out), "")
     _write(file, result)
     few = sum(n <= support for n in table.lengths)
-    say(_report(result, summary, differences, names, run, note, few, file))
+    say(_report(result, summary, differences, names, run, note, few))
+    say(f"{kept}Written to {file}.")
     return result
 
 
@@ -144,6 +144,21 @@ def _mean(name: str, value: Tensor) -> tuple[float, float]:
     return mean, error
 
 
+def _file(folder: Path, result: dict[str, Any]) -> tuple[Path, str]:
+    """Where the scores go, and what is said of those that are there."""
+    file = folder / SCORES
+    try:
+        old = json.loads(file.read_text())
+        name, tasks = Path(old["csv"]).name, set(old["nll_by_task"])
+    except (OSError, ValueError, KeyError, TypeError):  # none there, or none of ours
+        return file, ""
+    mine = Path(result["csv"])
+    if name == mine.name and tasks == set(result["nll_by_task"]):
+        return file, ""
+    said = f"{SCORES} holds the scores of {len(tasks)} task(s) of {name} and was left as it is. "
+    return file.with_name(f"{file.stem}-{mine.stem}.json"), said
+
+
 def _write(file: Path, result: dict[str, Any]) -> None:
     plain = json.dumps(result, indent=1, allow_nan=True) + "\n"
     try:
@@ -160,7 +175,6 @@ def _report(
     run: Run,
     note: str,
     few: int,
-    file: Path,
 ) -> str:
     seen = f"{result['support']} row(s) of each task seen" + (f" (fewer in {few} short tasks)" if few else "")
     lines = [f"{result['csv']}: {result['tasks']} tasks, {seen}, {result['rows']} forecast.", *([note] if note else [])]
@@ -168,10 +182,11 @@ def _report(
     lines.append("\n" + f"{'':<20}" + "".join(f"{label:>{width}}" for label in names.values()))
     for model, each in summary.items():
         cells = "".join(f"{_cell(*each[name]):>{width}}" for name in names)
-        lines.append(f"{_LABELS.get(model, model):<20}{cells}")
+        lines.append(f"{LABELS.get(model, model):<20}{cells}")
     units = f"in units of {', '.join(run.schema.y)}"
     lines.append(
-        "Means over tasks ± standard error. NLL in nats a point"
+        ("Means over tasks ± standard error." if result["tasks"] > 1 else "One task: no standard errors.")
+        + " NLL in nats a point"
         + (
             "; lower is better, but for accuracy."
             if "accuracy" in names
@@ -181,12 +196,13 @@ def _report(
     for model, (mean, error) in differences.items():
         verdict = "better" if mean > 0 else "worse"
         lines.append(
-            f"{run.settings.method} is {abs(mean):.3f} ± {error:.3f} nats a point {verdict} than the "
-            f"{_LABELS[model]} (paired over tasks)."
+            f"{run.settings.method} is {_cell(abs(mean), error)} nats a point {verdict} than the {LABELS[model]} "
+            + ("(paired over tasks)." if result["tasks"] > 1 else "(on one task).")
         )
-    lines.append(f"Written to {file}.")
     return "\n".join(lines)
 
 
 def _cell(mean: float, error: float) -> str:
+    if math.isnan(error):  # of one task
+        return f"{mean:.3f}" if abs(mean) < 1000 else f"{mean:.4g}"
     return f"{mean:.3f} ± {error:.3f}" if abs(mean) < 1000 else f"{mean:.4g} ± {error:.2g}"

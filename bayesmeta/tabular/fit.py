@@ -26,7 +26,8 @@ from bayesmeta.tabular.models import (
     pick_likelihood,
     pick_prior,
 )
-from bayesmeta.tabular.run import FORMAT, LINES, PREDICTIONS, SCORES, TASKS
+from bayesmeta.tabular.rates import Rates
+from bayesmeta.tabular.run import FORMAT, LINES, PREDICTIONS, RATES, SCORES, TASKS
 from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.schema import TableSchema
@@ -139,7 +140,8 @@ def fit_csv(
     if overwrite and not resume:
         (Path(out) / TASKS).unlink(missing_ok=True)  # an unfinished run must not be read with the old one's tasks
     if overwrite:  # what was written about the run that is replaced would look like results of the new one
-        for name in (SCORES, PREDICTIONS, REPORT):
+        others = [path.name for path in Path(out).glob(f"{Path(SCORES).stem}-*.json")]
+        for name in (SCORES, PREDICTIONS, REPORT, *others):
             (Path(out) / name).unlink(missing_ok=True)
     result = fit(
         learner,
@@ -278,6 +280,8 @@ def _optimizer(learner: Method, parameters: list[torch.nn.Parameter]) -> torch.o
 def _keep(out: Path, train: TableTasks, parts: dict[str, TableTasks], settings: Settings) -> None:
     if LIKELIHOODS[settings.likelihood].target == "real":
         Lines.fit(train).save(out / LINES)
+    else:
+        Rates.fit(train).save(out / RATES)
     names = {name: list(part.names) for name, part in parts.items()}
     (out / TASKS).write_text(json.dumps(names, indent=1) + "\n")
 

@@ -12,10 +12,12 @@ from bayesmeta.data import TaskBatch, concatenate
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import OptionError
 from bayesmeta.protocols import Posterior
+from bayesmeta.report import alarms
 from bayesmeta.report.build import read_log, write_report, write_stub
 from bayesmeta.report.folder import REPORT
-from bayesmeta.tabular.evaluate import _LABELS, _unseen
-from bayesmeta.tabular.run import Run, load_run
+from bayesmeta.tabular.advice import advice_of
+from bayesmeta.tabular.evaluate import _unseen
+from bayesmeta.tabular.run import LABELS, Run, load_run
 from bayesmeta.tabular.supports import every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.table import TableTasks
@@ -68,7 +70,10 @@ def report_csv(
     lines = read_log(run.folder)
     best = _best_step(lines)
     title = f"{', '.join(run.schema.y)} of each {run.schema.task}: {run.settings.method}"
-    facts = _facts(run)
+    planned = _planned(run)
+    facts = _facts(run) | {"training": alarms.course(lines, best, planned, "--steps") or "no log was kept"}
+    advice = advice_of(run.settings, alarms.stopped_early(lines, planned))
+    trained: dict[str, Any] = {"log": lines, "best_step": best, "planned_steps": planned, "advice": advice}
     source = csv if csv is not None else _trained_on(run)
     if csv is None and (source is None or not source.is_file()):
         where = "its folder does not say where" if source is None else f"{source} is not there"
@@ -76,18 +81,19 @@ def report_csv(
             f"Nothing was scored: the rows of the tasks are not in the run's folder ({where}). Give the file: "
             f"bayesmeta report {folder} FILE.csv."
         )
-        write_stub(path, title=title, facts=facts, missing=missing, log=lines, best_step=best)
+        write_stub(path, title=title, facts=facts, missing=missing, **trained)
         say(f"{missing} A page on the training alone was written to {path}.")
         return path
     assert source is not None
     table, note = _unseen(run, source, separator)
     judged = _judged(table, note, run.support if support is None else support, seed)
     posterior = run.method.adapt(judged.batch.to(run.device).support)
-    baselines = {}
-    if run.lines is not None:
-        for name, forecast in (("pooled", run.lines.pooled), ("unpooled", run.lines.unpooled)):
-            # a line has the closed form that scores asks for, and no draws of φ
-            baselines[_LABELS[name]] = scores(cast(Posterior, forecast(judged.batch)), judged.batch)
+    baselines = {  # they have the closed forms that scores asks for, and no draws of φ
+        LABELS[name]: scores(
+            cast(Posterior, forecast(judged.batch)), judged.batch, num_samples=num_samples, generator=seed
+        )
+        for name, forecast in run.baselines.items()
+    }
     write_report(
         path,
         posterior,
@@ -97,8 +103,7 @@ def report_csv(
         facts=facts | {"judged by": str(source)},
         baselines=baselines,
         warnings=judged.remarks,
-        log=lines,
-        best_step=best,
+        **trained,
         validation=_validation(run, source, support, seed, separator),
         x_label=[*table.x_names, "x"][0],
         y_label=None if run.schema.target == "class" else run.schema.y[0],
@@ -140,6 +145,13 @@ def _judged(table: TableTasks, note: str, support: int, seed: int) -> _Judged:
 def _trained_on(run: Run) -> Path | None:
     settings: dict[str, Any] = json.loads((run.folder / CONFIG).read_text())["settings"]
     return Path(settings["csv"]) if "csv" in settings else None
+
+
+def _planned(run: Run) -> int | None:
+    """The --steps of the training; a run that is loaded has ended."""
+    config: dict[str, Any] = json.loads((run.folder / CONFIG).read_text())
+    steps = config.get("fit", {}).get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _best_step(lines: list[dict[str, Any]]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,27 @@ from typing import Any
 import torch
 
 from bayesmeta.adapt.base import Method
-from bayesmeta.data import Observations, Standardizer
+from bayesmeta.data import Observations, Standardizer, TaskBatch
 from bayesmeta.errors import RunFolderError
 from bayesmeta.tabular.lines import Lines
 from bayesmeta.tabular.models import Settings, build
+from bayesmeta.tabular.rates import Rates
 from bayesmeta.tasks.schema import TableSchema
 from bayesmeta.train.checkpoint import load_method
 from bayesmeta.train.fit import pick_device
 from bayesmeta.train.folder import CONFIG
 
 FORMAT = 1
-LINES, TASKS = "lines.pt", "tasks.json"
+LINES, RATES, TASKS = "lines.pt", "rates.pt", "tasks.json"
+#: What tables call the baselines.
+LABELS = {
+    "pooled": "pooled line",
+    "unpooled": "line per task",
+    "pooled_shares": "pooled shares",
+    "task_shares": "shares per task",
+    "pooled_rate": "pooled rate",
+    "task_rate": "rate per task",
+}
 #: Where scores and forecasts go, unless another place is given.
 SCORES, PREDICTIONS = "scores.json", "predictions.csv"
 
@@ -38,6 +49,7 @@ class Run:
         support, order, separator: as they were in training.
         tasks: names of the tasks by what they were for: ``"train"``, ``"validation"``, ``"held out"``.
         lines: the baselines; None where the target is no real number.
+        rates: those of classes and counts; None of numbers, and of a run from before there were any.
         device: where the method is.
     """
 
@@ -51,7 +63,18 @@ class Run:
     separator: str
     tasks: dict[str, list[str]]
     lines: Lines | None
+    rates: Rates | None
     device: torch.device
+
+    @property
+    def baselines(self) -> dict[str, Callable[[TaskBatch], Any]]:
+        """What forecasts a batch without the method, by name; see :data:`LABELS`."""
+        if self.lines is not None:
+            return {"pooled": self.lines.pooled, "unpooled": self.lines.unpooled}
+        if self.rates is None:
+            return {}
+        kind = "shares" if self.rates.of_classes else "rate"
+        return {f"pooled_{kind}": self.rates.pooled, f"task_{kind}": self.rates.own}
 
 
 def load_run(folder: Path, device: str = "cpu") -> Run:
@@ -80,7 +103,8 @@ def load_run(folder: Path, device: str = "cpu") -> Run:
     where = pick_device(device)
     method = load_method(folder, build(settings), _example(settings)).to(where).eval()
     lines = Lines.load(folder / LINES) if schema.target == "real" else None
-    return Run(folder, settings, method, standardizer, schema, support, order, separator, tasks, lines, where)
+    rates = Rates.load(folder / RATES) if schema.target != "real" and (folder / RATES).is_file() else None
+    return Run(folder, settings, method, standardizer, schema, support, order, separator, tasks, lines, rates, where)
 
 
 def _example(settings: Settings) -> Observations:

@@ -193,7 +193,7 @@ class _Reader:
             value = float(column[first]) if column.is_floating_point() else "missing"
             fill = "" if name in self.roles.y else ", or see missing='drop' and missing='mean'"
             raise NonFiniteDataError(
-                f"Column {name!r} is {value} in task {self.task_of(first)!r} ({int(wrong.sum())} such row(s) "
+                f"Column {name!r} is {'empty' if value != value else value} in task {self.task_of(first)!r} ({int(wrong.sum())} such row(s) "
                 f"in all); expected finite numbers of {self.dtype}. Drop or fill these rows{fill}."
             )
         return column

@@ -52,6 +52,15 @@ class FitResult:
     skipped: int = 0
     compiled: str | None = None
 
+    def __repr__(self) -> str:
+        parts = [type(self.method).__name__, f"{self.steps} steps in {self.seconds:.1f} s"]
+        if self.history and "loss" in self.history[-1]:
+            parts.append(f"last loss {self.history[-1]['loss']:.4g}")
+        if self.best_step is not None and self.best_validation is not None:
+            parts.append(f"best validation {self.best_validation:.4g} at step {self.best_step}")
+        parts += [f"{self.skipped} skipped"] * bool(self.skipped) + [f"in {self.out}"] * (self.out is not None)
+        return f"<FitResult: {', '.join(parts)}>"
+
 
 def adam(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam at rate 1e-3, the default."""
