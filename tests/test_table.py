@@ -276,7 +276,7 @@ ERRORS = {
     "1 and '1'": (DataError, "one name", lambda: read(make_frame().assign(who=[1, "1"] * 20))),
     "nan in x": (
         NonFiniteDataError,
-        "'t' is nan in task 'b'",
+        "'t' is empty in task 'b'",
         lambda: read(make_frame().replace({"t": {103.0: np.nan}})),
     ),
     "inf in x": (

@@ -155,7 +155,7 @@ def with_gaps():
 
 
 def test_missing_inputs_are_an_error_by_default():
-    with pytest.raises(NonFiniteDataError, match="'age' is nan in task 't0' \\(2 such"):
+    with pytest.raises(NonFiniteDataError, match="'age' is empty in task 't0' \\(2 such"):
         read(with_gaps())
     with pytest.raises(NonFiniteDataError, match="'kind' is missing in task 't1'"):
         read(with_gaps().assign(age=1.0))

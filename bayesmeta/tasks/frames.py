@@ -190,10 +190,11 @@ class _Reader:
         wrong = torch.isinf(column) if optional else missing(column) | torch.isinf(column)
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
-            value = float(column[first]) if column.is_floating_point() else "missing"
+            empty = bool(missing(column)[first])  # as NaN is read from a file
+            value = "empty" if empty else float(column[first])
             fill = "" if name in self.roles.y else ", or see missing='drop' and missing='mean'"
             raise NonFiniteDataError(
-                f"Column {name!r} is {'empty' if value != value else value} in task {self.task_of(first)!r} ({int(wrong.sum())} such row(s) "
+                f"Column {name!r} is {value} in task {self.task_of(first)!r} ({int(wrong.sum())} such row(s) "
                 f"in all); expected finite numbers of {self.dtype}. Drop or fill these rows{fill}."
             )
         return column
