@@ -157,7 +157,7 @@ def with_gaps():
 def test_missing_inputs_are_an_error_by_default():
     with pytest.raises(NonFiniteDataError, match="'age' is empty in task 't0' \\(2 such"):
         read(with_gaps())
-    with pytest.raises(NonFiniteDataError, match="'kind' is missing in task 't1'"):
+    with pytest.raises(NonFiniteDataError, match="'kind' is empty in task 't1'"):
         read(with_gaps().assign(age=1.0))
     with pytest.raises(NonFiniteDataError, match="'size' has no value in task 't3'"):
         read(with_gaps().assign(age=1.0, kind="a"))
@@ -385,7 +385,7 @@ ERRORS = {
         lambda: read(spoiled(region="elsewhere")),
     ),
     "exposure": (DataError, "'hours' is -2 in task 't1'.*positive", lambda: read(spoiled(hours=-2.0))),
-    "no exposure": (NonFiniteDataError, "'hours' is nan", lambda: read(spoiled(hours=None), missing="mean")),
+    "no exposure": (NonFiniteDataError, "'hours' is empty", lambda: read(spoiled(hours=None), missing="mean")),
     "negative": (
         DataError,
         "'count' is -1 in task 't1'.*a count",
