@@ -410,7 +410,7 @@ def test_the_usual_slips_are_told():
     with pytest.raises(errors.OptionError, match="TaskBatch"):
         bm.plot_forecast(posterior, observations)
     with pytest.raises(errors.OptionError, match="TaskBatch"):
-        bm.to_datatree(posterior, observations)
+        bm.to_datatree(posterior, observations.x)
     with pytest.raises(errors.DataError, match="torch tensor"):
         bm.Observations(observations.x.numpy(), observations.y)
     with pytest.raises(errors.ModelError, match="give an instance"):

@@ -1,6 +1,7 @@
 """kill -9 at random moments: a run that goes on ends bit for bit as one that was never stopped."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,11 @@ def run(kills, seed):
     folder = Path(tempfile.mkdtemp(prefix="bayesmeta-kills-", dir=place))
     try:
         command = [sys.executable, str(DRIVER), str(folder), str(kills), str(seed)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=DRIVER.parents[2])
+        # pools of threads, which numpy and torch start on import, would not be there after a fork
+        alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=DRIVER.parents[2], env={**os.environ, **alone}
+        )
     finally:
         shutil.rmtree(folder)
     assert result.returncode == 0, result.stderr
