@@ -134,13 +134,14 @@ def trust(posterior: Posterior, batch: TaskBatch, generator: Seed, advice: Mappi
         return Trust([], [])
     if found.finding == "bad":
         return Trust([instead(found.verdict, (advice or {}).get("trust"))], [])
-    share = float((found.pareto_k <= found.threshold).double().mean())
+    share, median = float((found.pareto_k <= found.threshold).double().mean()), float(found.pareto_k.median())
+    middle = f" (median {median:.2f})" if math.isfinite(median) else ", and most of them have it exactly"
     return Trust(
         [],
         [
             f"The posterior is close to the exact one, not equal to it: Pareto k of its draws is at most "
-            f"{found.threshold:.2f}, up to which it is usable, in {share:.0%} of tasks (median "
-            f"{float(found.pareto_k.median()):.2f}). The scores and the calibration here judge its forecasts as they "
+            f"{found.threshold:.2f}, up to which it is usable, in {share:.0%} of tasks{middle}. The "
+            f"scores and the calibration here judge its forecasts as they "
             f"are. {(advice or {}).get('usable', 'bm.psis gives estimates that are corrected by weights.')}"
         ],
     )
