@@ -117,6 +117,11 @@ class Observations:
         index = index if isinstance(index, slice | Tensor) else torch.as_tensor(index, device=self.device)
         return self._map(lambda t: t[index])
 
+    def points(self, index: slice) -> Observations:
+        """Some of the observations of every task; ``slice(0)`` for the same tasks without any."""
+        y, mask = (None if part is None else part[:, index] for part in (self.y, self.mask))
+        return replace(self, x=self.x[:, index], y=y, mask=mask)
+
     def with_y(self, y: Tensor | None) -> Observations:
         """The same inputs with other targets."""
         return replace(self, y=y)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 import bayesmeta as bm
 from benchmarks import challenging_sinusoid
-from benchmarks.harness import Row, at_most, main
+from benchmarks.harness import Row, at_most, main, standard_error
 from benchmarks.runs import add_run_arguments, run_all, train_method
 
 #: labelled at first, candidates, and scored points of each task
@@ -191,12 +191,14 @@ def measure(
         curves = Curves.of(method, tasks, seed, criterion, REPEATS if goal is None else 1)
         if goal is None:
             goal, each = curves.orders, curves.random[-1]
-            rows.append(Row(f"{name}_random_{GOAL}_mse", float(each.mean()), NOISE, standard_error=_error(each)))
+            rows.append(
+                Row(f"{name}_random_{GOAL}_mse", float(each.mean()), NOISE, standard_error=standard_error(each))
+            )
             if plots is not None:
                 print(f"picture: {draw(plots / f'active_{name}.png', method, tasks, curves, seed)}")
         rows += compare(f"{name}_{criterion}", curves, goal)
     validation = Curves.of(method, Tasks.fresh(max(num_tasks // 5, 2), 2 * seed + 1), seed, "information").at(CHOSEN)
-    rows.append(Row(f"{name}_validation_mse", float(validation.mean()), standard_error=_error(validation)))
+    rows.append(Row(f"{name}_validation_mse", float(validation.mean()), standard_error=standard_error(validation)))
     rows.append(Row(f"{name}_seconds", seconds))
     return rows
 
@@ -211,14 +213,10 @@ def compare(name: str, curves: Curves, goal: Tensor) -> list[Row]:
     z = float(gap.mean() / gap.std() * len(gap) ** 0.5)
     print(f"{name}: {means}; {count} of them less {GOAL} at random: z = {z:.1f}", flush=True)
     return [
-        Row(f"{name}_{count}_mse", float(ours.mean()), theirs, None, float(gap.mean()), _error(gap)),
+        Row(f"{name}_{count}_mse", float(ours.mean()), theirs, None, float(gap.mean()), standard_error(gap)),
         Row(f"{name}_points_to_reach_random_{GOAL}_mse", reach, GOAL),
         Row(f"{name}_points_to_reach_random_{GOAL}_mse_median", half, GOAL),
     ]
-
-
-def _error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5)
 
 
 def run(args: argparse.Namespace) -> list[Row]:

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.demo.run import STEPS, SUPPORT, score_baselines, train_demo
 from bayesmeta.diagnostics.scores import Scores
 from bayesmeta.tasks import FertilitySplit, fertility_split
-from benchmarks.harness import Bar, Row, at_most, below, between, main
+from benchmarks.harness import Bar, Row, at_most, below, between, main, standard_error
 from benchmarks.runs import refuse_unknown
 
 METRICS = {"rmse": "rmse", "nll": "nll", "crps": "crps", "coverage90": "coverage_90"}
@@ -238,14 +237,14 @@ def _row(name: str, values: list[float], quick: bool, seconds: float | None) -> 
     data = torch.tensor(values, dtype=torch.float64)
     bar: Bar | None = None if quick else BARS.get(name)
     judged: dict[str, Any] = {} if bar is None else bar.judge(float(data.mean()))
-    return Row(name, float(data.mean()), standard_error=_error(data), seconds=seconds, **judged)
+    return Row(name, float(data.mean()), standard_error=standard_error(data), seconds=seconds, **judged)
 
 
 def _paired(name: str, metric: str, ours: list[Measured], reference: list[Measured], quick: bool) -> Row:
     key = METRICS[metric]
     pairs = [(a.test[key], b.test[key]) for a, b in zip(ours, reference, strict=True)]
     mine, other = torch.tensor(pairs, dtype=torch.float64).T
-    gap, error = mine - other, _error(mine - other)
+    gap, error = mine - other, standard_error(mine - other)
     judged: dict[str, Any] = {}
     if name == "best" and metric != "crps" and error is not None and not quick:
         holds = below(0.0).holds(float(gap.mean()) + ERRORS * error)
@@ -258,10 +257,6 @@ def _paired(name: str, metric: str, ours: list[Measured], reference: list[Measur
         standard_error=error,
         **judged,
     )
-
-
-def _error(values: Tensor) -> float | None:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -285,6 +285,11 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def standard_error(values: torch.Tensor) -> float | None:
+    """Of the mean of independent values, ``[n]``; None for one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+
+
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "–"

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import bayesmeta as bm
-from benchmarks.harness import Row, at_least, main
+from benchmarks.harness import Row, at_least, main, standard_error
 from benchmarks.runs import add_run_arguments, run_all, train_method
 from benchmarks.sine_or_line import Product
 
@@ -201,10 +201,10 @@ def score(method: Any, name: str, noise: float, seed: int, num_tasks: int) -> li
     nll = found["validation"].scores
     gap = nll + known["validation"].sine
     values = (float(nll.mean()), -float(known["validation"].sine.mean()))
-    rows.append(Row(f"{name}_validation_nll", *values, None, float(gap.mean()), _error(gap)))
+    rows.append(Row(f"{name}_validation_nll", *values, None, float(gap.mean()), standard_error(gap)))
     for side in ("inside", "outside"):
         flagged = (found[side].p_values(found["validation"]) <= LEVEL).double()
-        rows.append(Row(f"{name}_{side}_flagged", float(flagged.mean()), standard_error=_error(flagged)))
+        rows.append(Row(f"{name}_{side}_flagged", float(flagged.mean()), standard_error=standard_error(flagged)))
     draws = torch.cat([found[side].effective_draws for side in ("inside", "outside")])
     if bool(draws.isfinite().all()):
         rows.append(Row(f"{name}_effective_draws", float(draws.quantile(0.05))))
@@ -213,10 +213,6 @@ def score(method: Any, name: str, noise: float, seed: int, num_tasks: int) -> li
         flush=True,
     )
     return rows
-
-
-def _error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5)
 
 
 def references(seed: int, num_tasks: int) -> list[Row]:

@@ -33,7 +33,7 @@ from bayesmeta.models.deep_kernel import Inputs
 from benchmarks._pacoh_gp import VanillaGP
 from benchmarks._pacoh_oracle import Oracle
 from benchmarks._pacoh_tasks import ENVIRONMENTS, SHOTS, TRAIN_TASKS, score, test_set, training_set
-from benchmarks.harness import Row, main
+from benchmarks.harness import Row, main, standard_error
 from benchmarks.runs import refuse_unknown, train_method
 
 SCORES = ("rmse", "calibration", "pooled_calibration")
@@ -152,13 +152,13 @@ def rows_of(environment: str, found: dict[str, Figures], full: bool) -> list[Row
     for name, figures in found.items():
         for key in SCORES:
             value = figures[key]
-            label, error = f"{environment}_{name}_{key}", _standard_error(value)
+            label, error = f"{environment}_{name}_{key}", standard_error(value)
             if name != "pacoh" or not others:
                 rows.append(Row(label, float(value.mean()), standard_error=error))
                 continue
             best = min(others, key=lambda other: float(found[other][key].mean()))
             difference = value - found[best][key]
-            error = _standard_error(difference)
+            error = standard_error(difference)
             judged: dict[str, Any] = {}
             if full and error is not None:
                 held = bool(difference.mean() <= error)
@@ -167,10 +167,6 @@ def rows_of(environment: str, found: dict[str, Figures], full: bool) -> list[Row
             rows.append(Row(label, float(value.mean()), reference, None, gap, error, **judged))
         rows.append(Row(f"{environment}_{name}_seconds", float(figures["seconds"].mean())))
     return rows
-
-
-def _standard_error(values: torch.Tensor) -> float | None:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def run(args: argparse.Namespace) -> list[Row]:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import bayesmeta as bm
 from bayesmeta.ops.random import Seed, as_generator
-from benchmarks.harness import Bar, Row, at_most, between, main
+from benchmarks.harness import Bar, Row, at_most, between, main, standard_error
 from benchmarks.runs import add_run_arguments, run_all, score_tasks, train_method
 
 SHOTS, QUERY = 5, 10
@@ -334,29 +334,25 @@ def measure(
         rows.append(Row(f"{name}_{row}", value, reference, standard_error=error, **judged))
 
     for key, value in score_tasks(method, everyone.batch, seed, DRAWS).items():
-        add(key, float(value.mean()), _error(value), everyone.reference.get(key))
+        add(key, float(value.mean()), standard_error(value), everyone.reference.get(key))
     scores = score_tasks(method, unsure.batch, seed, DRAWS)
     for key in ("nll", "coverage90"):
-        add(f"ambiguous_{key}", float(scores[key].mean()), _error(scores[key]), unsure.reference.get(key))
+        add(f"ambiguous_{key}", float(scores[key].mean()), standard_error(scores[key]), unsure.reference.get(key))
     if RUNS[name].has_draws:
         share, draws = line_share(method, unsure, seed)
         gap = (share - unsure.line).abs()
-        add("line_share_gap", float(gap.mean()), _error(gap))
-        add("line_share_bias", float((share - unsure.line).mean().abs()), _error(share - unsure.line))
+        add("line_share_gap", float(gap.mean()), standard_error(gap))
+        add("line_share_bias", float((share - unsure.line).mean().abs()), standard_error(share - unsure.line))
         add("line_share_correlation", correlation(share, unsure.line))
         some = everyone.first(200)
         gap = (line_share(method, some, seed)[0] - some.line).abs()
-        add("line_share_gap_all", float(gap.mean()), _error(gap))
+        add("line_share_gap_all", float(gap.mean()), standard_error(gap))
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
             shown = panels(unsure.line)
             torch.save({"draws": draws[:, shown].float(), "share": share[shown]}, plots / f"sine_or_line_{name}.pt")
     add("seconds", seconds)
     return rows
-
-
-def _error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

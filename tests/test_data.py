@@ -205,3 +205,15 @@ def test_slices_of_draws_change_nothing_but_memory(monkeypatch):
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert posterior.predict(observations, draws=draws).shape == (50, 3, 5)
+
+
+def test_points_are_of_every_task():
+    x, y = torch.arange(12.0).reshape(2, 3, 2), torch.arange(6.0).reshape(2, 3)
+    mask, w = torch.tensor([[True, True, False], [True, False, False]]), torch.ones(2, 1)
+    found = bm.Observations(x, y, mask, w).points(slice(1, 3))
+    assert torch.equal(found.x, x[:, 1:])
+    assert torch.equal(found.y, y[:, 1:])
+    assert torch.equal(found.mask, mask[:, 1:])
+    assert torch.equal(found.w, w)
+    nothing = bm.Observations(x).points(slice(0))
+    assert (nothing.shots, nothing.num_tasks, nothing.y, nothing.mask) == (0, 2, None, None)

@@ -210,8 +210,7 @@ class ConditionalNeuralProcess(Method):
 
     def _start(self, support: Observations) -> Tensor:
         """r of no observations, ``[tasks, size]``."""
-        y = None if support.y is None else support.y[:, :0]
-        return self.represent(Observations(support.x[:, :0], y, w=support.w))[0]
+        return self.represent(support.points(slice(0)))[0]
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool

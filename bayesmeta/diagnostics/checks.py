@@ -59,8 +59,7 @@ def as_batch(data: TaskBatch | Observations) -> TaskBatch:
         return data
     if not isinstance(data, Observations):
         raise OptionError(f"A TaskBatch, or the Observations of the support, is needed; got {type(data).__name__}.")
-    y = None if data.y is None else data.y[:, :0]
-    return TaskBatch(data, Observations(data.x[:, :0], y, None, data.w))
+    return TaskBatch(data, data.points(slice(0)))
 
 
 def check_same_tasks(posterior: Posterior, observations: Observations) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bayesmeta.data import Observations
 from bayesmeta.diagnostics.checks import check_same_tasks, in_words
-from bayesmeta.diagnostics.forecasts import points
 from bayesmeta.diagnostics.information import elliptical
 from bayesmeta.diagnostics.recalibrated import RecalibratedPosterior, class_log_likelihoods
 from bayesmeta.errors import EmptyTaskError, NonFiniteDataError, OptionError, UnsupportedError
@@ -155,7 +154,7 @@ def _closed_form(
     """The parts of a joint predictive in closed form; None where there is none, or no finite variance."""
     parts = []
     for start in range(0, inputs.shots, _POINTS):
-        joint = elliptical(posterior, points(inputs, slice(start, start + _POINTS)))
+        joint = elliptical(posterior, inputs.points(slice(start, start + _POINTS)))
         total = None if joint is None else joint.covariance()
         if joint is None or total is None:
             return None

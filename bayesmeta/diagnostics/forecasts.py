@@ -174,7 +174,7 @@ class Predictor:
 
     def _slices(self, observations: Observations) -> list[Observations]:
         size = max(MAX_ELEMENTS // max(self.num_samples * observations.num_tasks, 1), 1)
-        return [points(observations, slice(i, i + size)) for i in range(0, observations.shots, size)]
+        return [observations.points(slice(i, i + size)) for i in range(0, observations.shots, size)]
 
     def forecast(self, observations: Observations) -> NormalForecast | SampleForecast:
         """Marginal forecasts of real numbers or counts at the inputs of observations, float64."""
@@ -211,17 +211,6 @@ class Predictor:
         with in_words():
             parts = [self.posterior.log_likelihood(o, draws=self.draws).double() for o in self._slices(observations)]
         return torch.cat(parts, 2)
-
-
-def points(observations: Observations, index: slice) -> Observations:
-    """Some of the observations of every task, by a slice of the shots."""
-    y, mask = observations.y, observations.mask
-    return Observations(
-        observations.x[:, index],
-        None if y is None else y[:, index],
-        None if mask is None else mask[:, index],
-        observations.w,
-    )
 
 
 def _normal_parts(distribution: Any) -> tuple[Tensor, Tensor] | None:

@@ -47,11 +47,7 @@ class ConjugatePosterior(TaskPosterior):
         """The posterior given a support, differentiable in θ."""
         prior = BELIEFS[program.noise].prior(program, support.num_tasks)
         log_joint = program.log_probabilities.expand(support.num_tasks, -1)
-        empty = Observations(
-            support.x[:, :0], None if support.y is None else support.y[:, :0],
-            None if support.mask is None else support.mask[:, :0], support.w,
-        )  # fmt: skip
-        return cls(program, empty, log_joint, **prior.tensors)._add(support, "information")
+        return cls(program, support.points(slice(0)), log_joint, **prior.tensors)._add(support, "information")
 
     def update(self, observations: Observations) -> ConjugatePosterior:
         """Add observations of the same tasks: the posterior that all of them together would have given.

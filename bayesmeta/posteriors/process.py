@@ -57,8 +57,7 @@ class ProcessPosterior(NormalPosterior):
 
     def _before(self) -> ProcessPosterior:
         """What the model says without a support."""
-        s = self.support
-        empty = Observations(s.x[:, :0], None if s.y is None else s.y[:, :0])
+        empty = self.support.points(slice(0))
         return ProcessPosterior(self.model, empty, torch.zeros_like(self.loc), torch.ones_like(self.scale))
 
     @property

@@ -506,17 +506,11 @@ def _named_sites() -> Iterator[None]:
 def _conditioned(data: Observations | TaskBatch, *, join: bool) -> TaskBatch:
     """What the guide's posterior is given as the support, and no query, but where the query has no targets."""
     if isinstance(data, Observations):
-        return TaskBatch(data.check(), _nothing(data))
+        return TaskBatch(data.check(), data.points(slice(0)))
     batch = data.check().without_padding()
     if join and batch.query.shots and batch.query.y is not None and batch.support.y is not None:
-        return replace(batch, support=batch.union(), query=_nothing(batch.support))
+        return replace(batch, support=batch.union(), query=batch.support.points(slice(0)))
     return batch
-
-
-def _nothing(observations: Observations) -> Observations:
-    """The same tasks without observations."""
-    y = None if observations.y is None else observations.y[:, :0]
-    return Observations(observations.x[:, :0], y, None, observations.w)
 
 
 def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
