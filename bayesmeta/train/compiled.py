@@ -100,7 +100,9 @@ class CompiledStep:
             expected = [t.clone() for t in graph(*inputs)[:2]]
         with self._undone([]):
             given = self._call(*inputs)[:2]
-        self._compare_numbers(given, expected, 1e-3)
+        # compiled code keeps bfloat16 wider between two operations than torch does
+        rounds = any(node.kwargs.get("dtype") is torch.bfloat16 for node in graph.graph.nodes)
+        self._compare_numbers(given, expected, 2e-2 if rounds else 1e-3)
         self.seconds["compile"] = time.perf_counter() - begin
         return self
 
