@@ -21,6 +21,7 @@ NAMES = {"eager": "whole batch", "in chunks": "256 tasks at a time", "recomputed
 def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str, Size], int], path: Path) -> None:
     """Draw it into a PNG: a column an axis, seconds above, peak of resident memory below."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(4.0 * len(axes), 7.0), layout="constrained")
     grid = figure.subplots(2, len(axes), squeeze=False, sharex="col")
@@ -37,6 +38,9 @@ def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str
         for one in (above, below):
             one.set_xscale("log")
             one.set_yscale("log")
+            for scale in (one.xaxis, one.yaxis):
+                scale.set_major_formatter(FuncFormatter(_number))
+                scale.set_minor_formatter(NullFormatter())
             one.grid(True, which="major", alpha=0.3)
             one.tick_params(labelsize=11)
             one.spines[["top", "right"]].set_visible(False)
@@ -47,3 +51,7 @@ def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str
     grid[1, 0].set_ylabel("peak memory of a step, MiB\n(dotted: its tensors counted)", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _number(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"

@@ -8,7 +8,9 @@ other: on a machine in use they say more of its load than of the code, and a fil
   with 2 T;
 - ``step_vs_one_rank``: a step of two ranks with T tasks each (``ours``) and of one rank with T (``reference``);
   ``ratio`` is the efficiency, reference over ours: 1 where the second rank is free;
-- ``step_vs_twice_the_tasks``: the same against one rank with 2 T: the ``ratio`` is the speed-up, 2 at best;
+- ``processor_time_vs_one_rank``: the same of a rank's processor time, in which neither waiting for the other rank nor
+  other work on the machine counts: what being one of two costs;
+- ``step_vs_twice_the_tasks``: the first against one rank with 2 T: the ``ratio`` is the speed-up, 2 at best;
 - ``all_reduce_…``: of 10³ … 10⁶ float32 numbers;
 - ``model_vs_measured``: the cost model's step of two ranks, fitted to one rank's times, draws, and all-reduces alone,
   over the measured one.
@@ -27,7 +29,6 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -110,9 +111,11 @@ def rows(one: dict[str, Any], ranks: list[dict[str, Any]], seconds: float) -> li
         raise SystemExit(f"the training moved no parameter by more than {one['moved']:.2g}: it compares nothing")
     both = max(each["steps"][str(TASKS)] for each in ranks)
     single, twice = one["steps"][str(TASKS)], one["steps"][str(2 * TASKS)]
+    busy, idle = max(each["processor"][str(TASKS)] for each in ranks), one["processor"][str(TASKS)]
     found = [
         Row("same_result", one["moved"], difference=apart, seconds=seconds, **at_most(1e-6).judge(apart)),
         Row("step_vs_one_rank", 1e3 * both, 1e3 * single, single / both, **at_least(0.7).judge(single / both)),
+        Row("processor_time_vs_one_rank", 1e3 * busy, 1e3 * idle, idle / busy, **at_least(0.7).judge(idle / busy)),
         Row("step_vs_twice_the_tasks", 1e3 * both, 1e3 * twice, twice / both),
     ]
     for size, name in SIZES.items():
@@ -126,24 +129,26 @@ def rows(one: dict[str, Any], ranks: list[dict[str, Any]], seconds: float) -> li
     return found
 
 
+def merge(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a rank found in all rounds: of each time the smallest, which other work disturbed least."""
+    found = dict(rounds[-1])
+    for name in ("steps", "processor", "draws", "exchanges"):
+        if name in found:
+            found[name] = {n: min(each[name][n] for each in rounds) for n in found[name]}
+    return found
+
+
 def run(args: argparse.Namespace) -> list[Row]:
-    """Measure in rounds, and take the median of the rounds' ratios for rows that have one."""
-    begin, rounds = time.perf_counter(), []
+    """Measure in rounds, one rank and two in turns, and compare the smallest times."""
+    begin, ones, twos = time.perf_counter(), [], []
     for i in range(1 if args.quick else args.rounds):
         (one,), ranks = measure(args)
-        rounds.append(rows(one, ranks, time.perf_counter() - begin))
-        print(f"round {i + 1}: " + ", ".join(f"{r.name} {r.ours:.4g}" for r in rounds[-1]), flush=True)
-    return [pick(same) for same in zip(*rounds)]
-
-
-def pick(same: tuple[Row, ...]) -> Row:
-    """Of the rows of all rounds: the worst difference, the median ratio, else the smallest time."""
-    if same[0].difference is not None:
-        return max(same, key=lambda row: row.difference or 0.0)
-    if same[0].ratio is not None:
-        middle = median(row.ratio or 0.0 for row in same)
-        return min(same, key=lambda row: abs((row.ratio or 0.0) - middle))
-    return min(same, key=lambda row: row.ours or 0.0)
+        ones.append(one)
+        twos.append(ranks)
+        seconds = time.perf_counter() - begin
+        said = ", ".join(f"{r.name} {r.ours:.4g}" for r in rows(one, ranks, seconds))
+        print(f"round {i + 1}: {said}", flush=True)
+    return rows(merge(ones), [merge([ranks[r] for ranks in twos]) for r in range(2)], seconds)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

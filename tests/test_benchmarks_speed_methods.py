@@ -131,6 +131,27 @@ def test_gradients_are_compared_one_by_one():
         _speed_methods.check_same(given | {"gradient of b": np.ones(3)}, theirs, 1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (_peers.FOLDER / "ready").exists(), reason="the peers' environment has not been made")
+@pytest.mark.parametrize("name", list(CASES))
+def test_jax_has_our_loss_and_gradient(name, tmp_path):
+    """On the shapes of the race; and one that has another noise, or another floor of it, is refused."""
+    case, given, into = CASES[name], tmp_path / "given.npz", tmp_path / "gradient.npz"
+    _our_methods.Ours(case, Race(), 0).answer({"write": str(given)})
+    other = {key: value * 1.01 for key, value in case.options.items() if key in ("scale", "floor")}
+    assert other
+    for options in ({}, other):
+        settings = {"method": name, **case.jax_settings(Race()), **options}
+        with _peers.Peer("_jax_methods.py", json.dumps(settings)) as peer:
+            peer.ask(gradient=str(given), into=str(into))
+        with np.load(given) as ours, np.load(into) as theirs:
+            if not options:
+                assert _speed_methods.check_same(dict(ours), dict(theirs)) < 2e-5
+                continue
+            with pytest.raises(RuntimeError, match="would mean nothing"):
+                _speed_methods.check_same(dict(ours), dict(theirs))
+
+
 class FakePeer:
     """Either side of a race: answers from a table, and counts."""
 

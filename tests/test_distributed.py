@@ -284,6 +284,8 @@ def test_jobs_without_a_name_are_told_by_torchruns_process():
     assert restart.job({}) is None
     assert restart.restarts({"TORCHELASTIC_RESTART_COUNT": "2"}) == 2
     assert restart.restarts({}) == 0
+    assert restart.started_again({"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_RESTART_COUNT": "1"})
+    assert not restart.started_again({"TORCHELASTIC_RESTART_COUNT": "0"})
 
 
 RANK = {

@@ -158,7 +158,7 @@ def test_a_step_stays_within_the_bound_and_uses_it(name, peaks):
 
 
 def test_picking_leaves_no_trace():
-    """The run is that of the chunk by number, to the bit, with dropout in an embedding that draws and counts."""
+    """The run is that of the chunk by number, to the bit; its loss counts calls and draws from torch's generator."""
 
     def make():
         method = maml()
@@ -168,7 +168,9 @@ def test_picking_leaves_no_trace():
         return method
 
     picked, given = make(), make()
+    before = torch.get_rng_state()
     first = train(picked, 3, tasks_per_step=50, memory=200 * KIB)
+    assert torch.equal(torch.get_rng_state(), before)
     assert first.chunk is not None
     second = train(given, 3, tasks_per_step=50, chunk=first.chunk)
     assert same(state(picked), state(given))

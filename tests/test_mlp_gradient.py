@@ -9,21 +9,24 @@ from bayesmeta.models.program import TaskProgram
 from tests.programs import batch_of
 
 
-def model_of(activation, outputs=1, hidden=(5, 4)):
+def model_of(activation, outputs=1, hidden=(5, 4), features=2):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return bm.NeuralTaskModel(bm.nets.mlp(2, hidden, outputs, activation=activation), bm.Gaussian(0.5)).double()
+        return bm.NeuralTaskModel(
+            bm.nets.mlp(features, hidden, outputs, activation=activation), bm.Gaussian(0.5)
+        ).double()
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("outputs", [1, 2])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("hidden", [(), (5,), (5, 4)])
-def test_gradient_and_hessian_product_equal_autograd(activation, outputs, ragged, particles, hidden):
-    model = model_of(activation, outputs, hidden)
+@pytest.mark.parametrize("hidden", [(), (5,), (5, 4), (1, 4)])
+@pytest.mark.parametrize("features", [1, 2])  # layers of one input or one output are computed in another way
+def test_gradient_and_hessian_product_equal_autograd(activation, outputs, ragged, particles, hidden, features):
+    model = model_of(activation, outputs, hidden, features)
     assert model._fused is not None
-    observations = batch_of(3, 4, 2, dtype=torch.float64, ragged=ragged)
+    observations = batch_of(3, 4, features, dtype=torch.float64, ragged=ragged)
     if outputs > 1:
         y = torch.randn(3, 4, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         observations = observations.with_y(y)

@@ -110,6 +110,19 @@ def test_the_likelihood_and_the_prior_see_float32(plain):
     assert (joint - model.log_joint(u, support)).abs().max() > 1e-3
 
 
+def test_an_inner_gradient_is_that_of_the_rounded_network():
+    """By hand it would be float32's; here it is the gradient of the joint's likelihood part as it is computed."""
+    method, support = make(), sinusoids().support
+    method.prepare(sinusoids())
+    program = method.program
+    u = program.learned_start(support).detach().requires_grad_()
+    with lowered(method):
+        found = program.log_likelihood_gradient(u, support)
+        (expected,) = torch.autograd.grad(program.log_likelihood(u, support).sum(), u)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, program.log_likelihood_gradient(u, support), rtol=1e-4)
+
+
 def test_closed_forms_are_those_of_the_rounded_features():
     model = bm.NeuralTaskModel(bm.nets.mlp(1, [16, 16], 1), bm.Gaussian(0.5), task_modules="head")
     method, support = bm.BayesianLastLayer(model), sinusoids().support

@@ -320,9 +320,8 @@ def _load(file: Path, size: tuple[int, int] | None, grey: bool) -> Tensor:
 
     try:
         with Image.open(file) as image:
-            image = image.convert("L" if grey else "RGB")
-            image = image if size is None else image.resize((size[1], size[0]))
-            pixels = torch.from_numpy(np.array(image))
+            kind = image.convert("L" if grey else "RGB")
+            pixels = torch.from_numpy(np.array(kind if size is None else kind.resize((size[1], size[0]))))
     except UnidentifiedImageError as error:
         raise DataError(f"{file} is no image that can be read. Leave it out of the folder.") from error
     return pixels.unsqueeze(0) if grey else pixels.movedim(-1, 0).contiguous()

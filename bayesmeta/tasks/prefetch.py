@@ -74,6 +74,16 @@ class Prefetch:
     #: tells :func:`~bayesmeta.fit` to draw nothing else from the generator that tasks are drawn from
     draws_ahead = True
 
+    _pool: ProcessPoolExecutor | None
+    _pinner: ThreadPoolExecutor | None
+    _request: _Request | None  # the last
+    _left: Tensor | None  # the generator's state after it
+    _last: tuple[int, TaskBatch | None]  # its seed, and what was given
+    _number: int  # of that batch
+    _coming: deque[int]  # seeds of the batches after it
+    _twin: torch.Generator | None  # the generator as it will be after them
+    _drawn: dict[int, Future[TaskBatch]]  # by their seeds
+
     def __init__(
         self,
         tasks: TaskDistribution,
@@ -156,15 +166,11 @@ class Prefetch:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._pinner: ThreadPoolExecutor | None = None
-        self._request: _Request | None = None
-        self._left: Tensor | None = None  # the generator's state after the last batch
-        self._last: tuple[int, TaskBatch | None] = (-1, None)
-        self._coming: deque[int] = deque()  # seeds of the batches after this one
-        self._twin: torch.Generator | None = None  # the generator as it will be after them
-        self._drawn: dict[int, Future[TaskBatch]] = {}
-        self._number = 0  # of the batch
+        self._pool = self._pinner = None
+        self._request = self._left = self._twin = None
+        self._last = -1, None
+        self._coming, self._drawn = deque(), {}
+        self._number = 0
 
     def _look_ahead(self, request: _Request, generator: torch.Generator, seed: int) -> None:
         """Have the batches after this one drawn."""

@@ -10,7 +10,7 @@ from typing import Any
 from bayesmeta.errors import RunFolderError
 from bayesmeta.ops.files import discard, reason
 from bayesmeta.train.checkpoint import BEST, LAST, PREVIOUS
-from bayesmeta.train.lock import Lock
+from bayesmeta.train.lock import LOCK, Lock
 
 CONFIG, LOG = "config.json", "log.jsonl"
 _OURS = (CONFIG, LOG, LAST, PREVIOUS, BEST)
@@ -44,9 +44,10 @@ def claim(out: str | Path, *, overwrite: bool, resume: bool) -> tuple[Path, Lock
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"The folder {path} cannot be written: {reason(error)}") from error
+    began = (path / LOCK).exists()  # by a run that was killed before it wrote anything else
     lock = Lock(path)
     try:
-        _look(path, overwrite=overwrite, resume=resume)
+        _look(path, overwrite=overwrite, resume=resume, began=began)
         _clear(path, overwrite=overwrite)
     except BaseException:
         lock.release()
@@ -59,14 +60,14 @@ def has_checkpoint(path: Path) -> bool:
     return (path / LAST).exists() or (path / PREVIOUS).exists()
 
 
-def _look(path: Path, *, overwrite: bool, resume: bool) -> None:
+def _look(path: Path, *, overwrite: bool, resume: bool, began: bool) -> None:
     """Whether what the folder holds is what was asked for; looked at under the lock."""
     holds_run = any((path / name).exists() for name in _OURS)
     if holds_run and not (overwrite or resume):
         raise RunFolderError(
             f"{path} already holds a run. Go on with it (--resume), replace it (--overwrite), or choose another folder."
         )
-    if resume and not holds_run:
+    if resume and not (holds_run or began):
         raise RunFolderError(f"{path} holds no run to resume; start without resume.")
 
 

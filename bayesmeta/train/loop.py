@@ -212,7 +212,7 @@ class Loop:
             buffer.copy_(buffers.get(name, buffer))
         if self.skipped_in_a_row + 1 >= MAX_SKIPPED:
             self._stop_if_not_finite(value, f"loss or its gradient, for {MAX_SKIPPED} steps in a row,")
-        if self.skipped == 0:
+        if self.skipped == 0 and self.ranks.is_first:
             warnings.warn(
                 f"The loss or its gradient is {value} at step {self.step}. The step is skipped, as later ones will be "
                 "without a warning; the result says how many.",

@@ -9,7 +9,7 @@ ends with the network: likelihoods, densities, closed forms and inner updates st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -67,15 +67,19 @@ def in_precision(precision: Precision, *modules: nn.Module) -> Iterator[None]:
         precision: checked before.
         *modules: whose layers ``"bf16"`` concerns.
     """
-    within = {"float32": nullcontext, "tf32": _tf32, "bf16": lambda: lowered(*modules)}[precision]
-    with within():
+    with ExitStack() as stack:
+        if precision == "bf16":
+            stack.enter_context(lowered(*modules))
+        elif precision == "tf32":
+            stack.enter_context(_tf32())
         yield
 
 
 @contextmanager
 def _tf32() -> Iterator[None]:
     """Let CUDA round the factors of float32 products to TF32, in matrix products and convolutions."""
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    cudnn: Any = torch.backends.cudnn
+    settings = [torch.backends.cuda.matmul, cudnn.conv]
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

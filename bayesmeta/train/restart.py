@@ -1,7 +1,8 @@
-"""A run that torchrun started again: it goes on from its last checkpoint, whatever the script says of the folder.
+"""A run that torchrun or Slurm started again: it goes on from its last checkpoint, whatever the script says.
 
-After a rank has died torchrun starts all of them anew, with the same arguments. A script that begins a run (no
-``resume``, perhaps ``overwrite``) would then be refused by its own folder, or throw away what it had done.
+After a rank has died torchrun starts all of them anew, with the same arguments; Slurm does so with a job that it put
+back into the queue. A script that begins a run (no ``resume``, perhaps ``overwrite``) would then be refused by its own
+folder, or throw away what it had done.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ def job(environment: Mapping[str, str] | None = None) -> str | None:
     return name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"
 
 
-def restarts(environment: Mapping[str, str] | None = None) -> int:
-    """How often torchrun has started this run again; 0 the first time, and without torchrun."""
+def restarts(environment: Mapping[str, str] | None = None, name: str = "TORCHELASTIC_RESTART_COUNT") -> int:
+    """How often torchrun has started its ranks again; 0 the first time, and without torchrun."""
     given = os.environ if environment is None else environment
-    text = given.get("TORCHELASTIC_RESTART_COUNT", "0")
+    text = given.get(name, "0")
     return int(text) if text.isdigit() else 0
+
+
+def started_again(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun has started its ranks again, or Slurm the job."""
+    return restarts(environment) > 0 or restarts(environment, "SLURM_RESTART_COUNT") > 0
 
 
 def goes_on(
@@ -51,7 +57,7 @@ def goes_on(
         environment: instead of the process's own.
     """
     name = job(environment)
-    if out is None or resume or name is None or restarts(environment) == 0 or job_of(Path(out)) != name:
+    if out is None or resume or name is None or not started_again(environment) or job_of(Path(out)) != name:
         return overwrite, resume
     return False, True
 

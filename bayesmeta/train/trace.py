@@ -216,8 +216,12 @@ def trace_file(keep: Path | None) -> Iterator[Path]:
 @contextmanager
 def without_noise() -> Iterator[None]:
     """Keep off the screen what the profiler's own code writes on standard error; all else comes after."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
     sys.stderr.flush()
-    shown = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:

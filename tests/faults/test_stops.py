@@ -441,3 +441,13 @@ def test_policies_that_are_not_known():
         train(make(), 5, nan_policy="ignore")
     with pytest.raises(errors.OptionError, match="resume is 'last'"):
         train(make(), 5, resume="last")
+
+
+def test_a_run_killed_before_it_wrote_anything_is_resumed_from_the_start(tmp_path):
+    (tmp_path / lock.LOCK).write_text("{}")  # all that it left; the system let go of the lock itself
+    resumed = train(make("maml"), steps=5, out=tmp_path, resume=True)
+    assert same(state(resumed.method), state(train(make("maml"), steps=5).method))
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    with pytest.raises(errors.RunFolderError, match="no run to resume"):  # the control: no run was begun
+        train(make("maml"), steps=5, out=nothing, resume=True)
