@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.errors import CaptureError
-from bayesmeta.train.capture import capture
+from bayesmeta.train.capture import Captured, capture
+from bayesmeta.train.in_place import write_in_place
 from bayesmeta.train.updates import Update
 
 #: what a step minimises: its value, and what its gradient is taken of
@@ -50,8 +51,9 @@ class CompiledStep:
         self.update: Update | None = None
         self.trained: list[Tensor] = []  # the parameters that the objective reaches
         self.seconds = {"capture": 0.0, "compile": 0.0}
-        self._pending: list[Tensor] = []
+        self._gradients: list[Tensor] = []  # of the step last computed, where the optimizer steps outside
         self._moved: list[Tensor] = []  # buffers that a step changes
+        self._targets: list[Tensor] = []  # what the update writes to, once it is part of the graph
         self.broken: list[str] = []  # conditions that did not hold when it was last called
 
     # -- making it ----------------------------------------------------------------------------------------------
@@ -89,17 +91,30 @@ class CompiledStep:
             CaptureError: when it cannot be compiled, or gives other numbers.
         """
         begin = time.perf_counter()
-        self._strip()
-        graph, inputs = self.captured.graph, self.captured.inputs(self.captured.example, self.arguments)
-        self._targets = [] if self.update is None else self.update.targets(self.trained)
-        self._call = _inductor(graph, inputs)
-        with self._undone([]):
-            expected = [t.clone() for t in graph(*inputs)[:2]]
-        with self._undone([]):
-            given = self._call(*inputs)[:2]
-        self._compare_numbers(given, expected, 1e-3)
+        if self.update is not None:
+            self._targets = self.update.targets(self.trained)
+            write_in_place(self.captured, len(self.trained), self._targets, self._moved)
+        self._call = self._compiled(self.captured)
         self.seconds["compile"] = time.perf_counter() - begin
         return self
+
+    def _compiled(self, captured: Captured) -> Callable[..., Any]:
+        """A graph, compiled and compared with itself."""
+        inputs = captured.inputs(captured.example, self.arguments)
+        call = _inductor(captured.graph, inputs)
+        made = []
+        for graph in (captured.graph, call):
+            with self._undone([]):
+                result = [t.clone() for t in graph(*inputs)[:2]]
+                made.append([*result, *self._first_moments()])
+        self._compare_numbers(made[1], made[0], 1e-3)
+        return call
+
+    def _first_moments(self) -> list[Tensor]:
+        """What the update made of the gradient, as far as it is linear in it."""
+        if self.update is None:
+            return []
+        return [torch.cat([t.flatten().double() for t in self.update.linear(self.trained)])]
 
     def _prepare_update(self) -> None:
         with self._undone([]):
@@ -144,49 +159,40 @@ class CompiledStep:
                     "something changes from step to step that is neither drawn from its generator nor a parameter"
                 )
 
-    def _strip(self) -> None:
-        """Gradients are outputs only where the optimizer steps outside."""
-        if self.update is None:
-            return
-        graph, count = self.captured.graph.graph, len(self.trained)
-        output = next(node for node in graph.nodes if node.op == "output")
-        values = output.args[0]
-        output.args = ((*values[:2], *values[2 + count :]),)
-        graph.eliminate_dead_code()
-        self.captured.graph.recompile()
-
     # -- running it ---------------------------------------------------------------------------------------------
 
     def __call__(self, arguments: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor] | None:
-        """Loss and norm of the gradient of a step on fresh draws; :meth:`commit` then makes it.
+        """Make a step on fresh draws; where the optimizer steps outside, :meth:`commit` makes it.
+
+        A step whose loss or gradient is not finite changes nothing but the generators.
 
         Returns:
-            None where a condition did not hold: then nothing has happened, and the step is to be made eagerly.
+            Loss and norm of the gradient; None where a condition did not hold: then nothing has happened, and the step
+            is to be made eagerly.
         """
         if self.update is not None and not self.update.refresh():
             raise CaptureError("an option of the optimizer has changed that is part of the graph")
         states = [(g, g.get_state()) for g in self._drawn_from]
-        buffers = [(b, b.clone()) for b in self._moved]
+        buffers = [] if self.update is not None else [(b, b.clone()) for b in self._moved]
         try:
             result = self._call(*self.captured.inputs(self.captured.draw(), arguments))
         except RuntimeError as error:  # as a matrix that has no factor; the eager step says it better, or knows help
             self.broken = [str(error)]
         else:
             if not self.captured.conditions or bool(result[-1].all()):
-                self._pending = list(result[2:-1])
+                self._gradients = [] if self.update is not None else list(result[2:-1])
                 return result[0], result[1]
             self.broken = [t for t, ok in zip(self.captured.conditions, result[-1].tolist(), strict=True) if not ok]
         _restore(states, buffers)
         return None
 
     def commit(self) -> None:
-        """Make the step that was last computed."""
+        """Let the optimizer make the step that was last computed, if the graph has not made it."""
         if self.update is not None:
-            torch._foreach_copy_(self._targets, self._pending)
             return
         for p in self.parameters:
             p.grad = None
-        for p, gradient in zip(self.trained, self._pending, strict=True):
+        for p, gradient in zip(self.trained, self._gradients, strict=True):
             p.grad = gradient
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
@@ -196,9 +202,9 @@ class CompiledStep:
 
     @contextmanager
     def _undone(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
-        """Put generators and buffers back afterwards."""
+        """Put generators and tensors back afterwards."""
         states = [(g, g.get_state()) for g in generators]
-        buffers = [(b, b.clone()) for b in self.buffers]
+        buffers = [(b, b.clone()) for b in (*self.buffers, *self._targets)]
         try:
             yield
         finally:
@@ -221,9 +227,12 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
             warnings.simplefilter("ignore", kind)
         from torch._inductor import compile as inductor
 
+        from bayesmeta.train.products import Products
+
+        # options are patched while it compiles, and are then as they were
+        options = {"cpp_wrapper": on_cpu, "post_grad_custom_pre_pass": Products()}
         try:
-            # the option is patched while it compiles, and is then as it was
-            return inductor(graph, list(inputs), options={"cpp_wrapper": on_cpu})
+            return inductor(graph, list(inputs), options=options)
         except Exception as error:
             line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
             raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error

@@ -67,6 +67,11 @@ class Update:
         """The tensors that a step changes, in the order of :meth:`values`."""
         return [t.detach() for p in parameters for t in (p, *self._state(p).values())]
 
+    def linear(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the targets that depend on the gradient linearly."""
+        adam = not isinstance(self.optimizer, torch.optim.SGD)
+        return [self._state(p)["exp_avg"] if adam else p.detach() for p in parameters]
+
     def values(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         """What a step would make of them."""
         place = {id(p): i for i, group in enumerate(self._groups()) for p in group["params"]}
