@@ -176,6 +176,8 @@ def capture(
         frames = traceback.extract_tb(error.__traceback__)
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)} ({_place(frames)})") from error
     sources = _lift(module, recorder.number, {id(t): i for i, t in enumerate(arguments)})
+    # without the tensors that are inputs now, which the compiler would take for further ones
+    module = fx.GraphModule({n.target: _attribute(module, n) for n in module.graph.find_nodes(op="get_attr")}, module.graph)
     drawn = [v for v in recorder.values if id(v) in recorder.number]
     return Captured(module, sources, recorder.draws, [text for _, _, text in recorder.reads], drawn)
 
@@ -331,6 +333,10 @@ def _lift(module: fx.GraphModule, draws: dict[int, int], arguments: dict[int, in
     module.recompile()
     # each was put before those that came earlier
     return [source for _, source in reversed(found.values())]
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return getattr(module, str(node.target))
 
 
 def _template(tensor: Tensor) -> Tensor:
