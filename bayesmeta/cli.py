@@ -99,6 +99,39 @@ class Fit:
 
 
 @dataclasses.dataclass
+class Profile(Fit):
+    """Measure where the time and memory of a training step go, for fit with the same options; nothing is trained."""
+
+    csv: Annotated[Path | None, tyro.conf.Positional] = None  # type: ignore[assignment]  # or else a family
+    """The file; its first line names the columns. None with --family."""
+
+    task: str | None = None  # type: ignore[assignment]
+    """Column that says which task a row belongs to."""
+
+    y: tuple[str, ...] = ()
+    """Target column, or several."""
+
+    out: Path | None = None  # type: ignore[assignment]  # no folder here
+    """File for the figures, as JSON."""
+
+    steps: int = 20
+    """Steps to time; about three times as many are made in all."""
+
+    family: Literal["sinusoid", "sine-or-line", "gp"] | None = None
+    """Instead of a CSV file: tasks of a built-in family."""
+
+    compile: Literal["off", "inductor"] = "off"
+    """inductor: measure compiled steps too, and what compiling takes: a minute or so."""
+
+    trace: Path | None = None
+    """File for the trace, which Perfetto (ui.perfetto.dev) or chrome://tracing shows."""
+
+    overwrite: tyro.conf.Suppress[bool] = False
+    resume: tyro.conf.Suppress[bool] = False
+    progress: tyro.conf.Suppress[bool] = True
+
+
+@dataclasses.dataclass
 class Evaluate:
     """Score what was learned on the tasks of a CSV file, beside a pooled line and a line for each task."""
 
@@ -224,7 +257,7 @@ class Version:
     """Print the version."""
 
 
-Command = Fit | Evaluate | Predict | Report | Methods | Demo | Version
+Command = Fit | Profile | Evaluate | Predict | Report | Methods | Demo | Version
 
 
 def _run(command: Command) -> None:
@@ -240,7 +273,18 @@ def _run(command: Command) -> None:
         return
     options = dataclasses.asdict(command)
     _set_threads(options.pop("threads"))
+    if type(command) not in (Fit, Evaluate):
+        _refuse_ranks(type(command).__name__.lower())
     _function(command)(**options)
+
+
+def _refuse_ranks(name: str) -> None:
+    """Commands of one process would overwrite each other's files."""
+    from bayesmeta.errors import OptionError
+    from bayesmeta.train.distributed import count_ranks
+
+    if count_ranks() > 1:
+        raise OptionError(f"bayesmeta {name} is for one process; fit and evaluate share their work under torchrun.")
 
 
 def _set_threads(threads: int) -> None:
@@ -255,6 +299,8 @@ def _set_threads(threads: int) -> None:
 
 
 def _function(command: Command) -> Any:
+    if isinstance(command, Profile):
+        return _profile
     if isinstance(command, Fit):
         from bayesmeta.tabular.fit import fit_csv
 
@@ -272,6 +318,13 @@ def _function(command: Command) -> Any:
     from bayesmeta.demo.run import run_demo
 
     return run_demo
+
+
+def _profile(*, overwrite: bool, resume: bool, progress: bool, **options: Any) -> None:
+    """A profile has no folder, and so none of fit's options for one."""
+    from bayesmeta.tabular.profile import profile_csv
+
+    profile_csv(**options)
 
 
 def _report(folder: Path, csv: Path | None, **options: Any) -> None:
@@ -317,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``bayesmeta``. Typed errors are printed without a traceback and exit with status 2."""
     commands = (
         Annotated[Fit, tyro.conf.subcommand("fit")]
+        | Annotated[Profile, tyro.conf.subcommand("profile")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
@@ -327,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = tyro.cli(
         commands, args=arguments, prog="bayesmeta", description="Bayesian meta-learning on Pyro and PyTorch."
     )
-    from bayesmeta.errors import BayesMetaError
+    from bayesmeta.errors import BayesMetaError, RankError
 
     try:
         _run(command)
@@ -335,12 +389,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader (head, less) has seen enough; what Python still holds goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BayesMetaError as error:
-        print(f"bayesmeta: {_as_options(str(error))}", file=sys.stderr)
+        # what another rank says itself, the first one alone repeats
+        if not isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
+            print(f"bayesmeta: {_as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        if isinstance(command, Profile):
+            print("bayesmeta: interrupted; a profile keeps nothing", file=sys.stderr)
+            sys.exit(130)
         kept = isinstance(command, Fit | Demo) and (command.out / "checkpoint.pt").exists()
         what = "the last checkpoint is kept (go on with --resume)" if kept else "there is no checkpoint yet"
-        print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -95,6 +95,21 @@ class CompileWarning(UserWarning):
     """Steps that were to be compiled are eager; the message says why, and names the line."""
 
 
+class RankError(BayesMetaError):
+    """Another process (rank) of a distributed run failed, or can no longer be reached. So this one stops too.
+
+    Attributes:
+        rank: which one; None where it is not known.
+    """
+
+    def __init__(self, message: str, rank: int | None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
+        return type(self), (str(self), self.rank)  # so that it comes back from a worker process
+
+
 class CheckpointError(BayesMetaError):
     """A checkpoint is missing, damaged, or belongs to another model, method or version."""
 

@@ -20,8 +20,8 @@ from bayesmeta.train.validation import Validation
 from benchmarks._peers import Peer
 
 
-class CompiledRun:
-    """The loop of ``fit`` on a method, compiled: what is timed is all that a user's step does.
+def new_loop(method: Any, tasks: Any, *, num_tasks: int, shots: int, rate: float, seed: int) -> Loop:
+    """The loop of ``fit`` on a method with Adam, set up.
 
     Args:
         method, tasks: what is trained on what.
@@ -29,12 +29,33 @@ class CompiledRun:
         rate: Adam's.
         seed: of the run.
     """
+    held_out = Validation(None, every=1, patience=None, min_delta=0.0, chunk=None, score=None)
+    loop = Loop(method, tasks, Plan(num_tasks, shots, shots, seed), held_out, torch.device("cpu"), None)
+    loop.set_up(lambda parameters: torch.optim.Adam(parameters, rate), None)
+    return loop
 
-    def __init__(self, method: Any, tasks: Any, *, num_tasks: int, shots: int, rate: float, seed: int) -> None:
-        plan = Plan(num_tasks, shots, shots, seed)
-        held_out = Validation(None, every=1, patience=None, min_delta=0.0, chunk=None, score=None)
-        self.loop = Loop(method, tasks, plan, held_out, torch.device("cpu"), None)
-        self.loop.set_up(lambda parameters: torch.optim.Adam(parameters, rate), None)
+
+def seconds_of(loop: Loop, steps: int) -> float:
+    """CPU seconds of some steps in a row."""
+    begin = time.process_time()
+    for _ in range(steps):
+        loop.advance()
+    return time.process_time() - begin
+
+
+class CompiledRun:
+    """The loop of ``fit`` on a method, compiled: what is timed is all that a user's step does.
+
+    Args:
+        method, tasks: what is trained on what.
+        settings: of :func:`new_loop`.
+
+    Raises:
+        RuntimeError: when the step is not compiled, with the reason.
+    """
+
+    def __init__(self, method: Any, tasks: Any, **settings: Any) -> None:
+        self.loop = new_loop(method, tasks, **settings)
         self.loop.compiler = Compiler(self.loop, "inductor", 10**9)
         begin = time.perf_counter()
         for _ in range(2):
@@ -46,10 +67,7 @@ class CompiledRun:
 
     def block(self, steps: int) -> float:
         """CPU seconds of some steps in a row."""
-        begin = time.process_time()
-        for _ in range(steps):
-            self.loop.advance()
-        return time.process_time() - begin
+        return seconds_of(self.loop, steps)
 
 
 def check_jax(peer: Peer, network: nn.Sequential, batch: TaskBatch, gradient: Tensor, tolerance: float) -> float:

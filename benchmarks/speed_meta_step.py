@@ -19,6 +19,10 @@ those of the race before, and JAX (``jit``, ``vmap`` over tasks, ``scan`` over s
 its own, on the same core) takes turns with it, block by block, after its meta-gradient was compared as well. These rows
 are in milliseconds of the processor's time, which on one thread is the time of a machine without other work.
 
+Of Bayesian methods (``--methods``) the rows ``…_compiled_vs_jax_scan`` and ``…_compiled_vs_eager`` (the latter our own
+eager step) are the same in kind, see :mod:`benchmarks._speed_methods`; ``seconds`` is what compiling took with an empty
+cache, at most ``--compile-limit``. ``second_compile_vs_first`` are seconds of compiling in a second process.
+
 Threads: one, for all sides, unless --threads says otherwise. The tensors of one task are too small to share out: on two
 idle cores the peers were as fast with one thread as with two, or faster (by 0 to 5%), while ours was slower (by 10 to
 15%), so one thread is the fairer setting to them. It is also the steadier one: where other work takes the cores, two
@@ -50,9 +54,12 @@ from bayesmeta.models.likelihoods import Gaussian
 from bayesmeta.models.nets import mlp
 from bayesmeta.models.neural import NeuralTaskModel
 from bayesmeta.tasks.sinusoid import Sinusoid
+from benchmarks._our_methods import CASES
 from benchmarks._peers import one_core
 from benchmarks._speed_compiled import CompiledRun, check_jax, jax_peer, take_turns
+from benchmarks._speed_methods import QUICK, method_rows
 from benchmarks.harness import Row, at_least, below, main
+from benchmarks.runs import refuse_unknown
 
 TASKS, MANY_TASKS, SHOTS, HIDDEN = 25, 100, 10, (40, 40)
 INNER_LR, META_LR = 0.01, 1e-3
@@ -356,6 +363,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compiled = "time the compiled step too (default: yes; with --quick: no)"
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None, help=compiled)
     parser.add_argument("--rounds", type=int, default=None, help="rounds of the race (default: 30; quick: 8)")
+    methods = (
+        f"Bayesian methods against JAX (default: {' '.join(CASES)}; quick: none; with --compiled: {' '.join(QUICK)})"
+    )
+    parser.add_argument("--methods", nargs="*", default=None, help=methods)
+    limit = "seconds after which a method's compiler is ended (default: 600)"
+    parser.add_argument("--compile-limit", type=float, default=600.0, help=limit)
+    steps = "inner steps of MAML, none to leave MAML out (default: 1 5)"
+    parser.add_argument(
+        "--inner-steps", type=int, nargs="*", default=list(INNER_STEPS), choices=INNER_STEPS, help=steps
+    )
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -372,14 +389,20 @@ def run(args: argparse.Namespace) -> list[Row]:
     args.compiled = not args.quick and args.threads == 1 if args.compiled is None else args.compiled
     if args.compiled and args.threads != 1:
         raise SystemExit("--compiled is measured on one thread.")
+    if args.methods is None:
+        args.methods = [] if not args.compiled else list(QUICK if args.quick else CASES)
+    refuse_unknown(args.methods, CASES, "method")
+    if not args.methods and not args.inner_steps:
+        raise SystemExit("Nothing is left to time: give --inner-steps or --methods.")
     args.rounds = (8 if args.quick else 30) if args.rounds is None else args.rounds
     if args.rounds < 2 or args.threads < 1:
         raise SystemExit(f"--rounds must be ≥ 2 and --threads ≥ 1; got {args.rounds} and {args.threads}.")
-    args._peers = import_peers()
+    args._peers = import_peers() if args.inner_steps else {}
     torch.set_num_threads(args.threads)
     if args.threads == 1:
         one_core()
-    return [row for inner_steps in INNER_STEPS for row in compare(args._peers, inner_steps, args)]
+    rows = [row for inner_steps in args.inner_steps for row in compare(args._peers, inner_steps, args)]
+    return rows + method_rows(args, ratio_of_medians)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from bayesmeta.models.plates import shot_plate, task_plate
 from bayesmeta.models.program import TaskProgram
 from bayesmeta.ops.batched import is_plain_mlp
 from bayesmeta.ops.gaussian import lower_root
+from bayesmeta.ops.lowered import in_bfloat16
 from bayesmeta.ops.random import Seed, as_generator, normal_like
 
 #: What is known of the noise: its scale (θ), or a prior of it for each task.
@@ -221,7 +222,7 @@ class ConjugateModel(TaskProgram):
         if component is not None and component.numel() > x.shape[0] * self.num_components:
             # many draws share few components
             return self.features(x)[torch.arange(x.shape[0], device=x.device), component]
-        h = self.trunk(x, component)
+        h = in_bfloat16(self.trunk, x, component)
         return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1) if self.has_bias else h
 
     # -- the Pyro program ---------------------------------------------------------------------------------------

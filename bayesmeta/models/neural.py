@@ -15,6 +15,7 @@ from bayesmeta.models.likelihoods import Gaussian, Likelihood
 from bayesmeta.models.network import NetworkProgram
 from bayesmeta.models.priors import Normal, Prior, as_prior
 from bayesmeta.ops.batched import BatchedMLP, BatchedModule, FlatParameters, is_plain_mlp, unsafe_modules
+from bayesmeta.ops.lowered import in_bfloat16, is_lowered
 from bayesmeta.ops.mlp_gradient import GaussianMLPGradient
 
 
@@ -93,7 +94,7 @@ class NeuralTaskModel(NetworkProgram):
         rows = (
             u.reshape(-1, u.shape[-1]) if u.shape[-2] == x.shape[0] else u.expand(*lead, x.shape[0], -1).flatten(0, -2)
         )
-        out = self._network_call(rows, x)
+        out = in_bfloat16(self._network_call, rows, x)
         if out.shape[0] != rows.shape[0]:  # every layer is shared
             out = out.expand(rows.shape[0] // out.shape[0], *out.shape).flatten(0, 1)
         return out.reshape(*lead, x.shape[0], *out.shape[1:])
@@ -183,7 +184,8 @@ class NeuralTaskModel(NetworkProgram):
         """
         likelihood, y = self.likelihood, observations.y
         scale = likelihood.scale if type(likelihood) is Gaussian and not likelihood.learn_scale else None
-        if self._fused is None or scale is None or y is None or observations.x.requires_grad or y.requires_grad:
+        by_hand = self._fused is not None and not is_lowered()  # it has no casts
+        if not by_hand or scale is None or y is None or observations.x.requires_grad or y.requires_grad:
             return super().log_likelihood_gradient(u, observations, theta, create_graph=create_graph)
         weight = scale**-2  # one for all outputs, or [outputs]
         y = y if y.dim() == 3 else y.unsqueeze(-1)
@@ -194,6 +196,7 @@ class NeuralTaskModel(NetworkProgram):
             copies = rows.shape[0] // x.shape[0]
             x, y = x.repeat(copies, 1, 1), y.repeat(copies, 1, 1)
             weight = weight if weight.dim() < 3 else weight.repeat(copies, 1, 1)
+        assert self._fused is not None
         with torch.set_grad_enabled(create_graph):
             return self._fused(rows, x, y, weight).reshape(u.shape)
 

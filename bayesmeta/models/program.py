@@ -317,9 +317,9 @@ def refuse_outside(support: Any, y: Tensor, mask: Tensor) -> None:
         base = base.base_constraint
     if any(isinstance(bound, Tensor) for bound in vars(base).values()):
         return
-    bad = (~support.check(y) & mask).nonzero()
-    if len(bad):
-        task, shot = bad[0].tolist()
+    bad = ~support.check(y) & mask
+    if bool(bad.any()):  # a condition of a compiled step, which nonzero() alone could not be part of
+        task, shot = bad.nonzero()[0].tolist()
         raise DataError(
             f"y = {y[task, shot].tolist()} of task {task}, shot {shot} (counted from 0) is outside the support of the "
             f"likelihood, {support}. Check the data, or choose another likelihood."

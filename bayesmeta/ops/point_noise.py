@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.ops.batched import FlatParameters, is_plain_mlp
+from bayesmeta.ops.lowered import in_bfloat16
 from bayesmeta.ops.random import normal_like
 
 #: How noise is drawn for each observation.
@@ -135,5 +136,8 @@ def _flipout(h: Tensor, weight: Tensor, bias: Tensor | None, signs: Tensor) -> T
 def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h Wᵀ + b for ``[rows, particles, shots, inputs]`` and one W and b a row."""
     flat = h.flatten(1, 2)
-    out = torch.bmm(flat, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), flat, weight.mT)
+    if bias is None:
+        out = in_bfloat16(torch.bmm, flat, weight.mT)
+    else:
+        out = in_bfloat16(torch.baddbmm, bias.unsqueeze(-2), flat, weight.mT)
     return out.unflatten(1, h.shape[1:3])

@@ -113,6 +113,8 @@ def product_of_correlated_gaussians(information: Tensor, factor: Tensor, mask: T
 def random_subset(mask: Tensor, generator: torch.Generator, *, least: int = 0) -> Tensor:
     """A random part of each set: its size is uniform between ``least`` and all, its members equally likely.
 
+    The numbers go by the members of a set: padding changes neither them nor what the generator gives next.
+
     Args:
         mask: True where there is a member, ``[…, n]``.
         generator: where the numbers come from.
@@ -126,6 +128,23 @@ def random_subset(mask: Tensor, generator: torch.Generator, *, least: int = 0) -
     # not in the data's dtype: the same seed means the same parts in each
     uniform = torch.rand(count.shape, generator=generator, dtype=torch.float64, device=mask.device)
     size = low + (uniform * (count - low + 1)).long()
-    score = torch.rand(mask.shape, generator=generator, dtype=torch.float64, device=mask.device)
-    rank = score.masked_fill(~mask, 2.0).argsort(-1).argsort(-1)
+    keys = torch.randint(_WORD, (2, *count.shape), generator=generator, device=mask.device).unsqueeze(-1)
+    score = _scramble(_scramble(mask.cumsum(-1) + keys[0]) ^ keys[1])
+    rank = score.masked_fill(~mask, _WORD).argsort(-1).argsort(-1)
     return mask & (rank < size.unsqueeze(-1))
+
+
+#: 2³²
+_WORD = 1 << 32
+
+
+def _scramble(numbers: Tensor) -> Tensor:
+    """A one-to-one map of 32-bit words, int64 here, whose bits look random.
+
+    C. Wellons, "Prospecting for Hash Functions", 2018, https://nullprogram.com/blog/2018/07/31/, and the constants of
+    its repository (hash-prospector) with the least bias of two rounds. Both are below 2³¹: no product overflows.
+    """
+    x = numbers & (_WORD - 1)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = ((x ^ (x >> shift)) * factor) & (_WORD - 1)
+    return x ^ (x >> 15)

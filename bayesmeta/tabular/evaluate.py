@@ -14,12 +14,17 @@ from torch import Tensor
 from bayesmeta.data import TaskBatch
 from bayesmeta.diagnostics.scores import scores
 from bayesmeta.errors import OptionError
+from bayesmeta.ops.random import as_generator
 from bayesmeta.tabular.run import LABELS, SCORES, Run, load_run
 from bayesmeta.tabular.supports import every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.table import TableTasks
+from bayesmeta.train.distributed import Ranks, join
+from bayesmeta.train.fit import pick_device
 
 _REAL = {"nll": "NLL", "crps": "CRPS", "rmse": "RMSE", "coverage_90": "90% covers", "width_90": "90% width"}
+#: Tasks that are scored at a time, each such piece under noise of its own, whoever scores it.
+_PIECE = 64
 _CLASS = {"nll": "NLL", "brier": "Brier", "accuracy": "accuracy"}
 
 
@@ -37,7 +42,8 @@ def evaluate_csv(
 ) -> dict[str, Any]:
     """Show a model some rows of each task of a CSV, and score its forecasts of the others.
 
-    Tasks that it was trained on, by their names, are left out where the file has others.
+    Tasks that it was trained on, by their names, are left out where the file has others. Under torchrun each rank
+    scores some of the tasks; the scores are those of one process, bit for bit, and rank 0 writes them.
 
     Args:
         folder: of the run. csv: the file; every row that is to count needs its target.
@@ -58,15 +64,17 @@ def evaluate_csv(
     """
     if support is not None and support < 0:
         raise OptionError(f"support={support}; expected at least 0.")
-    run = load_run(folder, device)
+    ranks = join("auto", pick_device(device))
+    run = load_run(folder, str(ranks.device))
     support = run.support if support is None else support
     table, note = _unseen(run, csv, separator)
     batches = every_task(table, support, seed=seed)
     models: dict[str, Callable[[TaskBatch], Any]] = {run.settings.method: lambda b: run.method.adapt(b.support)}
     models |= run.baselines
     names = _CLASS if run.schema.target == "class" else _REAL
+    pieces = [piece for batch in batches for piece in batch.split(_PIECE)]
     per_task = {
-        model: _score(forecast, batches, list(names), num_samples, seed, run.device if i == 0 else torch.device("cpu"))
+        model: _score(forecast, pieces, list(names), num_samples, seed, run.device if i == 0 else "cpu", ranks)
         for i, (model, forecast) in enumerate(models.items())
     }
     tasks = [name for batch in batches for name in batch.names or ()]
@@ -90,7 +98,9 @@ def evaluate_csv(
         "nll_by_task": dict(zip(tasks, mine.tolist())),
     }
     file, kept = _file(run.folder, result) if out is None else (Path(out), "")
-    _write(file, result)
+    ranks.from_first(lambda: _write(file, result))
+    if not ranks.is_first:
+        return result
     few = sum(n <= support for n in table.lengths)
     say(_report(result, summary, differences, names, run, note, few))
     say(f"{kept}Written to {file}.")
@@ -116,20 +126,26 @@ def _unseen(run: Run, csv: Path, separator: str | None) -> tuple[TableTasks, str
 
 def _score(
     forecast: Callable[[TaskBatch], Any],
-    batches: Sequence[TaskBatch],
+    pieces: Sequence[TaskBatch],
     names: Sequence[str],
     num_samples: int,
     seed: int,
-    device: torch.device,
+    device: torch.device | str,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """Each score of each task, ``[tasks]``."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in batches:
-        batch = batch.to(device)
-        found = scores(forecast(batch), batch, num_samples=num_samples, generator=seed)
-        for name in names:
-            parts[name].append(found.per_task[name].cpu())
-    return {name: torch.cat(values) for name, values in parts.items()}
+    """Each score of each task, ``[tasks]``; each rank scores every so many-th piece."""
+
+    def own() -> dict[int, list[Tensor]]:
+        found = {}
+        for i in range(ranks.rank, len(pieces), ranks.size):
+            batch = pieces[i].to(device)
+            noise = as_generator(seed, device, f"evaluation of piece {i}")
+            each = scores(forecast(batch), batch, num_samples=num_samples, generator=noise).per_task
+            found[i] = [each[name].cpu() for name in names]
+        return found
+
+    whole = {i: values for part in ranks.collect(own) for i, values in part.items()}
+    return {name: torch.cat([whole[i][k] for i in range(len(pieces))]) for k, name in enumerate(names)}
 
 
 def _mean(name: str, value: Tensor) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.schema import TableSchema
 from bayesmeta.tasks.table import TableTasks
+from bayesmeta.train.distributed import count_ranks, is_first
 from bayesmeta.train.fit import FitResult, fit, pick_device
 from bayesmeta.train.schedules import cosine
 
@@ -83,6 +84,8 @@ def fit_csv(
 ) -> FitResult:
     """Read a CSV file, learn from its tasks, and write a run folder.
 
+    Under torchrun a step has as many tasks for each rank, as far as there are so many, and rank 0 alone writes.
+
     Args:
         csv: the file, one row an observation.
         out: the folder.
@@ -107,14 +110,11 @@ def fit_csv(
         BayesMetaError: its kinds, for whatever cannot be used.
     """
     _check(support, steps, validation, holdout, seed)
-    if not x and not categorical:
-        raise OptionError(
-            "No input was named: --x (numbers) or --categorical needs at least one column that varies within tasks. "
-            "Where there is none, add a column of ones to the file."
-        )
+    first = is_first()
+    say = say if first else _nothing
     pick_device(device)
-    method = None if method is None else _pick_method(method)
-    prior = None if prior is None else pick_prior(prior)
+    check_inputs(x, categorical)
+    method, prior = pick_names(method, prior)
     roles = TableSchema.of(
         task=task,
         x=x,
@@ -126,35 +126,22 @@ def fit_csv(
         order_by=order_by,
     )
     frame = read_csv(csv, columns=roles.columns, separator=separator)
-    likelihood, chosen = _choose_likelihood(frame, roles.y, likelihood, exposure)
-    order = order or ("first" if order_by is not None else "random")
-    roles = replace(roles, target=LIKELIHOODS[likelihood].target)
-    parts = _split(_read(frame, roles, order), validation, holdout, seed)
-    units = parts["train"].fit_standardizer()
-    train = parts["train"].with_standardizer(units)
-    names = {"method": method, "likelihood": likelihood, "prior": prior, "activation": TRAINING["activation"]}
-    settings = choose(train, hidden=hidden, seed=seed, **names)
-    learner = build(settings)
+    wanted: dict[str, Any] = {"method": method, "likelihood": likelihood, "prior": prior, "hidden": hidden}
+    lesson = Lesson.of(frame, roles, order=order, validation=validation, holdout=holdout, seed=seed, **wanted)
+    parts, units, settings, order = lesson.parts, lesson.units, lesson.settings, lesson.order
     say(_what_was_read(csv, parts, units, len(frame)))
-    say(_what_is_trained(settings, learner, chosen, support, order))
-    if overwrite and not resume:
+    say(_what_is_trained(settings, lesson.learner, lesson.chosen, support, order))
+    if first and overwrite and not resume:
         (Path(out) / TASKS).unlink(missing_ok=True)  # an unfinished run must not be read with the old one's tasks
-    if overwrite:  # what was written about the run that is replaced would look like results of the new one
+    if first and overwrite:  # what was written about the run that is replaced would look like results of the new one
         others = [path.name for path in Path(out).glob(f"{Path(SCORES).stem}-*.json")]
         for name in (SCORES, PREDICTIONS, REPORT, *others):
             (Path(out) / name).unlink(missing_ok=True)
     result = fit(
-        learner,
-        VariedSupports(train),
+        lesson.learner,
+        VariedSupports(lesson.train),
         steps=steps,
-        tasks_per_step=TRAINING["tasks_per_step"],
-        support=support,
-        query=TRAINING["query"],
-        optimizer=lambda p: _optimizer(learner, list(p)),
-        schedule=cosine(steps),
-        clip=TRAINING["clip"],
-        validation=_held_back(parts, units, support, seed),
-        validate_every=min(TRAINING["validate_every"], steps),
+        **lesson.options(steps, support, seed),
         patience=TRAINING["patience"] if "validation" in parts else None,
         seed=seed,
         device=device,
@@ -174,9 +161,93 @@ def fit_csv(
             "csv": str(Path(csv).resolve()),  # where bayesmeta report looks for the tasks
         },
     )
-    _keep(Path(out), train, parts, settings)
-    say(_what_next(Path(out), csv, result, parts, train.schema))
+    if first:
+        _keep(Path(out), lesson.train, parts, settings)
+    say(_what_next(Path(out), csv, result, parts, lesson.train.schema))
     return result
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned from a table, and by what.
+
+    Attributes:
+        parts: the tables of the tasks to train on, and of those held back, by purpose.
+        units: means and scales of the training tasks.
+        train: the training tasks in these units.
+        settings, learner: the method, untrained.
+        chosen: why this likelihood.
+        order: which rows are seen.
+    """
+
+    parts: dict[str, TableTasks]
+    units: Standardizer
+    train: TableTasks
+    settings: Settings
+    learner: Method
+    chosen: str
+    order: str
+
+    @classmethod
+    def of(
+        cls,
+        frame: pd.DataFrame,
+        roles: TableSchema,
+        *,
+        order: str | None,
+        validation: float,
+        holdout: float,
+        seed: int,
+        method: str | None,
+        likelihood: str | None,
+        prior: str | None,
+        hidden: Sequence[int],
+    ) -> Lesson:
+        """From the rows of a table; arguments as of :func:`fit_csv`, names as :func:`pick_names` gives them."""
+        likelihood, chosen = _choose_likelihood(frame, roles.y, likelihood, roles.exposure)
+        order = order or ("first" if roles.order_by is not None else "random")
+        roles = replace(roles, target=LIKELIHOODS[likelihood].target)
+        parts = _split(_read(frame, roles, order), validation, holdout, seed)
+        units = parts["train"].fit_standardizer()
+        train = parts["train"].with_standardizer(units)
+        names = {"method": method, "likelihood": likelihood, "prior": prior, "activation": TRAINING["activation"]}
+        settings = choose(train, hidden=hidden, seed=seed, **names)
+        return cls(parts, units, train, settings, build(settings), chosen, order)
+
+    def options(self, steps: int, support: int, seed: int) -> dict[str, Any]:
+        """What ``fit`` is told of a step, and of the tasks that choose when to stop."""
+        return {
+            "tasks_per_step": _tasks_per_step(self.train.num_tasks),
+            "support": support,
+            "query": TRAINING["query"],
+            "optimizer": lambda parameters: _optimizer(self.learner, list(parameters)),
+            "schedule": cosine(steps),
+            "clip": TRAINING["clip"],
+            "validation": _held_back(self.parts, self.units, support, seed),
+            "validate_every": min(TRAINING["validate_every"], steps),
+        }
+
+
+def pick_names(method: str | None, prior: str | None) -> tuple[str | None, str | None]:
+    """The full names of a method and a prior, where they were asked for.
+
+    Raises:
+        OptionError: for names that are not known, or that do not fit a table.
+    """
+    return None if method is None else _pick_method(method), None if prior is None else pick_prior(prior)
+
+
+def check_inputs(x: Sequence[str], categorical: Sequence[str]) -> None:
+    """Refuse a table without inputs.
+
+    Raises:
+        OptionError: saying what to do.
+    """
+    if not x and not categorical:
+        raise OptionError(
+            "No input was named: --x (numbers) or --categorical needs at least one column that varies within tasks. "
+            "Where there is none, add a column of ones to the file."
+        )
 
 
 def _check(support: int, steps: int, validation: float, holdout: float, seed: int) -> None:
@@ -188,6 +259,16 @@ def _check(support: int, steps: int, validation: float, holdout: float, seed: in
         )
     if not 0 <= seed < 2**32:
         raise OptionError(f"seed={seed}; expected a number between 0 and 2³² − 1.")
+
+
+def _tasks_per_step(tasks: int) -> int:
+    """Of each rank: what was chosen for one process, less where ranks would run out of different tasks."""
+    ranks = count_ranks()
+    return TRAINING["tasks_per_step"] if ranks == 1 else max(min(TRAINING["tasks_per_step"], tasks // ranks), 1)
+
+
+def _nothing(line: str) -> None:
+    """What ranks other than the first say."""
 
 
 def _pick_method(name: str) -> str:
@@ -268,7 +349,9 @@ def _split(table: TableTasks, validation: float, holdout: float, seed: int) -> d
 def _optimizer(learner: Method, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW whose decay pulls the shared weights of the network alone: no prior, no noise, no start point."""
     kept = (".network.", ".trunk.")
-    shared = {id(p) for name, p in learner.named_parameters() if any(k in name for k in kept) and p.dim() > 1}
+    names = [name for name, p in learner.named_parameters() if p.requires_grad]  # in the order of the parameters
+    named = list(zip(names, parameters, strict=True))
+    shared = {id(p) for name, p in named if any(k in name for k in kept) and p.dim() > 1}
     groups = [
         {"params": [p for p in parameters if id(p) not in shared], "weight_decay": 0.0},
         {"params": [p for p in parameters if id(p) in shared], "weight_decay": TRAINING["weight_decay"]},

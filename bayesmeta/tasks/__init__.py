@@ -4,6 +4,7 @@ from bayesmeta.tasks.fertility import FertilitySplit, fertility, fertility_split
 from bayesmeta.tasks.fixed import FixedTasks
 from bayesmeta.tasks.function import FunctionTasks
 from bayesmeta.tasks.gp import GPTasks
+from bayesmeta.tasks.images import ImageClasses
 from bayesmeta.tasks.linear import LinearGaussian
 from bayesmeta.tasks.pending import to_predict
 from bayesmeta.tasks.schema import TableSchema
@@ -17,6 +18,7 @@ __all__ = [
     "FixedTasks",
     "FunctionTasks",
     "GPTasks",
+    "ImageClasses",
     "LinearGaussian",
     "NonMutuallyExclusiveSinusoid",
     "SineOrLine",

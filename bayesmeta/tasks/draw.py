@@ -117,8 +117,15 @@ class _FlatKeys:
         return sorted_positions[self.start + torch.minimum(wanted, self.last_row)]
 
 
-def split_sizes(sizes: Sequence[int] | Sequence[float], num_tasks: int) -> list[int]:
-    """Sizes of the parts of a table as numbers of tasks; fractions are rounded so that their sum is right.
+def split_sizes(
+    sizes: Sequence[int] | Sequence[float], num_tasks: int, one: str = "task", several: str = "tasks"
+) -> list[int]:
+    """Sizes of the parts of a whole as numbers of tasks; fractions are rounded so that their sum is right.
+
+    Args:
+        sizes: of the parts.
+        num_tasks: of the whole.
+        one, several: what tasks are called, for the errors.
 
     Raises:
         OptionError: for sizes below 1, more tasks than there are, or fractions that are none.
@@ -126,12 +133,14 @@ def split_sizes(sizes: Sequence[int] | Sequence[float], num_tasks: int) -> list[
     counts = list(sizes)
     if any(isinstance(size, float) for size in sizes):
         if not all(0 < size < 1 for size in sizes) or sum(sizes) > 1 + 1e-9:
-            raise OptionError(f"sizes={list(sizes)}; expected numbers of tasks, or fractions that add up to at most 1.")
+            raise OptionError(
+                f"sizes={list(sizes)}; expected numbers of {several}, or fractions that add up to at most 1."
+            )
         ends = [math.floor(sum(sizes[: i + 1]) * num_tasks + 0.5 - 1e-9) for i in range(len(sizes))]
         counts = [end - begin for begin, end in zip([0, *ends], ends)]
     if any(size < 1 for size in counts) or sum(counts) > num_tasks or not all(size == int(size) for size in counts):
         raise OptionError(
-            f"sizes={list(sizes)} add up to {sum(counts)} of {num_tasks} tasks; expected sizes of at least 1 task each "
-            f"that add up to at most the {num_tasks} tasks of the table."
+            f"sizes={list(sizes)} add up to {sum(counts)} of {num_tasks} {several}; expected sizes of at least 1 {one} "
+            f"each that add up to at most the {num_tasks} {several} that there are."
         )
     return [int(size) for size in counts]

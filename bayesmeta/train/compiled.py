@@ -32,6 +32,7 @@ class CompiledStep:
         clip: largest norm of the gradient.
         buffers: tensors that the objective may change in place, such as running statistics.
         arguments: tensors that each step brings anew, contiguous and of the same shapes, which the objective uses.
+        only_gradient: leave the optimizer's update out of the graph.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class CompiledStep:
         clip: float | None = None,
         buffers: Sequence[Tensor] = (),
         arguments: Sequence[Tensor] = (),
+        only_gradient: bool = False,
     ) -> None:
+        self.only_gradient = only_gradient
         self.objective, self.optimizer, self.clip = objective, optimizer, clip
         self.generators, self.buffers, self.arguments = list(generators), list(buffers), list(arguments)
         self.parameters = [p for p in parameters if p.requires_grad]
@@ -121,7 +124,7 @@ class CompiledStep:
             _, differentiated = self.objective(*self.arguments)
             gradients = torch.autograd.grad(differentiated, self.parameters, allow_unused=True)
         self.trained = [p for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
-        if Update.serves(self.optimizer):
+        if Update.serves(self.optimizer) and not self.only_gradient:
             update = Update(self.optimizer)
             self.update = update if update.is_ready(self.trained) else None
 
@@ -190,13 +193,17 @@ class CompiledStep:
         """Let the optimizer make the step that was last computed, if the graph has not made it."""
         if self.update is not None:
             return
+        self.hand_over()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+
+    def hand_over(self) -> None:
+        """Put the gradient that was last computed into the parameters, where the update is not part of the graph."""
         for p in self.parameters:
             p.grad = None
         for p, gradient in zip(self.trained, self._gradients, strict=True):
             p.grad = gradient
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
-        self.optimizer.step()
 
     # -- leaving no trace ---------------------------------------------------------------------------------------
 

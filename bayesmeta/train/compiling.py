@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import CaptureError, CompileWarning, OptionError
+from bayesmeta.train.buckets import Buckets, learn
 from bayesmeta.train.compiled import CompiledStep, Objective
 
 Compile = Literal["off", "auto", "inductor"]
@@ -24,7 +25,7 @@ TIMED = 10
 #: faster a step becomes. Measured on two CPU cores: 9 s for 260 nodes, 13 s for 690, and 4 to 6 times. Where a machine
 #: is busy all of it takes longer, which the time that capturing took tells.
 SECONDS, SECONDS_A_NODE, TIMES_CAPTURE, SPEED_UP = 6.0, 0.02, 15.0, 3.0
-#: Batches of other shapes than those compiled for so many are trained on eagerly.
+#: Batches that differ in shape are padded to so many shapes at most; on others, later ones are trained on eagerly.
 MOST_GRAPHS = 4
 #: A run goes back to eager steps when more than this share of its steps had to be made again eagerly.
 MOST_BROKEN = 0.2
@@ -56,6 +57,7 @@ class Compiler:
         self.report = "not compiled: the run was too short"
         self.graphs: dict[Any, CompiledStep] = {}
         self.draws_tasks = True  # the graph draws them itself
+        self.buckets: Buckets | None = None  # to what it pads the batches that it is given
         self.num_tasks = loop.plan.tasks_per_step
         self._now: CompiledStep | None = None  # whose step is to be committed
         self._off = False
@@ -72,8 +74,7 @@ class Compiler:
         self._now = None
         if self._off or not self._is_time():
             return None
-        generator = self.loop.generator
-        state = generator.get_state()
+        states = [(g, g.get_state()) for g in self._generators()]
         try:
             step, arguments = self._step()
             found = None if step is None else step(arguments)
@@ -84,7 +85,8 @@ class Compiler:
             self._give_up(str(error))
             step, found = None, None
         if found is None:
-            generator.set_state(state)
+            for generator, state in states:
+                generator.set_state(state)
             self._count_broken(step)
             return None
         self._now, self._made = step, self._made + 1
@@ -96,6 +98,16 @@ class Compiler:
             return False
         self._now.commit()
         return True
+
+    def hand_over(self) -> None:
+        """Put the gradient that :meth:`gradient` computed into the parameters, for the loop to add to other ranks'."""
+        assert self._now is not None
+        self._now.hand_over()
+        self._now = None
+
+    def _generators(self) -> list[torch.Generator]:
+        loop = self.loop
+        return [loop.generator] if loop.noise is loop.generator else [loop.generator, loop.noise]
 
     # -- when ---------------------------------------------------------------------------------------------------
 
@@ -150,9 +162,10 @@ class Compiler:
                 self._why_not = str(error)
         if self.draws_tasks:
             return self.graphs[None], []
-        batch = self.loop.sample(self.loop.generator)
+        drawn = self.loop.sample(self.loop.generator)
+        batch = self._pad(drawn)
         tensors, key = flatten(batch)
-        self.num_tasks = batch.num_tasks
+        self.num_tasks = drawn.num_tasks if self.loop.ranks.size == 1 else drawn.without_padding().num_tasks
         if key not in self.graphs and len(self.graphs) < MOST_GRAPHS:
             step = self._new_step(lambda *given: self._lose(rebuild(batch, given)), tensors)
             self._build(key, step.capture(self._other(batch)))
@@ -161,18 +174,33 @@ class Compiler:
     def _other(self, batch: TaskBatch) -> list[Tensor]:
         """Tensors of other data of the same shapes, to compare on, so that no value of these is part of the graph."""
         apart = torch.Generator(device=self.loop.device).manual_seed(self.loop.plan.seed)
-        tensors, key = flatten(self.loop.sample(apart))
+        tensors, key = flatten(self._pad(self.loop.sample(apart)))
         if key == flatten(batch)[1]:
             return tensors
         return flatten(batch.tasks(torch.arange(batch.num_tasks - 1, -1, -1, device=self.loop.device)))[0]
 
+    def _pad(self, batch: TaskBatch) -> TaskBatch:
+        """To a few lengths, where batches differ in theirs and the method does not mind."""
+        if self.buckets is None:
+            self.buckets, reason = learn(self.loop, self._lose, MOST_GRAPHS)
+            if reason is not None:
+                warnings.warn(
+                    f"Batches differ in shape and are not padded to a few: {reason}. Up to {MOST_GRAPHS} shapes are "
+                    "compiled for; steps on others are eager.",
+                    CompileWarning,
+                    stacklevel=8,
+                )
+        return self.buckets.pad(batch)
+
     def _draw_and_lose(self) -> tuple[Tensor, Tensor]:
         batch = self.loop.sample(self.loop.generator)
         self.num_tasks = batch.num_tasks
+        if self.loop.ranks.size > 1 and batch.task_id is not None:
+            raise CaptureError("ranks count the real tasks of a batch, which may differ from step to step")
         return self._lose(batch)
 
     def _lose(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        loss = self.loop.method.loss(batch, generator=self.loop.generator)
+        loss = self.loop.method.loss(batch, generator=self.loop.noise)
         return loss, loss
 
     def _new_step(self, objective: Objective, arguments: Sequence[Tensor]) -> CompiledStep:
@@ -181,7 +209,8 @@ class Compiler:
             objective,
             loop.parameters,
             loop.optimizer,
-            [loop.generator],
+            self._generators(),
+            only_gradient=loop.ranks.size > 1,
             clip=loop.clip,
             buffers=list(loop.method.buffers()),
             arguments=arguments,

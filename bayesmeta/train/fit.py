@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,15 @@ from torch import nn
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import OptionError
 from bayesmeta.protocols import TaskDistribution
-from bayesmeta.train import events
+from bayesmeta.train import events, restart, sharding
+from bayesmeta.train.bounded import as_bytes, bound_memory
 from bayesmeta.train.compiling import Compile, Compiler, check_mode
+from bayesmeta.train.distributed import Distributed, Ranks, join
 from bayesmeta.train.folder import claim, has_checkpoint
+from bayesmeta.train.lock import Lock
 from bayesmeta.train.loop import Loop, NanPolicy, OptimizerFactory, Plan, ScheduleFactory
 from bayesmeta.train.memory import recomputing
+from bayesmeta.train.precision import Precision, check_precision, check_usable, in_precision
 from bayesmeta.train.record import Record
 from bayesmeta.train.signals import Signals
 from bayesmeta.train.validation import Score, Validation
@@ -39,6 +43,7 @@ class FitResult:
         out: the folder of the run, if any.
         skipped: steps that changed nothing, since their loss or gradient was not finite (``nan_policy="skip"``).
         compiled: what became of ``compile=``, in words; None for ``"off"``.
+        chunk: most tasks at a time, as given or as ``memory=`` picked it; None: whole batches.
     """
 
     method: Any
@@ -51,6 +56,7 @@ class FitResult:
     out: Path | None = None
     skipped: int = 0
     compiled: str | None = None
+    chunk: int | None = None
 
     def __repr__(self) -> str:
         parts = [type(self.method).__name__, f"{self.steps} steps in {self.seconds:.1f} s"]
@@ -96,6 +102,7 @@ def fit(
     query: int | None = 10,
     accumulate: int = 1,
     chunk: int | None = None,
+    memory: int | str | None = None,
     checkpoint_inner: bool = False,
     optimizer: OptimizerFactory = adam,
     schedule: ScheduleFactory | None = None,
@@ -111,6 +118,8 @@ def fit(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
+    precision: Precision = "float32",
+    distributed: Distributed = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool | Literal["previous"] = False,
@@ -132,6 +141,9 @@ def fit(
             if they were one batch, with the memory of one.
         chunk: most tasks of a batch to go forward and back at a time: less memory, the same gradient up to rounding
             for a method without noise of its own.
+        memory: most bytes for the tensors of a step (the tasks drawn, what is kept for the way back, gradients; not
+            the parameters and the optimizer's state), as a number or a text such as ``"2GiB"``. It picks the ``chunk``,
+            which the result names, by trying a few on the first batch.
         checkpoint_inner: compute each inner step again on the way back instead of keeping it: memory that hardly grows
             with their number, the same gradient, two to three times the time. Not together with ``compile``.
         optimizer: makes a torch optimizer from the parameters. A factory, since some parameters exist only after the
@@ -159,6 +171,13 @@ def fit(
         seed: of the tasks drawn and of the method's own noise. The parameters' first values are the model's.
         device: ``"auto"``, or a torch device; method and batches are moved there.
         dtype: cast method and batches; None leaves them as they are.
+        precision: of the matrix products and convolutions of float32 networks: ``"float32"``; ``"bf16"``: their factors
+            are rounded to bfloat16, while parameters, likelihoods, densities, closed forms and meta-gradients stay in
+            float32; ``"tf32"``: CUDA may round the factors of all float32 products to TF32, until the run ends.
+        distributed: ``"auto"``: where torchrun started this process (or a process group is there already), it is one
+            rank of several that train one θ: each takes ``tasks_per_step`` tasks of its own, and the result is that of
+            one process with as many times the tasks. ``device="cuda"`` is then a device for each rank. Rank 0 alone
+            writes and shows progress. ``"off"``: this process is alone.
         out: folder for checkpoints, ``log.jsonl`` and ``config.json``; None keeps nothing.
         overwrite, resume: what to do when ``out`` already holds a run; neither: refuse. ``resume="previous"`` goes on
             from the checkpoint before the last, where the last is damaged; never on its own.
@@ -176,6 +195,7 @@ def fit(
         DeviceMemoryError: naming the ``chunk`` to try, when the device has too little memory.
         KeyboardInterrupt: after Ctrl-C, once the step is finished and its checkpoint written; a second one stops at
             once. SIGTERM does likewise and ends in SystemExit(143). Handlers of the caller's own are left alone.
+        RankError: when another rank failed, or is gone.
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
         DataError, ModelError and their kinds: when data and model do not fit.
     """
@@ -191,6 +211,11 @@ def fit(
     _check_kinds(method, tasks, optimizer, clip)
     _check_choices(nan_policy, resume, out)
     check_mode(compile)
+    check_precision(precision)
+    if memory is not None and chunk is not None:
+        raise OptionError(f"memory={memory!r} picks the chunk, and chunk={chunk} is given too; use one of them.")
+    if memory is not None:
+        as_bytes(memory)
     if checkpoint_inner and compile != "off":
         raise OptionError("checkpoint_inner=True and compile exclude each other: a compiled step plans its own memory.")
     held_out = Validation(
@@ -201,44 +226,55 @@ def fit(
         chunk=validation_chunk,
         score=validate_with,
     )
-    curves = events.choose(tensorboard, out, overwrite=overwrite, resume=bool(resume))
-    plan = Plan(tasks_per_step, support, query, seed, accumulate, chunk, dtype)
-    loop = Loop(method, tasks, plan, held_out, pick_device(device), clip, nan_policy)
-    loop.set_up(optimizer, schedule)
+    ranks = join(distributed, pick_device(device))
+    overwrite, resume = ranks.from_first(lambda: restart.goes_on(out, overwrite, resume))
+    curves = ranks.from_first(lambda: events.choose(tensorboard, out, overwrite=overwrite, resume=bool(resume)))
+    plan = Plan(tasks_per_step, support, query, seed, accumulate, chunk, dtype, precision)
+    loop = Loop(method, tasks, plan, held_out, ranks.device, clip, nan_policy, ranks)
+    sharding.check_tasks(loop)
+    loop.set_up(optimizer, schedule, _shared(steps, checkpoint_every, log_every, validate_every, compile, out, config))
+    check_usable(precision, loop.device, [method])
+    if memory is not None:
+        with recomputing(method, checkpoint_inner), in_precision(precision, method):
+            loop.plan = replace(plan, chunk=ranks.from_first(lambda: bound_memory(loop, memory)))
     if compile != "off":
         loop.compiler = Compiler(loop, compile, steps)
     with ExitStack() as stack:
-        folder = lock = None
-        if out is not None:
-            folder, lock = claim(out, overwrite=overwrite, resume=bool(resume))
-            stack.callback(lock.release)
+        folder = None if out is None else Path(out)
+        lock = None if out is None else _take(ranks, stack, out, overwrite=overwrite, resume=bool(resume))
         stack.enter_context(loop.own_randomness())
         stack.enter_context(recomputing(method, checkpoint_inner))
-        goes_on = bool(resume) and folder is not None and has_checkpoint(folder)  # else it begins again
+        stack.enter_context(in_precision(precision, method))
+        # else it begins again
+        goes_on = ranks.from_first(lambda: bool(resume) and folder is not None and has_checkpoint(folder))
         if folder is not None and goes_on:
             loop.restore(folder, config, previous=resume == "previous")
         begin = time.perf_counter()
         record = stack.enter_context(
-            Record(
-                loop,
-                folder,
-                curves,
-                steps=steps,
-                log_every=log_every,
-                checkpoint_every=checkpoint_every,
-                progress=progress,
-                overwrite=overwrite,
-                resume=goes_on,
-                config=config,
+            ranks.together(
+                lambda: Record(
+                    loop,
+                    folder,
+                    curves,
+                    steps=steps,
+                    log_every=log_every,
+                    checkpoint_every=checkpoint_every,
+                    progress=progress,
+                    overwrite=overwrite,
+                    resume=goes_on,
+                    config=config,
+                )
             )
         )
-        signals = stack.enter_context(Signals())
+        signals = loop.signals = stack.enter_context(Signals())
         while loop.step < steps and not held_out.stopped:
             loop.advance()
             record.after_step()
             if lock is not None:
                 lock.beat()
-            if signals.received is not None:
+            if ranks.size > 1:
+                signals.received = loop.stop or signals.received  # what one rank received all stop for, at one step
+            if (signals.received if ranks.size == 1 else loop.stop) is not None:
                 signals.stop(record.interrupt())
     loop.check_finite()
     held_out.use_best(method)
@@ -253,7 +289,27 @@ def fit(
         folder,
         loop.skipped,
         None if loop.compiler is None else loop.compiler.report,
+        loop.plan.chunk,
     )
+
+
+def _shared(*values: Any) -> dict[str, Any]:
+    """What all ranks of a run must share beside its plan; see :func:`fit`."""
+    names = ("steps", "checkpoint_every", "log_every", "validate_every", "compile", "out", "config")
+    return {name: str(value) for name, value in zip(names, values, strict=True)}
+
+
+def _take(ranks: Ranks, stack: ExitStack, out: str | Path, *, overwrite: bool, resume: bool) -> Lock | None:
+    """Claim the folder, on rank 0, until the stack ends; the lock there."""
+    held: list[Lock] = []
+
+    def take() -> None:
+        _, lock = claim(out, overwrite=overwrite, resume=resume)
+        stack.callback(lock.release)
+        held.append(lock)
+
+    ranks.from_first(take)
+    return held[0] if held else None
 
 
 def _check_counts(*, optional: bool = False, **counts: Any) -> None:

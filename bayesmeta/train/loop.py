@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import CheckpointError, EmptyTaskError, NonFiniteLossError, OptionError
-from bayesmeta.ops.random import as_generator, forked_rng
+from bayesmeta.ops.random import forked_rng
 from bayesmeta.protocols import TaskDistribution
-from bayesmeta.train import checkpoint
+from bayesmeta.train import checkpoint, sharding
 from bayesmeta.train.compiling import Compiler
+from bayesmeta.train.distributed import Ranks
 from bayesmeta.train.memory import memory_for
+from bayesmeta.train.precision import Precision
+from bayesmeta.train.signals import Signals
 from bayesmeta.train.validation import Validation
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -41,6 +45,7 @@ class Plan:
     accumulate: int = 1
     chunk: int | None = None
     dtype: torch.dtype | None = None
+    precision: Precision = "float32"
 
 
 class Loop:
@@ -53,6 +58,7 @@ class Loop:
         device: where the run is.
         clip: largest norm of the gradient.
         nan_policy: what to do on a loss or gradient that is not finite.
+        ranks: the processes that train together; None: this one alone.
     """
 
     def __init__(
@@ -64,12 +70,19 @@ class Loop:
         device: torch.device,
         clip: float | None,
         nan_policy: NanPolicy = "raise",
+        ranks: Ranks | None = None,
     ) -> None:
         self.method, self.tasks, self.plan, self.validation = method, tasks, plan, validation
         self.device, self.clip, self.nan_policy = device, clip, nan_policy
+        self.ranks = Ranks(device) if ranks is None else ranks
         self.generator = torch.Generator(device=device).manual_seed(plan.seed)
         self.compiler: Compiler | None = None
         self.step = 0
+        # several ranks share the tasks drawn, never the method's own noise
+        self.noise = self.generator if self.ranks.size == 1 else sharding.stream(self, "noise")
+        self.signals: Signals | None = None
+        self.stop: signal.Signals | None = None  # a signal that all ranks know of
+        self.not_finite: tuple[int, ...] = ()
         self.skipped, self.skipped_in_a_row = 0, 0
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
@@ -85,18 +98,21 @@ class Loop:
             "validate_with": "loss" if self.validation.score is None else "a score",
         }
 
-    def set_up(self, optimizer: OptimizerFactory, schedule: ScheduleFactory | None) -> None:
-        """Create parameters from a first batch (drawn apart, so that it does not move the run), then the optimizer."""
+    def set_up(
+        self,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """Create parameters from a first batch (drawn apart, so that it does not move the run), then the optimizer.
+
+        Ranks are compared, in the further ``options`` of the run too, and begin at rank 0's parameters and buffers.
+        """
         plan = self.plan
-        self.method.train()
-        self.method.to(device=self.device, dtype=plan.dtype)
-        first = self.sample(torch.Generator(device=self.device).manual_seed(plan.seed))
-        first.check()
-        self.method.prepare(first)
-        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise OptionError("The method has no parameters to train.")
-        self.optimizer = optimizer(self.parameters)
+        first = self.ranks.together(self._prepare)
+        self.ranks.compare(sharding.first_values(self, first, options or {}))
+        self.ranks.broadcast([*self.method.parameters(), *self.method.buffers()])
+        self.optimizer = self.ranks.together(lambda: optimizer(self.parameters))
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise OptionError(f"optimizer made a {type(self.optimizer).__name__}; expected a torch optimizer.")
         self.schedule = None if schedule is None else schedule(self.optimizer)
@@ -106,22 +122,38 @@ class Loop:
                 f"schedule made a {type(self.schedule).__name__}; expected a torch schedule whose step takes no "
                 "argument, such as bayesmeta.schedules.cosine(steps) makes."
             )
-        self.validation.set_up(first, self.device, plan.dtype)
+        self.ranks.compare(sharding.optimizer_values(self))
+        self.validation.set_up(first, self.device, plan.dtype, self.ranks)
         self.loss = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
+
+    def _prepare(self) -> TaskBatch:
+        plan = self.plan
+        self.method.train()
+        self.method.to(device=self.device, dtype=plan.dtype)
+        first = self.sample(torch.Generator(device=self.device).manual_seed(plan.seed), whole=True)
+        first.check()
+        self.method.prepare(first)
+        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise OptionError("The method has no parameters to train.")
+        return first
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
         """Let what draws from torch's global generators, such as dropout, follow the run's seed; then put them back."""
-        with forked_rng(as_generator(self.plan.seed, self.device, "layers")):
+        with forked_rng(sharding.stream(self, "layers")):
             yield
 
     # -- a step -------------------------------------------------------------------------------------------------
 
-    def sample(self, generator: torch.Generator) -> TaskBatch:
-        """One batch in the run's dtype."""
-        plan, query = self.plan, self.plan.query
-        batch = self.tasks.sample(plan.tasks_per_step, support=plan.support, query=query, generator=generator)  # type: ignore[arg-type]
+    def sample(self, generator: torch.Generator, *, whole: bool = False) -> TaskBatch:
+        """One batch in the run's dtype; of several ranks, this one's tasks, unless ``whole``."""
+        plan, query, ranks = self.plan, self.plan.query, self.ranks
+        count = plan.tasks_per_step * ranks.size
+        batch = self.tasks.sample(count, support=plan.support, query=query, generator=generator)  # type: ignore[arg-type]
+        if ranks.size > 1 and not whole:
+            batch = batch.tasks(ranks.part(batch.num_tasks))
         return batch if plan.dtype is None else batch.to(dtype=plan.dtype)
 
     def advance(self) -> None:
@@ -136,7 +168,8 @@ class Loop:
             # 0 · inf and 0 · NaN are NaN: one look at the device for both
             both = float(loss + 0 * norm)
             if math.isfinite(both) or not skip:
-                self._stop_if_not_finite(both, "loss or its gradient")
+                where = ", ".join(map(str, self.not_finite))
+                self._stop_if_not_finite(both, "loss or its gradient" + (f" on rank {where}" if where else ""))
                 self._update(loss, norm)
             else:
                 self._skip(both, buffers)
@@ -147,6 +180,8 @@ class Loop:
 
     def _gradient(self) -> tuple[Tensor, Tensor, int]:
         """Put the gradient of new tasks into the parameters; returns loss, the gradient's norm, number of tasks."""
+        if self.ranks.size > 1:
+            return sharding.gradient(self)
         compiled = None if self.compiler is None else self.compiler.gradient()
         if compiled is not None:
             return compiled
@@ -194,19 +229,24 @@ class Loop:
 
     def _backward_in_pieces(self) -> tuple[Tensor, int]:
         """The same for several pieces: the mean over all their tasks, with the graph of one at a time."""
-        total, count = torch.zeros((), device=self.device), 0
-        for piece in self._pieces():
-            if piece.num_tasks == 0:
-                continue
-            loss = self.method.loss(piece, generator=self.generator) * piece.num_tasks
-            loss.backward()
-            total, count = total + loss.detach(), count + piece.num_tasks
+        total, count = self.backward_sum()
         if count == 0:
             raise EmptyTaskError(f"All tasks drawn for step {self.step} are padding; at least one must be real.")
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.div_(count)
         return total / count, count
+
+    def backward_sum(self) -> tuple[Tensor, int]:
+        """The gradient of the sum over the tasks of all pieces; returns that sum, and how many they are."""
+        total, count = torch.zeros((), device=self.device), 0
+        for piece in self._pieces():
+            if piece.num_tasks == 0:
+                continue
+            loss = self.method.loss(piece, generator=self.noise) * piece.num_tasks
+            loss.backward()
+            total, count = total + loss.detach(), count + piece.num_tasks
+        return total, count
 
     def _stop_if_not_finite(self, value: Tensor | float, what: str) -> None:
         if math.isfinite(float(value)):
@@ -231,7 +271,7 @@ class Loop:
 
     def validate(self) -> tuple[float, bool]:
         """The score of this step on the held-out tasks, and whether it is the best so far."""
-        largest = max(piece.num_tasks for piece in self.validation.pieces)
+        largest = max((piece.num_tasks for piece in self.validation.pieces), default=1)
         with memory_for(f"Validation at step {self.step}", "validation_chunk", largest):
             value = self.validation.measure(self.method, self.device)
         return value, self.validation.note(value, self.step, self.method)
@@ -252,7 +292,8 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "generator": self.generator.get_state(),
-            "global_generators": self._global_generators(),
+            "global_generators": self.global_generators(),
+            **sharding.state(self),
             "skipped": [self.skipped, self.skipped_in_a_row],
             "last": [self.loss, self.norm],
             "step": self.step,
@@ -277,11 +318,15 @@ class Loop:
     def restore(self, folder: Path, config: dict[str, Any] | None, *, previous: bool = False) -> None:
         """Load the last checkpoint of a folder, or on request the one before it, which then becomes the last."""
         path = folder / (checkpoint.PREVIOUS if previous else checkpoint.LAST)
-        content = (checkpoint.load if previous else checkpoint.load_last)(path, map_location=self.device)
+        load, where = (checkpoint.load if previous else checkpoint.load_last), self.device
+        if self.ranks.size > 1:
+            where = torch.device("cpu")  # rank 0 reads and sends it to ranks on other devices, and on other machines
+        content = self.ranks.from_first(lambda: load(path, map_location=where))
         checkpoint.check_fingerprint(content["fingerprint"], self.method, path)
         ours = self.identity()
         # runs of 0.1.0 said less of themselves
-        options = ours | {"accumulate": 1, "chunk": None} | content["options"]
+        options = ours | {"accumulate": 1, "chunk": None, "precision": "float32"} | content["options"]
+        options = sharding.check_size(self, options, sharding.size_of(content))
         for theirs, mine in ((options, ours), (content["config"], config or {})):
             for name in {**theirs, **mine}:
                 if theirs.get(name) != mine.get(name):
@@ -306,16 +351,19 @@ class Loop:
         self.seconds = content.get("seconds", 0.0)
         self.validation.load_state(content["best"])
         self.skipped, self.skipped_in_a_row = content.get("skipped", [0, 0])
-        self.loss, self.norm = content.get("last", [self.loss, self.norm])
-        states = content.get("global_generators", {})
+        self.loss, self.norm = (t.to(self.device) for t in content.get("last", [self.loss, self.norm]))
+        sharding.restore(self, content)
+        if previous and self.ranks.is_first:
+            checkpoint.use_previous(folder)
+
+    def set_global_generators(self, states: dict[str, Tensor]) -> None:
+        """Set torch's own generators, for layers such as dropout."""
         if "cpu" in states:
             torch.set_rng_state(states["cpu"].cpu())
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
-        if previous:
-            checkpoint.use_previous(folder)
 
-    def _global_generators(self) -> dict[str, Tensor]:
+    def global_generators(self) -> dict[str, Tensor]:
         """States of torch's own generators, for layers such as dropout."""
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})

@@ -27,7 +27,7 @@ def memory_for(what: str, option: str, tasks: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         # its frames hold the tensors that filled the device: without them the next try has room
         traceback.clear_frames(error.__traceback__)
@@ -64,7 +64,8 @@ def recomputing(method: Any, on: bool) -> Iterator[None]:
         method.checkpoint_inner = before
 
 
-def _is_memory(error: BaseException) -> bool:
+def is_memory(error: BaseException) -> bool:
+    """Whether an error is an allocator's, of the CPU or of a device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator of the CPU

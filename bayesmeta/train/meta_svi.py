@@ -37,6 +37,7 @@ from bayesmeta.train.compiling import Compile, check_mode
 from bayesmeta.train.guide_density import log_density
 from bayesmeta.train.known_tasks import GuideTasks, as_arguments, as_observations
 from bayesmeta.train.loop import MAX_SKIPPED, NanPolicy
+from bayesmeta.train.precision import Precision, check_precision, check_usable, in_precision
 from bayesmeta.train.svi_state import (
     copy_into,
     generators,
@@ -85,6 +86,8 @@ class MetaSVI:
             ``TraceMeanField_ELBO`` on reparameterised sites, its gradient, and the step of SGD, Adam or AdamW. It draws
             the same numbers and differs by rounding alone. ``"auto"``: once eager steps have taken as long as compiling
             would. What cannot be one graph stays eager, with a warning that names the line.
+        precision: as in :func:`~bayesmeta.fit`: ``"float32"``, ``"bf16"`` or ``"tf32"``. ``"bf16"`` concerns the layers
+            of networks in model and guide, where these are modules, in steps and in :meth:`evaluate_loss`.
 
     Attributes:
         steps, skipped: steps taken, and those of them that changed nothing.
@@ -102,6 +105,7 @@ class MetaSVI:
         *,
         nan_policy: NanPolicy = "raise",
         compile: Compile = "off",
+        precision: Precision = "float32",
     ) -> None:
         if isinstance(optim, torch.optim.Optimizer | pyro.optim.PyroOptim) or not callable(optim):
             raise OptionError(
@@ -119,6 +123,9 @@ class MetaSVI:
         self._groups: list[list[Tensor]] = []
         self._tasks = GuideTasks(guide)
         check_mode(compile)
+        check_precision(precision)
+        self.precision = precision
+        self._precision_fits = False
         self._compiler = None if compile == "off" else SVICompiler(self, compile)
         self.steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         #: what each step's ELBO was, by step, those that were not finite too
@@ -134,7 +141,8 @@ class MetaSVI:
             NonFiniteDataError: for NaN in a batch, naming where.
             DataError, UnsupportedError: for other tasks than those that an AutoGuide has parameters for.
         """
-        found = None if self._compiler is None else self._compiler.step(args, kwargs)
+        with self._in_precision(args, kwargs):
+            found = None if self._compiler is None else self._compiler.step(args, kwargs)
         if found is not None:
             self.steps, self._skipped_in_a_row = self.steps + 1, 0
             self.losses.append(found)
@@ -144,7 +152,8 @@ class MetaSVI:
         skip = self.nan_policy == "skip"
         modules = owners(self.model, self.guide).values() if skip else ()
         buffers = [{name: b.clone() for name, b in module.named_buffers()} for module in modules]
-        with tasks, store, poutine.trace(param_only=True) as capture, _named_sites(), _quiet(skip):
+        within = self._in_precision(args, kwargs)
+        with tasks, store, poutine.trace(param_only=True) as capture, _named_sites(), _quiet(skip), within:
             loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
         parameters = self._parameters(capture.trace)
         self.steps += 1
@@ -176,8 +185,18 @@ class MetaSVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss without a gradient step."""
         args, kwargs, tasks = self._arguments(args, kwargs)
-        with tasks, torch.no_grad(), pyro.get_param_store().scope(self._store):
+        with self._in_precision(args, kwargs), tasks, torch.no_grad(), pyro.get_param_store().scope(self._store):
             return _number(self.elbo.loss(self.model, self.guide, *args, **kwargs))
+
+    def _in_precision(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        if self.precision == "float32":
+            return nullcontext()
+        modules = list(owners(self.model, self.guide).values())
+        if not self._precision_fits:
+            given = next((a for a in (*args, *kwargs.values()) if hasattr(a, "device")), None)
+            check_usable(self.precision, torch.device("cpu") if given is None else given.device, modules)
+            self._precision_fits = True
+        return in_precision(self.precision, *modules)
 
     def _arguments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,6 +17,7 @@ from bayesmeta.train import checkpoint
 from bayesmeta.train.events import Events
 from bayesmeta.train.folder import Log, write_config
 from bayesmeta.train.loop import Loop
+from bayesmeta.train.restart import job
 
 
 class Record:
@@ -55,19 +56,17 @@ class Record:
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.saved = loop.step if resume else None
         kept = loop.step if resume else None
-        self.log = Log(None if folder is None else folder / "log.jsonl", keep_until=kept)
-        self.events = Events(curves, clear=overwrite, resumed_at=kept)
-        if folder is not None and resume:
+        writes = loop.ranks.is_first
+        self.log = Log(None if folder is None or not writes else folder / "log.jsonl", keep_until=kept)
+        self.events = Events(curves if writes else None, clear=overwrite, resumed_at=kept)
+        if folder is not None and writes and resume:
             self._mend_best(folder)
-        elif folder is not None:
-            options = {"steps": steps, "device": str(loop.device), **loop.identity()}
-            write_config(
-                folder, {"settings": config or {}, "fit": options, "method": checkpoint.fingerprint(loop.method)}
-            )
+        elif folder is not None and writes:
+            self._write_config(folder)
         self.bar = tqdm(
             total=steps,
             initial=loop.step,
-            disable=None if progress else True,
+            disable=None if progress and writes else True,
             unit="step",
             desc="meta-training",
             ncols=min(shutil.get_terminal_size().columns, 100),  # 80 where the terminal has no size
@@ -83,6 +82,14 @@ class Record:
         with suppress(RunFolderError) if error is not None else nullcontext(), _disk("TensorBoard's curves"):
             self.events.close()
 
+    def _write_config(self, folder: Path) -> None:
+        loop = self.loop
+        options = {"steps": self.steps, "device": str(loop.device), **loop.identity()}
+        options |= {"ranks": loop.ranks.size} if loop.ranks.size > 1 else {}
+        content = {"settings": self.config or {}, "fit": options, "method": checkpoint.fingerprint(loop.method)}
+        name = job()
+        write_config(folder, content if name is None else content | {"job": name})
+
     def _mend_best(self, folder: Path) -> None:
         """A run that was killed may have found a best after its last checkpoint: go back to the one known there."""
         if self.loop.validation.best_state is None:
@@ -91,37 +98,52 @@ class Record:
             checkpoint.save(folder / checkpoint.BEST, self.loop.best(self.config))
 
     def after_step(self) -> None:
-        """Note what the step that was just done calls for."""
-        loop, folder = self.loop, self.folder
+        """Note what the step that was just done calls for.
+
+        All ranks come here, measure, and give their states to a checkpoint; the first alone writes.
+        """
+        loop = self.loop
         self.bar.update()
         last = loop.step == self.steps
         entry: dict[str, float] = {}
+        new_best = False
         if loop.step % self.log_every == 0 or last:
             entry = loop.entry()
             self.bar.set_postfix_str(f"loss {entry['loss']:.4g}, rate {entry['rate']:.2g}", refresh=False)
         if loop.validation.batches and (loop.step % loop.validation.every == 0 or last):
             value, new_best = loop.validate()
             entry = (entry or loop.entry()) | {"validation": value}
-            if folder is not None and new_best:
-                loop.check_finite()
-                checkpoint.save(folder / checkpoint.BEST, loop.best(self.config))
         if entry:
             loop.history.append(entry)
-            timed = entry | loop.speed()
-            self.log.write(**timed)
-            with _disk("TensorBoard's curves"):
-                self.events.write(timed)
+            loop.ranks.from_first(lambda: self._write(entry, new_best))
         if loop.step % self.checkpoint_every == 0 or last or loop.validation.stopped:
             self._save()
+
+    def _write(self, entry: dict[str, float], new_best: bool) -> None:
+        """The best θ, and a line of the log and a point of each curve."""
+        loop = self.loop
+        if self.folder is not None and new_best:
+            loop.check_finite()
+            checkpoint.save(self.folder / checkpoint.BEST, loop.best(self.config))
+        timed = entry | loop.speed()
+        self.log.write(**timed)
+        with _disk("TensorBoard's curves"):
+            self.events.write(timed)
 
     def _save(self) -> None:
         """Write a checkpoint, if there is a folder and it does not hold this step's already."""
         if self.folder is None or self.saved == self.loop.step:
             return
+        folder = self.folder
         self.loop.check_finite()
-        with _disk("TensorBoard's curves"):
-            self.events.flush()
-        checkpoint.save_last(self.folder, self.loop.state(self.config))
+        state = self.loop.state(self.config)
+
+        def write() -> None:
+            with _disk("TensorBoard's curves"):
+                self.events.flush()
+            checkpoint.save_last(folder, state)
+
+        self.loop.ranks.from_first(write)
         self.saved = self.loop.step
 
     def interrupt(self) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import DataError, OptionError
+from bayesmeta.ops.random import as_generator
+from bayesmeta.train.distributed import Ranks
 
 #: A score of a method on a batch, lower is better: ``score(method, batch, generator)``.
 Score = Callable[[Any, TaskBatch, torch.Generator], float | Tensor]
@@ -75,12 +77,15 @@ class Validation:
         """True once patience has run out."""
         return self.patience is not None and self.waited >= self.patience
 
-    def set_up(self, first: TaskBatch, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Move the tasks to where the run is, check them, and cut them into pieces.
+    def set_up(
+        self, first: TaskBatch, device: torch.device, dtype: torch.dtype | None, ranks: Ranks | None = None
+    ) -> None:
+        """Move the tasks to where the run is, check them, and cut them into pieces; each rank has its own tasks.
 
         Raises:
             DataError and its kinds: for tasks that cannot be used, or in other units than the training batch ``first``.
         """
+        self.ranks = Ranks(device) if ranks is None else ranks
         self.pieces: list[TaskBatch] = []
         for given in self.batches:
             if _units(given) != _units(first):
@@ -90,15 +95,22 @@ class Validation:
                 )
             # no hyperprior: its share grows with how few the held-out tasks are, and says nothing of them
             batch = replace(given.to(device, dtype), population=None).check()
-            if self.chunk is not None or len(self.batches) > 1:
+            if self.chunk is not None or len(self.batches) > 1 or self.ranks.size > 1:
                 batch = batch.without_padding()  # a piece counts as its number of tasks
+            if self.ranks.size > 1:
+                batch = batch.tasks(self.ranks.part(batch.num_tasks))
+                if batch.num_tasks == 0:
+                    continue
             self.pieces += [batch] if self.chunk is None else batch.split(self.chunk)
 
     def measure(self, method: Any, device: torch.device) -> float:
-        """Mean over the real tasks of the loss or score, under the same noise each time."""
+        """Mean over the real tasks, of all ranks, of the loss or score, under the same noise each time."""
         was_training = method.training
         method.eval()
         generator = torch.Generator(device=device).manual_seed(0)
+        if self.ranks.size > 1:
+            generator = as_generator(0, device, f"validation of rank {self.ranks.rank}")
+            return self._over_ranks(method, generator, was_training)
         try:
             values = [self._one(method, piece, generator) for piece in self.pieces]
         finally:
@@ -107,6 +119,17 @@ class Validation:
             return values[0]
         counts = [piece.num_tasks for piece in self.pieces]
         return math.fsum(n * v for n, v in zip(counts, values, strict=True)) / sum(counts)
+
+    def _over_ranks(self, method: Any, generator: torch.Generator, was_training: bool) -> float:
+        def own() -> tuple[float, int]:
+            values = [(piece.num_tasks, self._one(method, piece, generator)) for piece in self.pieces]
+            return math.fsum(n * v for n, v in values), sum(n for n, _ in values)
+
+        try:
+            found = self.ranks.collect(own)
+        finally:
+            method.train(was_training)
+        return math.fsum(total for total, _ in found) / sum(count for _, count in found)
 
     def _one(self, method: Any, piece: TaskBatch, generator: torch.Generator) -> float:
         if self.score is None:
