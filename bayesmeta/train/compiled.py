@@ -82,7 +82,7 @@ class CompiledStep:
                 expected = [t.detach().clone() for t in self._outputs(others)]
                 self._moved = [b for b, old in zip(self.buffers, before, strict=True) if not torch.equal(b, old)]
             given = self.captured.graph(*self.captured.inputs(self.captured.draw(), others))
-        self._drawn_from = self.captured.generators()
+        self.drawn_from = self.captured.generators()
         self._compare(given, expected)
         self.seconds["capture"] = time.perf_counter() - begin
         return self
@@ -97,12 +97,16 @@ class CompiledStep:
         if self.update is not None:
             self._targets = self.update.targets(self.trained)
             write_in_place(self.captured, len(self.trained), self._targets, self._moved)
-        self._call = self._compiled(self.captured)
+        self._call = self.build(self.captured)
         self.seconds["compile"] = time.perf_counter() - begin
         return self
 
-    def _compiled(self, captured: Captured) -> Callable[..., Any]:
-        """A graph, compiled and compared with itself."""
+    def build(self, captured: Captured) -> Callable[..., Any]:
+        """A graph of this step, or of several, compiled and compared with itself.
+
+        Raises:
+            CaptureError: when it cannot be compiled, or gives other numbers.
+        """
         inputs = captured.inputs(captured.example, self.arguments)
         call = _inductor(captured.graph, inputs)
         made = []
@@ -110,7 +114,9 @@ class CompiledStep:
             with self._undone([]):
                 result = [t.clone() for t in graph(*inputs)[:2]]
                 made.append([*result, *self._first_moments()])
-        self._compare_numbers(made[1], made[0], 1e-3)
+        # compiled code keeps bfloat16 wider between two operations than torch does
+        rounds = any(node.kwargs.get("dtype") is torch.bfloat16 for node in captured.graph.graph.nodes)
+        self._compare_numbers(made[1], made[0], 2e-2 if rounds else 1e-3)
         return call
 
     def _first_moments(self) -> list[Tensor]:
@@ -175,7 +181,7 @@ class CompiledStep:
         """
         if self.update is not None and not self.update.refresh():
             raise CaptureError("an option of the optimizer has changed that is part of the graph")
-        states = [(g, g.get_state()) for g in self._drawn_from]
+        states = [(g, g.get_state()) for g in self.drawn_from]
         buffers = [] if self.update is not None else [(b, b.clone()) for b in self._moved]
         try:
             result = self._call(*self.captured.inputs(self.captured.draw(), arguments))
@@ -226,6 +232,10 @@ def _restore(states: Sequence[tuple[torch.Generator, Tensor]], buffers: Sequence
             buffer.copy_(value)
 
 
+#: one piece of memory for what a graph makes on its way, and no look at shapes, which are those that it was made for
+_LEAN = {"memory_planning": True, "memory_pool": "intermediates", "size_asserts": False}
+
+
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """The compiled graph."""
     on_cpu = all(t.device.type == "cpu" for t in inputs)
@@ -237,7 +247,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         from bayesmeta.train.products import Products
 
         # options are patched while it compiles, and are then as they were
-        options = {"cpp_wrapper": on_cpu, "post_grad_custom_pre_pass": Products()}
+        options = {"cpp_wrapper": on_cpu, "post_grad_custom_pre_pass": Products(), **_LEAN}
         try:
             return inductor(graph, list(inputs), options=options)
         except Exception as error:

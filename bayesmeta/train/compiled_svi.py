@@ -29,7 +29,11 @@ from bayesmeta.errors import CaptureError, CompileWarning
 from bayesmeta.train.compiled import CompiledStep
 from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile
 from bayesmeta.train.known_tasks import as_observations
+from bayesmeta.train.several import SeveralSteps
 from bayesmeta.train.svi_state import owners
+
+#: Steps in one graph in :meth:`~bayesmeta.MetaSVI.run`. Compiling takes as many times as long as for one step.
+BLOCK = 5
 
 
 class SVICompiler:
@@ -48,6 +52,8 @@ class SVICompiler:
         self._off = False
         self._spent, self._last = 0.0, cast(float | None, None)
         self._made, self._broken = 0, 0
+        self._blocks: dict[Any, SeveralSteps | None] = {}  # by the graph of one step
+        self._optimizer: Any = None  # that the graphs are for
         self._same: tuple[list[tuple[Any, int]], CompiledStep, list[Tensor]] | None = None
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -72,6 +78,35 @@ class SVICompiler:
         self._made += 1
         return value
 
+    def run(self, steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
+        """Make up to so many steps in one graph; the losses of those made, none where the next is to be made alone."""
+        if self._off or steps < BLOCK or not self.graphs or self.svi.optimizer is not self._optimizer:
+            return []
+        try:
+            step, arguments = self._step(args, kwargs)
+            block = None if step is None else self._block(step)
+            losses = [] if block is None else block(arguments)
+        except CaptureError as error:
+            self._give_up(str(error))
+            return []
+        self._made += len(losses)
+        return losses
+
+    def _block(self, step: CompiledStep) -> SeveralSteps | None:
+        """Several of a step, compiled at first use; None where that cannot be, which leaves them single."""
+        if id(step) not in self._blocks:
+            try:
+                block = SeveralSteps(step, BLOCK)
+            except CaptureError as error:
+                self._blocks[id(step)] = None
+                self.report += f"; steps are made one by one: {error}"
+            else:
+                self._blocks[id(step)] = block
+                self.report += (
+                    f"; {BLOCK} steps in one graph of {block.captured.num_nodes} operations in {block.seconds:.1f} s"
+                )
+        return self._blocks[id(step)]
+
     def _count_broken(self, found: Any, step: CompiledStep) -> None:
         if found is None:
             self._broken += 1
@@ -91,6 +126,8 @@ class SVICompiler:
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledStep | None, list[Tensor]]:
         """The compiled step for these arguments, and their tensors."""
+        if self.svi.optimizer is not self._optimizer:  # a state was loaded
+            self.graphs, self._blocks, self._same, self._optimizer = {}, {}, None, self.svi.optimizer
         given = (*args, *kwargs, *kwargs.values())
         if self._same is not None and _are_same(given, self._same[0]):
             return self._same[1:]

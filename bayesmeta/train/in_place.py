@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +33,7 @@ def write_in_place(captured: Captured, outputs: int, targets: Sequence[Tensor], 
     """
     graph = captured.graph.graph
     output = graph.output_node()
-    loss, norm, *rest, held = output.args[0]  # type: ignore[misc]
+    loss, norm, *rest, held = cast(tuple[fx.Node, ...], output.args[0])
     places = [_placeholder(captured, tensor) for tensor in (*targets, *moved)]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
@@ -47,8 +47,9 @@ def write_in_place(captured: Captured, outputs: int, targets: Sequence[Tensor], 
 
     finite = write(aten.logical_and.default, write(aten.isfinite.default, loss), write(aten.isfinite.default, norm))
     sound = write(aten.logical_and.default, finite, write(aten.all.default, held))
-    made = write(aten.logical_and.default, sound, write(aten.ones.default, [], dtype=torch.bool, device=device))
-    made.args[1].meta[_GO] = True
+    go = write(aten.ones.default, [], dtype=torch.bool, device=device)
+    go.meta[_GO] = True
+    made = write(aten.logical_and.default, sound, go)
     for place, new in zip(places, rest[outputs:], strict=False):
         write(aten.copy_.default, place, write(aten.where.self, made, new, place))
     for place, old in zip(places[len(targets) :], before, strict=True):

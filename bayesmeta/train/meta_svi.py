@@ -182,6 +182,28 @@ class MetaSVI:
         self.skipped += 1
         return value
 
+    def run(self, num_steps: int, *args: Any, **kwargs: Any) -> list[float]:
+        """Take steps on the same arguments; returns their losses. As NumPyro's ``SVI.run``.
+
+        With ``compile`` several steps are one graph, which leaves nothing between them to Python: the numbers are those
+        of as many calls of :meth:`step`, to rounding. Compiling it takes several times as long as compiling one step.
+
+        Raises:
+            OptionError: for a number that is not positive.
+            NonFiniteLossError: as :meth:`step`; the steps before it have been made.
+        """
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise OptionError(f"num_steps must be an int ≥ 1, got {num_steps!r}.")
+        begin = len(self.losses)
+        while (left := num_steps - len(self.losses) + begin) > 0:
+            losses = [] if self._compiler is None else self._compiler.run(left, args, kwargs)
+            if losses:
+                self.steps, self._skipped_in_a_row = self.steps + len(losses), 0
+                self.losses += losses
+            else:
+                self.step(*args, **kwargs)
+        return self.losses[begin:]
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss without a gradient step."""
         args, kwargs, tasks = self._arguments(args, kwargs)

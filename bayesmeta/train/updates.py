@@ -35,6 +35,7 @@ class Update:
         self.options = [torch.tensor(self._values(g), dtype=torch.float64, device=device) for g in self._groups()]
         self._last = [self._values(group) for group in self._groups()]
         self._fixed = self._unmoving()
+        self._of = optimizer.state  # loading a state makes another
 
     @staticmethod
     def serves(optimizer: torch.optim.Optimizer) -> bool:
@@ -55,13 +56,13 @@ class Update:
         return [{k: v for k, v in group.items() if k not in left_out} for group in self._groups()]
 
     def refresh(self) -> bool:
-        """Read rates anew; False if an option has changed that is part of the graph."""
+        """Read rates anew; False if an option has changed that is part of the graph, or the state is another."""
         for tensor, group, index in zip(self.options, self._groups(), range(len(self.options)), strict=True):
             values = self._values(group)
             if values != self._last[index]:
                 tensor.copy_(torch.tensor(values, dtype=torch.float64))
                 self._last[index] = values
-        return self._unmoving() == self._fixed
+        return self.optimizer.state is self._of and self._unmoving() == self._fixed
 
     def targets(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that a step changes, in the order of :meth:`values`."""
