@@ -96,6 +96,11 @@ def test_new_data_of_the_same_shape_are_seen(uncompiled):
     assert "1 graph(s)" in svi.compiled
     assert torch.allclose(losses, expected, rtol=1e-11)
     assert torch.allclose(ours, theirs, rtol=1e-11)
+    assert "eager" not in svi.compiled
+    shapes = [data(tasks=n) for n in range(2, 8)]
+    _, _, svi = train("inductor", Trace_ELBO(), make, batches=shapes, steps=13)
+    assert "4 graph(s)" in svi.compiled
+    assert svi.compiled.endswith("4 later steps eager for want of a graph")  # two shapes too many, twice
     once, _, _ = train("off", Trace_ELBO(), make, steps=9)
     assert not torch.allclose(once, expected, rtol=1e-3)
 
@@ -243,6 +248,7 @@ def test_a_condition_that_fails_within_a_block(uncompiled):
     check_same(ours, pair("off", branching))
     block = next(iter(ours[3]._compiler._blocks.values()))
     assert ours[3]._compiler._broken > 0
+    assert f"{ours[3]._compiler._broken} made again eagerly" in ours[3].compiled
     assert ours[3]._compiler._made > 20
     assert len(block.captured.conditions) == len(block.step.captured.conditions)
 

@@ -298,7 +298,8 @@ class _Recorder(TorchDispatchMode):
         self.reads = [read for read in self.reads if self.single.get(read[0].data_ptr(), -1) not in seeds]
         if not self.reads:
             return torch.ones(0, dtype=torch.bool)
-        return torch.stack([(t.detach() == value).reshape(()).cpu() for t, value, _ in self.reads])
+        device = next((t.device for t, _, _ in self.reads if t.device.type != "cpu"), self.reads[0][0].device)
+        return torch.stack([(t.detach() == value).reshape(()).to(device) for t, value, _ in self.reads])
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bayesmeta.errors import CaptureError
 from bayesmeta.train.capture import Captured, capture
 from bayesmeta.train.in_place import write_in_place
+from bayesmeta.train.recorded import record_step
 from bayesmeta.train.updates import Update
 
 #: what a step minimises: its value, and what its gradient is taken of
@@ -33,6 +34,7 @@ class CompiledStep:
         buffers: tensors that the objective may change in place, such as running statistics.
         arguments: tensors that each step brings anew, contiguous and of the same shapes, which the objective uses.
         only_gradient: leave the optimizer's update out of the graph.
+        mode: ``"inductor"``, or ``"cudagraphs"``.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class CompiledStep:
         buffers: Sequence[Tensor] = (),
         arguments: Sequence[Tensor] = (),
         only_gradient: bool = False,
+        mode: str = "inductor",
     ) -> None:
+        self.mode = mode
         self.only_gradient = only_gradient
         self.objective, self.optimizer, self.clip = objective, optimizer, clip
         self.generators, self.buffers, self.arguments = list(generators), list(buffers), list(arguments)
@@ -108,7 +112,11 @@ class CompiledStep:
             CaptureError: when it cannot be compiled, or gives other numbers.
         """
         inputs = captured.inputs(captured.example, self.arguments)
-        call = _inductor(captured.graph, inputs)
+        if self.mode == "cudagraphs":
+            fresh = [i for i, source in enumerate(captured.sources) if source.kept is None]
+            call = record_step(captured.graph, inputs, fresh, [*self.buffers, *self._targets])
+        else:
+            call = _inductor(captured.graph, inputs)
         made = []
         for graph in (captured.graph, call):
             with self._undone([]):
@@ -232,8 +240,8 @@ def _restore(states: Sequence[tuple[torch.Generator, Tensor]], buffers: Sequence
             buffer.copy_(value)
 
 
-#: one piece of memory for what a graph makes on its way, and no look at shapes, which are those that it was made for
-_LEAN = {"memory_planning": True, "memory_pool": "intermediates", "size_asserts": False}
+#: One piece of memory for what a graph makes on its way. Planning it recurses, too deep for graphs of more nodes.
+_ONE_PIECE, _MOST_PLANNED = {"memory_planning": True, "memory_pool": "intermediates"}, 6000
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -246,8 +254,14 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
 
         from bayesmeta.train.products import Products
 
-        # options are patched while it compiles, and are then as they were
-        options = {"cpp_wrapper": on_cpu, "post_grad_custom_pre_pass": Products(), **_LEAN}
+        # options are patched while it compiles, and are then as they were; shapes are those that it is made for
+        options: dict[str, Any] = {
+            "cpp_wrapper": on_cpu,
+            "post_grad_custom_pre_pass": Products(),
+            "size_asserts": False,
+        }
+        if on_cpu and len(graph.graph.nodes) <= _MOST_PLANNED:
+            options |= _ONE_PIECE
         try:
             return inductor(graph, list(inputs), options=options)
         except Exception as error:

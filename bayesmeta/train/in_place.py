@@ -46,7 +46,7 @@ def write_in_place(captured: Captured, outputs: int, targets: Sequence[Tensor], 
             return graph.call_function(op, args, kwargs)
 
     finite = write(aten.logical_and.default, write(aten.isfinite.default, loss), write(aten.isfinite.default, norm))
-    sound = write(aten.logical_and.default, finite, write(aten.all.default, held))
+    sound = write(aten.logical_and.default, finite, write(aten.all.default, held)) if captured.conditions else finite
     go = write(aten.ones.default, [], dtype=torch.bool, device=device)
     go.meta[_GO] = True
     made = write(aten.logical_and.default, sound, go)

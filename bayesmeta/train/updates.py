@@ -31,6 +31,9 @@ class Update:
         self.optimizer = optimizer
         self.moving = _MOVING[type(optimizer)]
         device = optimizer.param_groups[0]["params"][0].device
+        if device.type != "cpu":  # torch counts steps on the CPU, and takes a count that is elsewhere as well
+            for state in optimizer.state.values():
+                state.update({name: t.to(device) for name, t in state.items() if name == "step"})
         #: the options that may change, one vector a group; inputs of the graph
         self.options = [torch.tensor(self._values(g), dtype=torch.float64, device=device) for g in self._groups()]
         self._last = [self._values(group) for group in self._groups()]
