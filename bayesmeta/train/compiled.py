@@ -250,7 +250,10 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # torch's own, of parts of it that inductor uses
             warnings.simplefilter("ignore", kind)
+        from torch._guards import TracingContext, tracing
         from torch._inductor import compile as inductor
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         from bayesmeta.train.products import Products
 
@@ -262,8 +265,12 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         }
         if on_cpu and len(graph.graph.nodes) <= _MOST_PLANNED:
             options |= _ONE_PIECE
+        # without shapes of its own, though all are fixed, the compiler does not keep what it made for the next process
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
         try:
-            return inductor(graph, list(inputs), options=options)
+            # a second cache, which cannot hold a captured graph and says so at length
+            with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
+                return inductor(graph, list(inputs), options=options)
         except Exception as error:
             line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
             raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error
