@@ -87,6 +87,10 @@ class DeviceMemoryError(BayesMetaError):
         return type(self), (str(self), self.chunk)  # so that it comes back from a worker process
 
 
+class WorkerError(BayesMetaError):
+    """A process that draws batches ahead died, or what it ran failed; the message says at which batch."""
+
+
 class CaptureError(BayesMetaError):
     """A function cannot be recorded as one graph; the message names the line. Training then goes on without."""
 

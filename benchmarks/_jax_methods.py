@@ -9,6 +9,7 @@ batch and noise in the first npz file, under our names; ``{"block": n}`` the CPU
 
 # mypy: ignore-errors
 # (it runs in the peers' environment, which has what it imports)
+import itertools
 import json
 import math
 import sys
@@ -39,7 +40,7 @@ def normal_log_prob(y, loc, scale):
 
 def shapes_of(sizes):
     """Weights and biases in the order in which they lie in our flat vector."""
-    return [((o, i), (o,)) for i, o in zip(sizes[:-1], sizes[1:])]
+    return [((o, i), (o,)) for i, o in itertools.pairwise(sizes)]
 
 
 def split(vector, sizes):
@@ -195,7 +196,7 @@ class Bmaml(Method):
         again = self.climb(constant(start), prior, x, y, self.steps)
         each = jax.vmap(self.log_likelihood, (0, None, None))(split(again, self.sizes), query_x, query_y)
         predictive = math.log(self.particles) - jax.nn.logsumexp(each)
-        return distance + predictive - constant(predictive)
+        return distance + (predictive - constant(predictive))
 
 
 class LastLayer(Method):

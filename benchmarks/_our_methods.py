@@ -193,13 +193,12 @@ class Ours:
 def main() -> None:
     """Answer lines of JSON until there are no more."""
     given = json.loads(sys.argv[1])
-    # what a compiler prints goes elsewhere
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     torch.set_num_threads(1)
     ours = Ours(CASES[given["case"]], Race(), given["seed"])
-    for line in sys.stdin:
-        print(json.dumps(ours.answer(json.loads(line))), file=answers, flush=True)
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a compiler prints goes elsewhere
+        for line in sys.stdin:
+            print(json.dumps(ours.answer(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import traceback
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +26,10 @@ from torch import nn
 from tqdm import tqdm
 
 import bayesmeta as bm
+from bayesmeta.tabular import evaluate as evaluation
+from bayesmeta.tabular.fit import fit_csv
 from bayesmeta.train import checkpoint
-from bayesmeta.train.distributed import Group, digest
+from bayesmeta.train.distributed import Group, Ranks, digest
 from bayesmeta.train.fit import fit
 
 TASKS = bm.tasks.Sinusoid(noise=0.1)
@@ -98,14 +101,18 @@ class Padded:
         return replace(batch, task_id=torch.where(real, torch.arange(num_tasks), -1))
 
 
-def ragged_table(seed=0):
+def frame(tasks=20, seed=0):
     numbers = torch.Generator().manual_seed(seed)
     rows = []
-    for task in range(20):
+    for task in range(tasks):
         for _ in range(int(torch.randint(7, 15, (), generator=numbers))):
             x = float(torch.randn((), generator=numbers))
             rows.append({"task": f"t{task}", "x": x, "y": task / 10 * x + float(torch.randn((), generator=numbers))})
-    return bm.tasks.TableTasks.from_dataframe(pd.DataFrame(rows), task="task", x=["x"], y="y")
+    return pd.DataFrame(rows)
+
+
+def ragged_table(seed=0):
+    return bm.tasks.TableTasks.from_dataframe(frame(seed=seed), task="task", x=["x"], y="y")
 
 
 def apart(a, b):
@@ -189,7 +196,12 @@ def make_state(make, options):
 def first_weights(folder):
     """Each rank starts elsewhere: the run is that of rank 0's start. And what comes of it without the broadcast."""
     rank = int(os.environ["RANK"])
-    method, expected = maml(seed=rank), maml(seed=0)
+    method, expected, kinds = maml(seed=rank), maml(seed=0), Own()
+    kinds.register_buffer("yes", torch.tensor([rank == 0, True]))
+    kinds.register_buffer("count", torch.arange(4).view(2, 2).t() + rank)
+    kinds.register_buffer("short", torch.full((3,), 1.0 + rank, dtype=torch.bfloat16))
+    kinds.register_buffer("none", torch.zeros(0))
+    train(kinds, steps=1)
     train(method)
     train(expected, 8, distributed="off")
     kept, Group.broadcast = Group.broadcast, lambda self, tensors: None
@@ -201,13 +213,14 @@ def first_weights(folder):
     return {
         "theta": apart(method.state_dict(), expected.state_dict()),
         "digest": digest(list(method.parameters())),
+        "buffers": [b.tolist() for b in (kinds.yes, kinds.count, kinds.short, kinds.none)],
         "without": apart(broken.state_dict(), expected.state_dict()),
         "digest_without": digest(list(broken.parameters())),
     }
 
 
 def ddp_around(folder):
-    """Why not DistributedDataParallel: around the network of an inner loop it leaves the ranks' gradients as they are."""
+    """DistributedDataParallel around the network of an inner loop leaves the ranks' gradients as they are."""
     rank = int(os.environ["RANK"])
     torch.manual_seed(0)
     network = nn.Linear(1, 1)
@@ -288,7 +301,7 @@ def failures(folder):
         "prepare": caught(lambda: train(prepared)),
         "folder": caught(lambda: train(Own(), out=broken)),
         "score": caught(lambda: train(Own(), validate_with=lambda *_: _refuse(None) if rank else 1.0, **scored)),
-        "optimizer": caught(lambda: train(Own(), optimizer=lambda p: _refuse(None) if rank else torch.optim.SGD(p, 1.0))),
+        "optimizer": caught(lambda: train(Own(), optimizer=_refuse if rank else torch.optim.SGD)),
         "memory": caught(lambda: train(on_rank(1, _out_of_memory))),
     }  # fmt: skip
 
@@ -344,7 +357,7 @@ def stops(folder):
     found = {}
     for name, on, number in (("term", 1, signal.SIGTERM), ("int", 0, signal.SIGINT)):
         out = folder / name
-        error = caught(lambda: train(stop_at(4, on, number), out=out, steps=30, log_every=2))
+        error = caught(partial(train, stop_at(4, on, number), out=out, steps=30, log_every=2))
         found[name] = {"error": error, "step": checkpoint.load(out / "checkpoint.pt")["step"]}
         found[name]["files"] = sorted(path.name for path in out.iterdir())
         found[name]["log"] = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
@@ -400,20 +413,70 @@ def other_size(folder):
     return found
 
 
+# -- tables, compiled steps -----------------------------------------------------------------------------------------
+
+
+def evaluate(folder):
+    """Scores by two ranks and by one; ABML draws them. Pieces are small, so that there is something to share."""
+    options = {"task": "task", "x": ["x"], "y": ["y"], "method": "abml", "hidden": [4], "device": "cpu"}
+    frame(40).to_csv(folder / "data.csv", index=False) if os.environ["RANK"] == "0" else None
+    torch.distributed.barrier()
+    said, scored = [], []
+    fit_csv(
+        folder / "data.csv", folder / "run", **options, steps=4, holdout=0.5, progress=False, say=lambda text: None
+    )  # fmt: skip
+    torch.distributed.barrier()  # rank 0 has written what is read next
+    table_scores = evaluation.scores
+
+    def counted(posterior, batch, **kw):
+        scored.append(batch.num_tasks)
+        return table_scores(posterior, batch, **kw)
+
+    evaluation._PIECE, evaluation.scores = 8, counted
+    two = evaluation.evaluate_csv(
+        folder / "run", folder / "data.csv", out=folder / "two.json", device="cpu", say=said.append
+    )  # fmt: skip
+    count = sum(scored) // 3  # ABML and two baselines
+    evaluation.join = lambda mode, device: Ranks(device)
+    place = folder / f"one{os.environ['RANK']}.json"
+    one = evaluation.evaluate_csv(folder / "run", folder / "data.csv", out=place, device="cpu", say=said.__contains__)
+    return {"two": two, "one": one, "scored": count, "said": len(said)}
+
+
+def compiled(folder):
+    """Compiled steps of two ranks: tasks drawn in the graph, and before it with some padding; noise of their own."""
+    found = {"reports": []}
+    for name, tasks in (("theta", TASKS), ("padding", Padded())):
+        two, one = maml(), maml()
+        found["reports"].append(train(two, 4, tasks=tasks, compile="inductor").compiled)
+        train(one, 8, tasks=tasks, distributed="off")
+        found[name] = apart(two.state_dict(), one.state_dict())
+    two, eager = abml(), abml()
+    options = {"optimizer": lambda p: torch.optim.Adam(p, 1e-2)}
+    found["reports"].append(train(two, compile="inductor", **options).compiled)
+    train(eager, **options)
+    found["noise"] = apart(two.state_dict(), eager.state_dict())
+    found["digest"] = digest(list(two.parameters()))
+    return found
+
+
 # -- processes ------------------------------------------------------------------------------------------------------
 
 CHECKS = [
     equal, first_weights, ddp_around, shards, layers, no_gradient, failures, differences, come_apart, stops, resumes,
-    other_size,
+    other_size, evaluate, compiled,
 ]  # fmt: skip
+
+
+def environment(rank, port):
+    """What torchrun says to a rank of two."""
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
 
 
 def rank_of(rank, port, folder, checks):
     """One rank: goes through all checks; what goes wrong in one ends it, since the ranks are no longer in step."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(environment(rank, port))
     with open(folder / f"rank{rank}.jsonl", "w") as file:
         for check in checks:
             place = folder / check.__name__
@@ -438,7 +501,7 @@ def free_port():
 def main(folder, names):
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread of its own
-    checks = [c for c in CHECKS if not names or c.__name__ in names]
+    checks = [c for c in CHECKS if c.__name__ in (names or [c.__name__ for c in CHECKS if c is not compiled])]
     train(maml(), steps=1, distributed="off")  # imports what is imported on first use
     port, ranks = free_port(), []
     for rank in range(2):

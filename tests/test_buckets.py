@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import bayesmeta as bm
 from bayesmeta.errors import CompileWarning, UnsupportedError
 from bayesmeta.train import buckets as room
 from bayesmeta.train.buckets import Buckets, Shape, choose, difference, fitting, pad_tasks
-from bayesmeta.train.compiling import MOST_GRAPHS, flatten
+from bayesmeta.train.compiling import MOST_GRAPHS
 from tests.test_compile import off
 from tests.test_contract import METHODS, on_network, ragged_batch, sinusoids, stir
 
@@ -123,3 +124,169 @@ def test_padded_shots_change_neither_loss_nor_gradient(name):
         assert "noise for each observation" in reason
     else:
         assert reason is None
+
+
+@pytest.mark.parametrize("name", ["maml", "last_layer", "deep_kernel", "amortised", "reptile", "abml", "versa"])
+def test_padding_tasks(name):
+    """Harmless but for methods that draw noise for each task, which are found out."""
+    batch = ragged_batch()
+    reason = harm(name, batch, pad_tasks(batch, 8))
+    assert (reason is None) == (name in ("maml", "last_layer", "deep_kernel", "reptile"))
+
+
+def test_a_loss_that_minds_padding_is_found_out():
+    """A mean over all rows, masked or not; and one that reads what is there."""
+    batch, weight = ragged_batch(), torch.ones((), dtype=F64, requires_grad=True)
+    padded = Buckets([Shape.of(batch), Shape(5, 9, 8, (True, True))], 1).pad(batch)
+    careful = lambda b: (weight * b.query.x[b.query.mask].mean(),) * 2  # noqa: E731
+    careless = lambda b: (weight * b.query.x.mean(),) * 2  # noqa: E731
+    assert difference(careful, batch, padded, [weight], []) is None
+    assert "padding moves the loss" in difference(careless, batch, padded, [weight], [])
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------
+
+
+class Ragged:
+    """Sinusoids whose query, and on demand support and number of tasks, differ from step to step."""
+
+    num_tasks = None
+
+    def __init__(self, support=False, tasks=False):
+        self.support, self.tasks = support, tasks
+
+    def sample(self, num_tasks, *, support, query, generator=None):
+        pick = torch.randint(1000, (3,), generator=generator).tolist()
+        more = pick[1] % 5 if self.support else 0
+        fewer = pick[2] % 2 if self.tasks else 0
+        points = bm.tasks.Sinusoid(noise=0.1)
+        batch = points.sample(num_tasks - fewer, support=support + more, query=2 + pick[0] % 13, generator=generator)
+        real = torch.arange(batch.query.shots) < torch.randint(1, 15, (batch.num_tasks, 1), generator=generator)
+        query = bm.Observations(batch.query.x, batch.query.y, real) if pick[0] % 3 else batch.query
+        return bm.TaskBatch(batch.support, query)
+
+
+def run(name, tasks, **options):
+    method = on_network(name, F64)
+    defaults = {"steps": 9, "tasks_per_step": 4, "progress": False, "device": "cpu", "log_every": 1, "dtype": F64}
+    result = bm.fit(method, tasks, **(defaults | options))
+    return result, torch.cat([p.detach().flatten() for p in method.parameters()])
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """The compilers of the runs in the test."""
+    from bayesmeta.train import fit
+
+    made = []
+
+    class Remembered(fit.Compiler):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(fit, "Compiler", Remembered)
+    return made
+
+
+def fertility_table():
+    return bm.tasks.fertility_split(0).train
+
+
+CASES = {
+    "query": ("maml", Ragged, {}),
+    "query and support": ("maml", lambda: Ragged(support=True), {}),
+    "tasks too": ("maml", lambda: Ragged(support=True, tasks=True), {}),
+    "tasks of their own": ("mr_maml_weights", lambda: Ragged(tasks=True), {}),
+    "closed form": ("last_layer", Ragged, {}),
+    "random contexts": ("conditional_neural_process", Ragged, {}),
+    "a table": ("maml", fertility_table, {"query": None, "tasks_per_step": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_ragged_run_is_that_of_eager_steps_with_few_graphs(case, compilers, uncompiled):
+    name, tasks, options = CASES[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if case != "tasks of their own" else "ignore", CompileWarning)
+        found, ours = run(name, tasks(), compile="inductor", **options)
+    expected, theirs = run(name, tasks(), **options)
+    compiler = compilers[0]
+    assert off(ours, theirs) < 1e-10
+    assert [e["loss"] for e in found.history] == pytest.approx([e["loss"] for e in expected.history], rel=1e-10)
+    assert compiler._made == 8  # all steps but the first
+    assert len(compiler.graphs) <= MOST_GRAPHS
+    assert len(compiler.graphs) <= compiler.buckets.most * (2 if case == "tasks of their own" else 1)
+    assert 1 <= compiler.buckets.most <= MOST_GRAPHS
+
+
+def test_without_buckets_the_same_run_is_mostly_eager(compilers, uncompiled, monkeypatch):
+    """The control of the test above: the shapes do differ."""
+    monkeypatch.setattr("bayesmeta.train.compiling.learn", lambda *given: (Buckets(), None))
+    monkeypatch.setattr("bayesmeta.train.compiling.MOST_GRAPHS", 2)
+    run("maml", Ragged(), compile="inductor")
+    assert len(compilers[0].graphs) == 2
+    assert compilers[0]._made < 8
+
+
+def test_noise_of_points_is_said_and_the_run_is_still_that_of_eager_steps(compilers, uncompiled):
+    with pytest.warns(CompileWarning, match="not all that differs.*noise for each observation"):
+        _, ours = run("mr_maml_activations", Ragged(), compile="inductor", steps=3)
+    _, theirs = run("mr_maml_activations", Ragged(), steps=3)
+    assert off(ours, theirs) < 1e-10
+    assert not compilers[0].buckets.sizes
+
+
+def test_a_method_that_refuses_masks_is_said(uncompiled):
+    class Refuses(bm.MAML):
+        def _task_loss(self, batch, theta, generator):
+            if batch.query.mask is not None:
+                raise UnsupportedError("no masks here")
+            return super()._task_loss(batch, theta, generator)
+
+    class Whole(Ragged):
+        def sample(self, num_tasks, **options):
+            batch = super().sample(num_tasks, **options)
+            return bm.TaskBatch(batch.support, bm.Observations(batch.query.x, batch.query.y))
+
+    model = on_network("maml", F64).program
+    with pytest.warns(CompileWarning, match="no masks here"):
+        bm.fit(Refuses(model), Whole(), steps=4, progress=False, device="cpu", dtype=F64, compile="inductor")
+
+
+@pytest.mark.parametrize(("name", "varies"), [("abml", False), ("abml", True), ("maml", True)])
+def test_looking_at_batches_moves_nothing(name, varies):
+    """Neither the generator nor the noise; and where padding tasks would do harm, shots alone are padded."""
+    method, tasks = on_network(name, F64), Ragged(tasks=varies)
+    generator = torch.Generator().manual_seed(1)
+
+    def sample(other):
+        return tasks.sample(4, support=3, query=3, generator=other).to(dtype=F64)
+
+    method.prepare(sample(generator))
+    state, shared = generator.get_state(), torch.get_rng_state()
+    loop = SimpleNamespace(
+        device=torch.device("cpu"),
+        plan=SimpleNamespace(seed=0),
+        sample=sample,
+        generator=generator,
+        noise=generator,
+        method=method,
+        parameters=[p for p in method.parameters() if p.requires_grad],
+    )
+    found, reason = room.learn(loop, lambda b: (method.loss(b, generator=generator),) * 2, MOST_GRAPHS)
+    assert torch.equal(generator.get_state(), state)
+    assert torch.equal(torch.get_rng_state(), shared)
+    assert "query" in found.sizes
+    assert ("tasks" in found.sizes) == (varies and name == "maml")
+    assert (reason is not None) == (varies and name == "abml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_compiled_by_inductor(dtype, compilers):
+    options = {"query": None, "tasks_per_step": 2, "dtype": dtype, "steps": 30}
+    _, ours = run("maml", fertility_table(), compile="inductor", **options)
+    _, theirs = run("maml", fertility_table(), **options)
+    assert compilers[0]._made == 29
+    assert off(ours, theirs) < (1e-4 if dtype == torch.float32 else 1e-10)

@@ -1,5 +1,6 @@
 """Functions as graphs: the numbers are those of the function itself, and what cannot be a graph says so."""
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -120,6 +121,23 @@ def test_a_drawn_number_that_leaves_the_graph_is_no_constant():
     assert given[-1].tolist() == [False]
     assert not torch.equal(given[0], expected[0])
     assert "was read back" in captured.conditions[0]
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy, np.asarray])
+def test_numbers_read_as_a_whole_are_a_condition(read):
+    """They pass torch's dispatch by; of what stays the same they may be part of the graph."""
+    generator = torch.Generator().manual_seed(0)
+    captured, given, expected, moved = same_again(
+        lambda: [torch.ones(2) * read(torch.rand(2, generator=generator))[1]], [generator]
+    )
+    assert moved
+    assert given[-1].tolist() == [False]
+    assert not torch.equal(given[0], expected[0])
+    assert "test_capture.py, line" in captured.conditions[0]
+    constant = torch.arange(3.0)
+    _, given, expected, _ = same_again(lambda: [torch.rand(2, generator=generator) * read(constant)[2]], [generator])
+    assert given[-1].tolist() == [True]
+    assert torch.equal(given[0], expected[0])
 
 
 def lasting():

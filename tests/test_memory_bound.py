@@ -198,7 +198,7 @@ def test_fifty_inner_steps_take_fewer_tasks_at_a_time_unless_recomputed(peaks):
 
 
 def test_bounds_that_cannot_be_met_or_read():
-    with pytest.raises(errors.OptionError, match="with one task at a time .of which the 30 tasks"):
+    with pytest.raises(errors.OptionError, match=r"with one task at a time \(of which the 30 tasks"):
         train(maml(), 1, tasks_per_step=30, memory="4KiB")
     with pytest.raises(errors.OptionError, match="picks the chunk, and chunk=5 is given too"):
         train(maml(), 1, memory="1GiB", chunk=5)

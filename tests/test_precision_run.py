@@ -131,11 +131,12 @@ def test_modules_are_as_they_were_also_after_an_error():
     method = make()
     layers = [m for m in method.modules() if isinstance(m, nn.Linear)]
     assert layers
-    with pytest.raises(ValueError, match="stop"), lowered(method):
+    with lowered(method):
         assert all("forward" in layer.__dict__ for layer in layers)
         twin = copy.deepcopy(layers[0])
         assert twin.forward.__self__ is twin, "a copy computes with its own weights"
-        raise ValueError("stop")
+    with pytest.raises(RuntimeError, match="shapes"), lowered(method):
+        layers[0](torch.ones(2, 77))
     assert not any("forward" in m.__dict__ for m in method.modules())
     assert in_bfloat16(torch.mm, torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
@@ -144,9 +145,11 @@ def test_modules_are_as_they_were_also_after_an_error():
 def test_tf32_is_set_inside_alone():
     settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
     before = [s.fp32_precision for s in settings]
-    with pytest.raises(ValueError, match="stop"), in_precision("tf32"):
+    with in_precision("tf32"):
         assert [s.fp32_precision for s in settings] == ["tf32", "tf32"]
-        raise ValueError("stop")
+    assert [s.fp32_precision for s in settings] == before
+    with pytest.raises(RuntimeError), in_precision("tf32"):
+        torch.ones(2, 2) @ torch.ones(3, 3)
     assert [s.fp32_precision for s in settings] == before
     with in_precision("float32"):
         assert [s.fp32_precision for s in settings] == before
@@ -219,10 +222,10 @@ def test_validation_is_in_the_precision_too_and_memory_counts_it():
         precision="bf16",
     )
     assert 0 < abs(wide.best_validation - lower.best_validation) < ROUNDING * abs(wide.best_validation)
-    big = {"tasks_per_step": 200, "memory": 300 * 2**10}
+    big = {"tasks_per_step": 200, "memory": 200 * 2**10}
     chunks = [train(make("maml"), 1, precision=p, **big).chunk for p in ("float32", "bf16")]
     assert None not in chunks
-    assert chunks[0] != chunks[1]
+    assert chunks[1] > 1.5 * chunks[0], "what is kept for the way back is half as wide"
 
 
 def test_a_run_is_resumed_in_its_own_precision(tmp_path):
@@ -251,7 +254,7 @@ def test_precisions_that_are_refused():
         train(make(), 1, precision="half")
     with pytest.raises(errors.OptionError, match="would change nothing on 'cpu'"):
         train(make(), 1, precision="tf32")
-    with pytest.raises(errors.OptionError, match="parameters of float64. Use dtype=torch.float32"):
+    with pytest.raises(errors.OptionError, match=r"parameters of float64\. Use dtype=torch\.float32"):
         train(make(), 1, precision="bf16", dtype=torch.float64)
     with pytest.raises(errors.OptionError, match="none was found in what is trained"):
         train(bm.MAML(TwoSites()), 1, precision="bf16")

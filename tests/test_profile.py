@@ -20,7 +20,7 @@ from bayesmeta.train.trace import Operation, Trace, read, without_noise
 from tests.programs import TwoSites
 
 TASKS = bm.tasks.Sinusoid(noise=0.1)
-SLEEP = 0.02
+SLEEP = 0.015
 MB = 10**6
 
 
@@ -86,7 +86,7 @@ def in_stage(stage):
     """A sleep in one stage of each step."""
     tasks = SlowTasks() if stage == "draw" else TASKS
     optimizer = SlowAdam if stage == "update" else torch.optim.Adam
-    return measure(Line(stage), tasks, optimizer=lambda p: optimizer(p, 1e-3))
+    return measure(Line(stage), tasks, steps=2, optimizer=lambda p: optimizer(p, 1e-3))
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -98,10 +98,26 @@ def test_a_sleep_is_found_in_its_stage_and_in_no_other(stage):
     assert eager[stage].seconds >= 0.99 * SLEEP
     assert eager.share(stage) > 0.7
     assert all(eager.share(other.name) < 0.2 for other in eager.stages if other.name != stage)
-    # the stages add up to a step that has no clock in it
+    assert eager.seconds >= SLEEP  # also where no clock was in it
+
+
+def test_stages_add_up_to_the_step(monkeypatch):
+    pairs, step = [], Stages.step
+
+    def timed(self):
+        begin = time.perf_counter()
+        spent = step(self)
+        if not self.annotate:
+            pairs.append((time.perf_counter() - begin, sum(spent.values())))
+        return spent
+
+    monkeypatch.setattr(Stages, "step", timed)
+    eager = in_stage("loss").eager
+    assert len(pairs) >= 2
+    assert all(parts <= whole for whole, parts in pairs)
+    assert min((whole - parts) / whole for whole, parts in pairs) < 0.02
     assert eager.timed_seconds == pytest.approx(sum(s.seconds for s in eager.stages))
-    assert eager.timed_seconds == pytest.approx(eager.seconds, rel=0.1)
-    assert eager.seconds >= SLEEP
+    assert abs(eager.timed_seconds - eager.seconds) < 0.5 * SLEEP  # a step with clocks is one without
 
 
 def test_the_clocks_are_off_again_also_after_an_error():
@@ -128,7 +144,6 @@ def test_the_clocks_are_off_again_also_after_an_error():
     loop = Loop()
     before, of_method = dict(vars(loop)), dict(vars(loop.method))
     with pytest.raises(ValueError, match="no"), Stages(loop) as stages:
-        assert loop.sample() == 1
         stages.step()
     assert vars(loop) == before
     assert vars(loop.method) == of_method
@@ -183,11 +198,11 @@ class Product(torch.nn.Module):
         pass
 
     def loss(self, batch, *, generator=None):
-        return (torch.ones(5, 8) @ self.weight).square().mean()
+        return (torch.ones(5, 8, dtype=torch.float64) @ self.weight).square().mean()
 
 
 def test_floating_point_operations_and_what_is_held():
-    found = measure(Product(), dtype=torch.float64)
+    found = measure(Product().double())
     assert found.flops == 2 * (2 * 5 * 8 * 8)  # forward, and the gradient of the weight
     held = {"parameters": 512, "buffers": 0, "gradients": 512, "optimizer": 2 * 512 + 4}
     assert found.held_bytes == held
@@ -279,7 +294,7 @@ def test_what_cannot_be_profiled_is_refused(tmp_path):
     for error, match, options in cases:
         with pytest.raises(error, match=match):
             measure(method, **options)
-    assert float(method.slope) == pytest.approx(0.3)
+    assert method.slope.item() == pytest.approx(0.3)
 
 
 def test_a_method_that_cannot_be_copied_is_refused():
@@ -422,9 +437,8 @@ def test_times_are_those_of_steps_without_interruption(tmp_path):
 def test_the_profilers_own_words_are_kept_off_the_screen_and_no_others(capfd):
     import os
 
-    with pytest.raises(ValueError, match="through"), without_noise():
+    with without_noise():
         os.write(2, b"USDT:2026 profiler_start\nsomething else\n")
-        raise ValueError("through")
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "something else\nafter\n"
 

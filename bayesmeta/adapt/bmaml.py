@@ -217,10 +217,10 @@ class BMAML(Method):
         (slope,) = torch.autograd.grad(distance.sum(), first, retain_graph=others)
         # a loss of this value and, in the starts, of this slope
         line = (start * slope.squeeze(1)).sum((0, -1))
-        loss = distance.detach() + line - line.detach()
+        loss = distance.detach() + (line - line.detach())  # 0 first: the distance may be far smaller
         if others:  # from starts without a graph: the rest of θ alone
             rest = self._predictive(u, batch, theta)
-            loss = loss + rest - rest.detach()
+            loss = loss + (rest - rest.detach())
         return loss
 
     def _predictive(self, u: Tensor, batch: TaskBatch, theta: Tensor | None) -> Tensor:

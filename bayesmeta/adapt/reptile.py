@@ -112,7 +112,7 @@ class Reptile(GradientMethod):
         # the rest of θ follows the query's loss where the support leads; its value is taken off again
         u = self._steps(batch.support, fixed, create_graph=False).detach()
         rest = self._query_loss(u, batch, theta)
-        return distance + rest - rest.detach()
+        return distance + (rest - rest.detach())
 
     def _has_more_than_a_start(self) -> bool:
         start = {id(self.start)} if self.start is not None else {id(p) for p in self.program.start_parameters()}

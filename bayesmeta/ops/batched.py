@@ -106,8 +106,24 @@ class BatchedMLP(BatchedModule):
             else:
                 shared = module.bias if bias is None else bias.unsqueeze(-2)
                 assert isinstance(shared, Tensor)
-                h = torch.baddbmm(shared, h, weight.mT)
+                h = affine(shared, h, weight)
         return h
+
+
+def affine(bias: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """h Wᵀ + bias, row by row.
+
+    Args:
+        bias: broadcastable to the result.
+        h: ``[rows, shots, in]``.
+        weight: ``[rows, out, in]``.
+
+    Returns:
+        ``[rows, shots, out]``.
+    """
+    if h.shape[-1] == 1:  # an outer product, for which a batched matrix product takes several times as long
+        return torch.addcmul(bias, h, weight.mT)
+    return torch.baddbmm(bias, h, weight.mT)
 
 
 def _repeat_rows(h: Tensor, rows: int) -> Tensor:

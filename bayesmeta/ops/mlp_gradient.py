@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bayesmeta.ops.batched import FlatParameters, is_plain_mlp
+from bayesmeta.ops.batched import FlatParameters, affine, is_plain_mlp
 
 # f'(a) t or f''(a) t as a function of h = f(a), which is all that is kept, and t.
 _Slope = Callable[[Tensor, Tensor], Tensor]
@@ -106,15 +106,15 @@ class _Gradient(torch.autograd.Function):
         layers, last = net.layers(phi), len(net.shapes) - 1
         hidden = [x]
         for index, (w, b) in enumerate(layers):
-            a = torch.baddbmm(b, hidden[-1], w.mT)
+            a = affine(b, hidden[-1], w)
             hidden.append(a if index == last else net.activations[index].apply(a))
         delta = (y - hidden.pop()) * weight
         deltas, parts = [], []
         for index in range(last, -1, -1):
             deltas.append(delta)
-            parts.append((torch.bmm(delta.mT, hidden[index]), delta.sum(-2)))
+            parts.append((_weight_gradient(delta, hidden[index]), delta.sum(-2)))
             if index:
-                delta = net.activations[index - 1].slope(hidden[index], torch.bmm(delta, layers[index][0]))
+                delta = net.activations[index - 1].slope(hidden[index], _below(delta, layers[index][0]))
         ctx.save_for_backward(phi, weight, *hidden, *reversed(deltas))
         ctx.net = net
         return net.pack(parts[::-1])
@@ -131,7 +131,7 @@ class _Gradient(torch.autograd.Function):
         a_dots: list[Tensor] = []
         hidden_dots: list[Tensor] = []  # of hidden[1], hidden[2], …; the input does not move
         for index in range(count):
-            a_dot = torch.baddbmm(along[index][1], hidden[index], along[index][0].mT)
+            a_dot = affine(along[index][1], hidden[index], along[index][0])
             if index:
                 a_dot.baddbmm_(hidden_dots[-1], layers[index][0].mT)
             a_dots.append(a_dot)
@@ -140,13 +140,25 @@ class _Gradient(torch.autograd.Function):
         delta_dot = -weight * a_dots[-1]
         parts = []
         for index in range(count - 1, -1, -1):
-            w_dot = torch.bmm(delta_dot.mT, hidden[index])
+            w_dot = _weight_gradient(delta_dot, hidden[index])
             if index:
                 w_dot.baddbmm_(deltas[index].mT, hidden_dots[index - 1])
             parts.append((w_dot, delta_dot.sum(-2)))
             if index:
                 delta_dot = _delta_dot(net, index, hidden, deltas, a_dots, layers, along, delta_dot)
         return net.pack(parts[::-1]), None, None, None, None
+
+
+def _weight_gradient(delta: Tensor, hidden: Tensor) -> Tensor:
+    """Σ over shots of δ hᵀ, ``[rows, out, in]``."""
+    if hidden.shape[-1] == 1:  # a batched product is several times faster with one row than with one column
+        return torch.bmm(hidden.mT, delta).mT
+    return torch.bmm(delta.mT, hidden)
+
+
+def _below(delta: Tensor, weight: Tensor) -> Tensor:
+    """δ W, ``[rows, shots, in]``."""
+    return delta * weight if delta.shape[-1] == 1 else torch.bmm(delta, weight)
 
 
 def _delta_dot(
@@ -161,9 +173,9 @@ def _delta_dot(
 ) -> Tensor:
     """Derivative of the back-propagated error of the layer below ``index``."""
     activation = net.activations[index - 1]
-    back = torch.bmm(deltas[index], along[index][0]).baddbmm_(delta_dot, layers[index][0])
+    back = affine(_below(deltas[index], along[index][0]), delta_dot, layers[index][0].mT)
     below = activation.slope(hidden[index], back)
     if activation.curvature is not None:
-        error = torch.bmm(deltas[index], layers[index][0])
+        error = _below(deltas[index], layers[index][0])
         below = below + activation.curvature(hidden[index], error) * a_dots[index - 1]
     return below

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -50,12 +51,18 @@ class VariedSupports:
 
     def sample(self, num_tasks: int, *, support: int, query: int | None, generator: Seed = None) -> TaskBatch:
         """Draw a batch on the generator's device; ``support`` is the largest size."""
+        return self.sample_part(slice, num_tasks, support=support, query=query, generator=generator)
+
+    def sample_part(
+        self, part: Callable[[int], slice], num_tasks: int, *, support: int, query: int | None, generator: Seed = None
+    ) -> TaskBatch:
+        """Some tasks of such a batch; see :meth:`TableTasks.sample_part`."""
         generator = as_generator(generator, stream="tasks")
         eligible = self._eligible.setdefault(support, _Eligible(self.table, support))
         size = int(torch.randint(eligible.most + 1, (), generator=generator, device=generator.device))
         table, rows = eligible.tables[size], eligible.rows[size]
         count = min(num_tasks, table.num_tasks) if num_tasks <= self.num_tasks else num_tasks
-        batch = table.sample(count, support=size, query=query, generator=generator)
+        batch = table.sample_part(part, count, support=size, query=query, generator=generator)
         assert batch.task_id is not None
         return replace(batch, task_id=rows.to(batch.task_id.device)[batch.task_id], population=self.num_tasks)
 

@@ -7,6 +7,7 @@ from bayesmeta.tasks.gp import GPTasks
 from bayesmeta.tasks.images import ImageClasses
 from bayesmeta.tasks.linear import LinearGaussian
 from bayesmeta.tasks.pending import to_predict
+from bayesmeta.tasks.prefetch import Prefetch
 from bayesmeta.tasks.schema import TableSchema
 from bayesmeta.tasks.sine_or_line import SineOrLine
 from bayesmeta.tasks.sinusoid import ChallengingSinusoid, NonMutuallyExclusiveSinusoid, Sinusoid
@@ -21,6 +22,7 @@ __all__ = [
     "ImageClasses",
     "LinearGaussian",
     "NonMutuallyExclusiveSinusoid",
+    "Prefetch",
     "SineOrLine",
     "Sinusoid",
     "TableSchema",

@@ -44,6 +44,9 @@ def draw(
         The support ``[tasks, support]``, sorted; the query ``[tasks, width]``, of which the first
         ``length − support`` entries of a task are real and the others of no use.
     """
+    if order == "first" and not shuffle:  # nothing is drawn
+        position = torch.arange(support + width, device=generator.device).expand(len(lengths), -1)
+        return position[:, :support], position[:, support:]
     padded = len(lengths) * max(lengths) <= _PADDING * sum(lengths)
     keys = (_PaddedKeys if padded else _FlatKeys)(lengths, generator)
     key = keys.in_order if order == "first" else keys.random()

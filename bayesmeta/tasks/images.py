@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -216,6 +216,17 @@ class ImageClasses:
             OptionError: for numbers out of range, or that are no multiple of ``ways``.
             EmptyTaskError: naming a class with fewer images than a task needs.
         """
+        return self.sample_part(slice, num_tasks, support=support, query=query, generator=generator)
+
+    def sample_part(
+        self, part: Callable[[int], slice], num_tasks: int, *, support: int, query: int, generator: Seed = None
+    ) -> TaskBatch:
+        """Some tasks of the batch that :meth:`sample` would draw; the images of the others are not looked up.
+
+        Args:
+            part: says of the number of tasks which ones; one rank of several has a part of its own.
+            num_tasks, support, query, generator: as of :meth:`sample`, which leaves the generator in the same state.
+        """
         shots, extra = self._shots(num_tasks, support, query)
         generator = as_generator(generator, stream="tasks")
         device = generator.device
@@ -226,19 +237,19 @@ class ImageClasses:
         keys = torch.rand(num_tasks, self.ways, self._most, generator=generator, device=device)
         if self._least < self._most:
             keys = torch.where(torch.arange(self._most, device=device) < counts[classes].unsqueeze(-1), keys, -1.0)
-        rows = starts[classes].unsqueeze(-1) + keys.topk(shots + extra).indices
+        rows = (starts[classes].unsqueeze(-1) + keys.topk(shots + extra).indices)[part(num_tasks)]
         pixels = self._store.rows(rows)
         if self.rotations:
-            turned = turns[drawn // len(self._counts)]
+            turned = turns[drawn[part(num_tasks)] // len(self._counts)]
             pixels = pixels.gather(-1, turned.unsqueeze(-2).expand_as(pixels))
         x = pixels.to(self.dtype) / self.scale
         label = torch.arange(self.ways, device=device).repeat_interleave(shots + extra)
-        y = label.reshape(self.ways, shots + extra).expand(num_tasks, -1, -1)
+        y = label.reshape(self.ways, shots + extra).expand(len(rows), -1, -1)
 
-        def part(first: int, last: int) -> Observations:
+        def cut(first: int, last: int) -> Observations:
             return Observations(x[:, :, first:last].flatten(1, 2), y[:, :, first:last].flatten(1, 2))
 
-        return TaskBatch(part(0, shots), part(shots, shots + extra))
+        return TaskBatch(cut(0, shots), cut(shots, shots + extra))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

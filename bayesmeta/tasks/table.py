@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -86,6 +86,7 @@ class TableTasks:
             check_units(self._schema, standardizer)
         self._standardizer = standardizer
         self._lengths: list[int] = rows.lengths.tolist()
+        self._shortest = min(range(len(self._lengths)), key=self._lengths.__getitem__)
         self._on_device: dict[torch.device, Flat] = {}
         self.order, self.dtype = order, dtype
 
@@ -313,6 +314,23 @@ class TableTasks:
             EmptyTaskError: naming a task with fewer than ``support + 1`` observations.
             OptionError: for numbers out of range.
         """
+        return self.sample_part(slice, num_tasks, support=support, query=query, generator=generator)
+
+    def sample_part(
+        self,
+        part: Callable[[int], slice],
+        num_tasks: int,
+        *,
+        support: int,
+        query: int | None = None,
+        generator: Seed = None,
+    ) -> TaskBatch:
+        """Some tasks of the batch that :meth:`sample` would draw; the rows of the others are not looked up.
+
+        Args:
+            part: says of the number of tasks which ones; one rank of several has a part of its own.
+            num_tasks, support, query, generator: as of :meth:`sample`, which leaves the generator in the same state.
+        """
         self._check(support, query)
         if num_tasks < 1:
             raise OptionError(f"num_tasks={num_tasks}; expected at least 1.")
@@ -327,7 +345,8 @@ class TableTasks:
         left, shuffle = max(lengths) - support, query is not None
         width = left if query is None else min(query, left)
         positions = draw(lengths, support, width, self.order, shuffle=shuffle, generator=generator)
-        return self._gather(task_id, index, *positions)
+        own = part(num_tasks)
+        return self._gather(task_id[own], index[own], *(p[own] for p in positions), in_order=not shuffle)
 
     def all(self, *, support: int, query: int | None = None) -> TaskBatch:
         """Every task in table order, with nothing random: what evaluation uses.
@@ -349,7 +368,7 @@ class TableTasks:
         width = left if query is None else min(query, left)
         task_id = torch.arange(self.num_tasks)
         position = torch.arange(support + width).expand(self.num_tasks, -1)
-        return self._gather(task_id, task_id.tolist(), position[:, :support], position[:, support:])
+        return self._gather(task_id, task_id.tolist(), position[:, :support], position[:, support:], in_order=True)
 
     def __repr__(self) -> str:
         low, high = min(self._lengths), max(self._lengths)
@@ -399,13 +418,13 @@ class TableTasks:
         if support < 0 or (query is not None and query < 0):
             raise OptionError(f"support={support} and query={query}; expected at least 0 (or None for the query).")
         least = support + (0 if query == 0 else 1)
-        shortest = min(range(self.num_tasks), key=self._lengths.__getitem__)
-        if self._lengths[shortest] < least:
+        lowest = self._lengths[self._shortest]
+        if lowest < least:
             short = sum(length < least for length in self._lengths)
             raise EmptyTaskError(
-                f"Task {self.names[shortest]!r} has {self._lengths[shortest]} observation(s), but {support} for the "
-                f"support and at least {least - support} for the query were asked for ({short} of {self.num_tasks} "
-                "tasks are too short). Ask for a smaller support, or leave such tasks out with table.subset()."
+                f"Task {self.names[self._shortest]!r} has {lowest} observation(s), but {support} for the support and "
+                f"at least {least - support} for the query were asked for ({short} of {self.num_tasks} tasks are too "
+                "short). Ask for a smaller support, or leave such tasks out with table.subset()."
             )
 
     def _encode(self, *, standard: bool) -> Flat:
@@ -426,16 +445,19 @@ class TableTasks:
             self._on_device[device] = Flat(**{**vars(flat), **moved})
         return self._on_device[device]
 
-    def _gather(self, task_id: Tensor, index: list[int], support: Tensor, query: Tensor) -> TaskBatch:
+    def _gather(
+        self, task_id: Tensor, index: list[int], support: Tensor, query: Tensor, *, in_order: bool
+    ) -> TaskBatch:
         """Observations at positions ``[tasks, shots]``; of the query, the first ``length - support`` are real."""
         flat = self._flat(task_id.device)
         left = flat.lengths[task_id, None] - support.shape[1]
         mask = torch.arange(query.shape[1], device=query.device) < left
         # Padding goes to the end and becomes a copy of the first real query observation.
-        query = query.masked_fill(~mask, torch.iinfo(torch.int64).max).sort(-1).values
+        if not in_order:
+            query = query.masked_fill(~mask, torch.iinfo(torch.int64).max).sort(-1).values
         first = torch.where(left > 0, query[:, :1], 0) if query.shape[1] else query
         query = torch.where(mask, query, first)
-        ragged = min(self._lengths) - support.shape[1] < query.shape[1]
+        ragged = self._lengths[self._shortest] - support.shape[1] < query.shape[1]
         start = flat.starts[task_id, None]
         support, query = start + support, start + query
         w = None if flat.w is None else flat.w[task_id]

@@ -73,9 +73,9 @@ def chunk_within(memory: int, tasks: int, measure: Callable[[int], float]) -> in
     if at_low > memory:
         needs = "more than there is" if math.isinf(at_low) else in_words(at_low)
         raise OptionError(
-            f"memory is {in_words(memory)}, and a step takes {needs} with one task at a time (of which the {tasks} tasks "
-            "of a batch, as they are drawn, are a part). Give it more, take fewer tasks a step and accumulate=, fewer "
-            "shots, or checkpoint_inner=True."
+            f"memory is {in_words(memory)}, and a step takes {needs} with one task at a time (of which the {tasks} "
+            "tasks of a batch, as they are drawn, are a part). Give it more, take fewer tasks a step and accumulate=, "
+            "fewer shots, or checkpoint_inner=True."
         )
     high, failed = tasks + 1, False  # the fewest known not to fit, and whether some did not run through
     guess = min(tasks, 8)

@@ -21,8 +21,8 @@ from torch import Tensor
 from bayesmeta.data import Observations, TaskBatch, pad_shots
 from bayesmeta.errors import BayesMetaError
 
-#: Batches that are looked at to choose the buckets.
-LOOKED_AT = 24
+#: Batches that are looked at to choose the buckets; fewer where these are all alike.
+LOOKED_AT, ENOUGH = 24, 8
 #: More buckets are taken only while the padded lengths are, on average, more than this times the real ones.
 WASTE = 1.15
 #: A length beyond all that were seen is padded to the next of a series that grows by this.
@@ -210,12 +210,15 @@ def learn(loop: Any, lose: Callable[[TaskBatch], tuple[Tensor, Tensor]], most: i
         most: how many buckets there may be.
     """
     apart = torch.Generator(device=loop.device).manual_seed(loop.plan.seed)
-    batches = [loop.sample(apart) for _ in range(LOOKED_AT)]
+    batches = [loop.sample(apart) for _ in range(ENOUGH)]
+    if len({Shape.of(batch) for batch in batches}) > 1:
+        batches += [loop.sample(apart) for _ in range(LOOKED_AT - ENOUGH)]
     shapes = [Shape.of(batch) for batch in batches]
     first: str | None = None
     # where padding tasks are not harmless, another number of tasks is another graph, and shots may still be padded
-    for kept in (shapes, [replace(shape, tasks=shapes[0].tasks) for shape in shapes]):
-        buckets = Buckets(kept, most)
+    same = [replace(shape, tasks=shapes[0].tasks) for shape in shapes]
+    for kept, number in ((shapes, most), (same, max(1, most // len({shape.tasks for shape in shapes})))):
+        buckets = Buckets(kept, number)
         reason = _objection(loop, lose, batches, buckets)
         if reason is None:
             return buckets, first
@@ -228,19 +231,18 @@ def learn(loop: Any, lose: Callable[[TaskBatch], tuple[Tensor, Tensor]], most: i
 def _objection(
     loop: Any, lose: Callable[[TaskBatch], tuple[Tensor, Tensor]], batches: Sequence[TaskBatch], buckets: Buckets
 ) -> str | None:
-    """Why these buckets do harm to the batch that is padded most."""
-    if not buckets.sizes and not any(buckets.masked):
-        return None
-    pairs = [(batch, buckets.pad(batch)) for batch in batches]
-    batch, padded = max(pairs, key=lambda pair: _numel(pair[1]) / _numel(pair[0]))
-    generators = [loop.generator, torch.default_generator]
+    """Why these buckets do harm to the batches that are padded most: the smallest, to the largest shape."""
+    most = Buckets()
+    most.masked, most.sizes = buckets.masked, {name: sizes[-1:] for name, sizes in buckets.sizes.items()}
+    generators = [loop.generator, loop.noise, torch.default_generator]
     if loop.device.type == "cuda":
         generators.append(torch.cuda.default_generators[loop.device.index or 0])
-    try:
-        return difference(lose, batch, padded, loop.parameters, generators, list(loop.method.buffers()))
-    except BayesMetaError as error:
-        return str(error)
-
-
-def _numel(batch: TaskBatch) -> int:
-    return max(batch.num_tasks * (batch.support.shots + batch.query.shots), 1)
+    for name in buckets.sizes:
+        batch = min(batches, key=lambda one: int(getattr(Shape.of(one), name)))
+        try:
+            reason = difference(lose, batch, most.pad(batch), loop.parameters, generators, list(loop.method.buffers()))
+        except BayesMetaError as error:
+            reason = str(error)
+        if reason is not None:
+            return reason
+    return None

@@ -32,6 +32,7 @@ import pyro
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bayesmeta.errors import CaptureError
@@ -174,7 +175,7 @@ def capture(
     recorder = _Recorder(generators)
 
     def traced() -> tuple[Tensor, ...]:
-        with recorder, capturing():
+        with recorder, capturing(), _WholeReads():
             outputs = tuple(function())
             with torch.no_grad():
                 return (*(t.detach() for t in outputs), recorder.held())
@@ -193,6 +194,18 @@ def capture(
     )
     drawn = [v for v in recorder.values if id(v) in recorder.number]
     return Captured(module, sources, recorder.draws, [text for _, _, text in recorder.reads], drawn)
+
+
+class _WholeReads(TorchFunctionMode):
+    """Sees tensors that are read as a whole, past torch's dispatch: then equality with what was read is a condition."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            tensor = args[0].detach()
+            with _disable_current_modes():
+                now = tensor.clone()
+            torch.equal(tensor, now)
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):

@@ -61,7 +61,7 @@ class Compiler:
         self.loop, self.mode, self.steps = loop, mode, steps
         self._text = "not compiled: the run was too short"
         self.graphs: dict[Any, CompiledStep] = {}
-        self.draws_tasks = True  # the graph draws them itself
+        self.draws_tasks = not getattr(loop.tasks, "draws_ahead", False)  # the graph draws them itself
         self.buckets: Buckets | None = None  # to what it pads the batches that it is given
         self.num_tasks = loop.plan.tasks_per_step
         self._now: CompiledStep | None = None  # whose step is to be committed
@@ -196,8 +196,8 @@ class Compiler:
             self.buckets, reason = learn(self.loop, self._lose, MOST_GRAPHS)
             if reason is not None:
                 warnings.warn(
-                    f"Batches differ in shape and are not padded to a few: {reason}. Up to {MOST_GRAPHS} shapes are "
-                    "compiled for; steps on others are eager.",
+                    f"Batches differ in shape, and not all that differs is padded to a few sizes: {reason}. Up to "
+                    f"{MOST_GRAPHS} shapes are compiled for; steps on others are eager.",
                     CompileWarning,
                     stacklevel=8,
                 )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.errors import BayesMetaError, OptionError, RankError
+from bayesmeta.train.restart import restarts
 
 Distributed = Literal["auto", "off"]
 T = TypeVar("T")
@@ -147,7 +148,7 @@ class Group(Ranks):
 
     def from_first(self, function: Callable[[], T]) -> T:
         """See :class:`Ranks`."""
-        return self.collect(function if self.is_first else lambda: None)[0]  # type: ignore[arg-type, return-value]
+        return self.collect(function if self.is_first else lambda: None)[0]  # type: ignore[return-value]
 
     def _gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
@@ -204,8 +205,10 @@ class Group(Ranks):
         with torch.no_grad():
             for tensor in tensors:
                 whole = tensor.detach().contiguous()
-                self._talk(lambda whole=whole: self._dist.broadcast(whole, 0))  # type: ignore[misc]
-                tensor.copy_(whole)
+                if whole.numel() > 0:  # as bytes, since not every backend sends every dtype
+                    octets = whole.view(-1).view(torch.uint8)
+                    self._talk(lambda octets=octets: self._dist.broadcast(octets, 0))  # type: ignore[misc]
+                    tensor.copy_(whole)
 
     def reduce(self, parameters: Sequence[nn.Parameter], buffers: Sequence[tuple[Tensor, Tensor]], share: Share) -> Sum:
         """Turn each rank's sum of gradients into the mean over all real tasks, in one all-reduce.
@@ -412,12 +415,17 @@ def join(mode: Distributed, device: torch.device) -> Ranks:
 def _start(device: torch.device) -> None:
     """Make the default process group from torchrun's environment."""
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else each process would also take memory of the first device
+    # what is no tensor of a GPU, such as states of generators, goes by gloo
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        # what is no tensor of a GPU, such as states of generators, goes by gloo
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(iter(rendezvous("env://")))
+        # torchrun may keep one store for all its starts, in which the addresses of ranks that have died are still found
+        store = dist.PrefixStore(f"bayesmeta/{restarts()}/{size}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise RankError(f"The ranks did not find each other: {first}", None) from error

@@ -78,8 +78,10 @@ class Loop:
         self.generator = torch.Generator(device=device).manual_seed(plan.seed)
         self.compiler: Compiler | None = None
         self.step = 0
-        # several ranks share the tasks drawn, never the method's own noise
-        self.noise = self.generator if self.ranks.size == 1 else sharding.stream(self, "noise")
+        # several ranks share the tasks drawn, never the method's own noise; and what draws tasks ahead needs to know
+        # the generator's next states
+        apart = self.ranks.size > 1 or getattr(tasks, "draws_ahead", False)
+        self.noise = sharding.stream(self, "noise") if apart else self.generator
         self.signals: Signals | None = None
         self.stop: signal.Signals | None = None  # a signal that all ranks know of
         self.not_finite: tuple[int, ...] = ()
@@ -96,6 +98,7 @@ class Loop:
             "dtype": None if self.plan.dtype is None else str(self.plan.dtype),
             "validation_tasks": self.validation.num_tasks,
             "validate_with": "loss" if self.validation.score is None else "a score",
+            "draws_ahead": bool(getattr(self.tasks, "draws_ahead", False)),
         }
 
     def set_up(
@@ -151,9 +154,12 @@ class Loop:
         """One batch in the run's dtype; of several ranks, this one's tasks, unless ``whole``."""
         plan, query, ranks = self.plan, self.plan.query, self.ranks
         count = plan.tasks_per_step * ranks.size
-        batch = self.tasks.sample(count, support=plan.support, query=query, generator=generator)  # type: ignore[arg-type]
-        if ranks.size > 1 and not whole:
-            batch = batch.tasks(ranks.part(batch.num_tasks))
+        cut = ranks.size > 1 and not whole
+        if cut and hasattr(self.tasks, "sample_part"):
+            batch = self.tasks.sample_part(ranks.part, count, support=plan.support, query=query, generator=generator)
+        else:
+            batch = self.tasks.sample(count, support=plan.support, query=query, generator=generator)  # type: ignore[arg-type]
+            batch = batch.tasks(ranks.part(batch.num_tasks)) if cut else batch
         return batch if plan.dtype is None else batch.to(dtype=plan.dtype)
 
     def advance(self) -> None:
@@ -217,7 +223,7 @@ class Loop:
     def _backward_whole(self) -> tuple[Tensor, int]:
         """Gradient of the loss of one batch; returns the loss and the number of tasks."""
         batch = self.sample(self.generator)
-        loss = self.method.loss(batch, generator=self.generator)
+        loss = self.method.loss(batch, generator=self.noise)
         loss.backward()
         return loss.detach(), batch.num_tasks
 
@@ -292,6 +298,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "generator": self.generator.get_state(),
+            "noise": None if self.noise is self.generator else self.noise.get_state(),
             "global_generators": self.global_generators(),
             **sharding.state(self),
             "skipped": [self.skipped, self.skipped_in_a_row],
@@ -325,7 +332,8 @@ class Loop:
         checkpoint.check_fingerprint(content["fingerprint"], self.method, path)
         ours = self.identity()
         # runs of 0.1.0 said less of themselves
-        options = ours | {"accumulate": 1, "chunk": None, "precision": "float32"} | content["options"]
+        former = {"accumulate": 1, "chunk": None, "precision": "float32", "draws_ahead": False}
+        options = ours | former | content["options"]
         options = sharding.check_size(self, options, sharding.size_of(content))
         for theirs, mine in ((options, ours), (content["config"], config or {})):
             for name in {**theirs, **mine}:
@@ -347,6 +355,8 @@ class Loop:
         except (ValueError, KeyError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(f"The checkpoint {path} does not fit the optimizer or schedule: {error}") from error
         self.generator.set_state(content["generator"].cpu())
+        if self.noise is not self.generator and content.get("noise") is not None:
+            self.noise.set_state(content["noise"].cpu())
         self.step, self.history = content["step"], content["history"]
         self.seconds = content.get("seconds", 0.0)
         self.validation.load_state(content["best"])

@@ -38,7 +38,7 @@ NOT_OF_A_STEP = (
     "tensorboard", "progress", "config",
 )  # fmt: skip
 #: Steps under torch's profiler.
-TRACED = 6
+TRACED = 4
 #: A busy machine gets so many times the steps, to find some in which no other process came between.
 PATIENCE = 3
 #: Compiled steps go on until so many in a row have needed no further graph; and at most so many.
@@ -323,7 +323,7 @@ def _trace_steps(loop: Loop, path: Path) -> list[bool]:
     gc.collect()  # else what it frees falls into some stage
     with without_noise():
         with (
-            torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
+            torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
             Stages(loop, annotate=True) as annotated,
         ):
             for _ in range(TRACED):

@@ -33,7 +33,8 @@ def advise(profile: Profile) -> tuple[str, ...]:
     if not found:
         longest = max(profile.eager.stages, key=lambda s: s.seconds)
         found = [
-            f"Nothing stands out; the largest part is “{STAGES[longest.name]}” ({profile.eager.share(longest.name):.0%})."
+            f"Nothing stands out; the largest part is “{STAGES[longest.name]}” with "
+            f"{profile.eager.share(longest.name):.0%} of a step."
         ]
     return tuple(found)
 
@@ -123,8 +124,8 @@ def _stages(profile: Profile) -> Iterator[str]:
         )
     if eager.share("rest") >= MUCH["rest"]:
         yield (
-            f"{eager.share('rest'):.0%} of a step is none of drawing, loss, gradient and update: waiting for the device, "
-            "or for another process on this machine."
+            f"{eager.share('rest'):.0%} of a step is none of drawing, loss, gradient and update: waiting for the "
+            "device, or for another process on this machine."
         )
 
 

@@ -57,9 +57,7 @@ class Stages:
         self._parts = [(loop, "sample", "draw"), (loop.method, "loss", "loss")]
         self._parts += [(loop, "_gradient", "gradient"), (loop, "_update", "update")]
         self._waits = loop.device.type == "cuda" and not annotate
-        self._stack: list[str] = []
-        self._spent: dict[str, float] = {}
-        self._mark = 0.0
+        self._stack, self._spent, self._mark = ["rest"], dict.fromkeys(STAGES, 0.0), 0.0
 
     def __enter__(self) -> Stages:
         self._before = [vars(owner).get(name) for owner, name, _ in self._parts]

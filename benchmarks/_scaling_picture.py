@@ -1,0 +1,49 @@
+"""The picture of the benchmark ``scaling``: time and memory along each axis, both scales logarithmic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks._scaling_points import MIB, Point, Size
+
+LABELS = {
+    "tasks": "tasks in a step",
+    "inner_steps": "inner steps (25 tasks)",
+    "particles": "particles of BMAML (25 tasks)",
+    "parameters": "parameters of the network (25 tasks)",
+}
+COLOURS = {"eager": "#1b5e9e", "in chunks": "#d9720b", "recomputed": "#d9720b"}
+MARKERS = {"eager": "o", "in chunks": "s", "recomputed": "s"}
+NAMES = {"eager": "whole batch", "in chunks": "256 tasks at a time", "recomputed": "steps computed again"}
+
+
+def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str, Size], int], path: Path) -> None:
+    """Draw it into a PNG: a column an axis, seconds above, peak of resident memory below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0 * len(axes), 7.0), layout="constrained")
+    grid = figure.subplots(2, len(axes), squeeze=False, sharex="col")
+    for column, (axis, series) in enumerate(axes.items()):
+        above, below = grid[0, column], grid[1, column]
+        for name, points in series.items():
+            style = {"color": COLOURS[name], "marker": MARKERS[name], "label": NAMES[name], "linewidth": 1.8}
+            timed = [(place(axis, p.size), 1e3 * p.seconds) for p in points if p.seconds is not None]
+            above.plot(*zip(*timed), **style)
+            resident = [(place(axis, p.size), p.peak / MIB) for p in points if p.peak is not None]
+            below.plot(*zip(*resident), **style)
+            counted = [(place(axis, p.size), p.tensors / MIB) for p in points if p.tensors is not None]
+            below.plot(*zip(*counted), color=COLOURS[name], linestyle=":", linewidth=1.4)
+        for one in (above, below):
+            one.set_xscale("log")
+            one.set_yscale("log")
+            one.grid(True, which="major", alpha=0.3)
+            one.tick_params(labelsize=11)
+            one.spines[["top", "right"]].set_visible(False)
+        below.set_xlabel(LABELS[axis], fontsize=12)
+        if len(series) > 1 or column == 0:
+            above.legend(fontsize=11, frameon=False)
+    grid[0, 0].set_ylabel("processor time of a step, ms", fontsize=12)
+    grid[1, 0].set_ylabel("peak memory of a step, MiB\n(dotted: its tensors counted)", fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
