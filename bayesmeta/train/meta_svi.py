@@ -85,8 +85,8 @@ class MetaSVI:
         compile: ``"off"``; ``"inductor"``: from the second step on a step is one compiled graph, of ``Trace_ELBO`` or
             ``TraceMeanField_ELBO`` on reparameterised sites, its gradient, and the step of SGD, Adam or AdamW. It draws
             the same numbers and differs by rounding alone. ``"auto"``: once eager steps have taken as long as compiling
-            would. ``"cudagraphs"``, on CUDA: recorded and played back, not compiled. What cannot be one graph stays eager,
-            with a warning that names the line.
+            would. ``"cudagraphs"``, on CUDA: recorded and played back, not compiled. What cannot be one graph stays
+            eager, with a warning that names the line.
         precision: as in :func:`~bayesmeta.fit`: ``"float32"``, ``"bf16"`` or ``"tf32"``. ``"bf16"`` concerns the layers
             of networks in model and guide, where these are modules, in steps and in :meth:`evaluate_loss`.
 
