@@ -266,11 +266,12 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         if on_cpu and len(graph.graph.nodes) <= _MOST_PLANNED:
             options |= _ONE_PIECE
         # without shapes of its own, though all are fixed, the compiler does not keep what it made for the next process
-        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+        fake = FakeTensorMode(shape_env=ShapeEnv())
+        context, given = TracingContext(fake), [fake.from_tensor(t, static_shapes=True) for t in inputs]
         try:
             # a second cache, which cannot hold a captured graph and says so at length
             with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
-                return inductor(graph, list(inputs), options=options)
+                return inductor(graph, given, options=options)
         except Exception as error:
             line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
             raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error
