@@ -96,6 +96,11 @@ def test_new_data_of_the_same_shape_are_seen(uncompiled):
     assert "1 graph(s)" in svi.compiled
     assert torch.allclose(losses, expected, rtol=1e-11)
     assert torch.allclose(ours, theirs, rtol=1e-11)
+    assert "eager" not in svi.compiled
+    shapes = [data(tasks=n) for n in range(2, 8)]
+    _, _, svi = train("inductor", Trace_ELBO(), make, batches=shapes, steps=13)
+    assert "4 graph(s)" in svi.compiled
+    assert svi.compiled.endswith("4 later steps eager for want of a graph")  # two shapes too many, twice
     once, _, _ = train("off", Trace_ELBO(), make, steps=9)
     assert not torch.allclose(once, expected, rtol=1e-3)
 
@@ -188,6 +193,115 @@ def test_auto_waits_until_compiling_may_pay(uncompiled, monkeypatch):
         losses, _, svi = train("auto", Trace_ELBO())
     assert svi.compiled.startswith("compiled at step 3")
     assert torch.allclose(losses, train("off", Trace_ELBO())[0], rtol=1e-11)
+
+
+# -- several steps in one graph -----------------------------------------------------------------------------------
+
+
+def pair(mode, model=hierarchy, steps=33, **options):
+    """Losses and parameters of so many steps in one call, and where torch's generator is then."""
+    pyro.set_rng_seed(0)
+
+    def guide(x, y=None, mask=None):
+        loc = pyro.param("loc", lambda: x.new_zeros(2))
+        pyro.sample("mu", dist.Normal(loc[0], 0.3))
+        with bm.task_plate(x):
+            pyro.sample("slope", dist.Normal(loc[1].expand(len(x), 1), 0.2))
+
+    svi = bm.MetaSVI(model, guide, lambda p: torch.optim.Adam(p, 0.05), Trace_ELBO(), compile=mode, **options)
+    losses = svi.run(steps, *data())
+    assert svi.steps == steps
+    assert svi.losses == losses
+    return torch.tensor(losses, dtype=F64), svi.param("loc"), torch.get_rng_state(), svi
+
+
+def check_same(ours, theirs):
+    finite = theirs[0].isfinite()
+    assert torch.equal(ours[0].isfinite(), finite)
+    assert torch.allclose(ours[0][finite], theirs[0][finite], rtol=1e-10)
+    assert torch.allclose(ours[1], theirs[1], rtol=1e-10)
+    assert torch.equal(ours[2], theirs[2])  # as many numbers were drawn
+
+
+def test_several_steps_in_one_graph_are_as_many_steps(uncompiled):
+    ours = pair("inductor")
+    theirs = pair("off")
+    check_same(ours, theirs)
+    assert "5 steps in one graph of" in ours[3].compiled
+    assert ours[0].unique().numel() == 33
+    with pytest.raises(AssertionError):
+        check_same(pair("off", steps=32), theirs)
+
+
+def branching(x, y=None, mask=None):
+    """A condition that fails now and then: whether the draw of the global site is large."""
+    mu = pyro.sample("mu", dist.Normal(x.new_tensor(0.0), 1.0))
+    scale = 2.0 if bool(mu.detach() > 0.8) else 0.5
+    with bm.task_plate(x):
+        slope = pyro.sample("slope", dist.Normal(mu, 1.0))
+        with bm.shot_plate(x, mask):
+            return pyro.sample("y", dist.Normal(slope * x.squeeze(-1), scale), obs=y)
+
+
+def test_a_condition_that_fails_within_a_block(uncompiled):
+    ours = pair("inductor", branching)
+    check_same(ours, pair("off", branching))
+    block = next(iter(ours[3]._compiler._blocks.values()))
+    assert ours[3]._compiler._broken > 0
+    assert f"{ours[3]._compiler._broken} made again eagerly" in ours[3].compiled
+    assert ours[3]._compiler._made > 20
+    assert len(block.captured.conditions) == len(block.step.captured.conditions)
+
+
+def test_a_loss_within_a_block_that_is_not_finite(uncompiled):
+    def model(x, y=None, mask=None):
+        mu = pyro.sample("mu", dist.Normal(x.new_tensor(0.0), 1.0))
+        pyro.factor("f", torch.where(mu.detach() > 0.8, torch.inf, 0.0))
+        with bm.task_plate(x):
+            slope = pyro.sample("slope", dist.Normal(mu, 1.0))
+            with bm.shot_plate(x, mask):
+                return pyro.sample("y", dist.Normal(slope * x.squeeze(-1), 0.5), obs=y)
+
+    with pytest.warns(UserWarning, match="The step is skipped"):
+        ours = pair("inductor", model, nan_policy="skip")
+    with pytest.warns(UserWarning, match="The step is skipped"):
+        theirs = pair("off", model, nan_policy="skip")
+    check_same(ours, theirs)
+    assert 0 < ours[3].skipped == theirs[3].skipped < 20
+    assert ours[3]._compiler._made > 10
+
+
+def test_an_optimizer_outside_of_the_graph_makes_single_steps(uncompiled):
+    pyro.set_rng_seed(0)
+    found = []
+    for mode in ("inductor", "off"):
+        pyro.set_rng_seed(0)
+        svi = bm.MetaSVI(
+            branching, AutoNormal(branching), lambda p: torch.optim.RMSprop(p, 0.01), Trace_ELBO(), compile=mode
+        )
+        found.append(svi.run(12, *data()))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)  # parameters of AutoNormal are float32 here
+    with pytest.raises(OptionError, match="num_steps"):
+        svi.run(0, *data())
+
+
+def test_a_state_that_is_loaded_is_the_one_that_goes_on(uncompiled):
+    """Its moments are new tensors, which no graph made before knows."""
+    results = []
+    for mode in ("inductor", "off"):
+        *_, svi = pair(mode, steps=12)
+        state, rng = svi.state_dict(), torch.get_rng_state()
+        svi.run(8, *data())
+        svi.load_state_dict(state)
+        torch.set_rng_state(rng)
+        losses = svi.run(9, *data())
+        results.append((torch.tensor(losses, dtype=F64), svi.param("loc"), torch.get_rng_state()))
+    check_same(*results)
+
+
+@pytest.mark.slow
+def test_inductor_on_several_steps():
+    check_same(pair("inductor"), pair("off"))
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,15 @@ class Draw:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self.takes_generator = any(argument.name == "generator" for argument in self.op._schema.arguments)
+        self.make = self.bind(self.generator)
+
+    def bind(self, generator: torch.Generator | None) -> Callable[[], Tensor]:
+        """What draws it from a generator."""
+        if generator is None:
+            return partial(self.op, *self.args, **self.kwargs)
+        takes_generator = any(argument.name == "generator" for argument in self.op._schema.arguments)
+        op = self.op if takes_generator else self.op.overloadpacket  # which finds the overload that takes one
+        return partial(op, *self.args, **self.kwargs, generator=generator)
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +113,8 @@ class Captured:
     draws: list[Draw]
     conditions: list[str]
     example: list[Tensor]
+    _kept: list[Tensor | None] = field(default_factory=list, init=False, repr=False)  # inputs, with gaps
+    _open: list[tuple[int, bool, int]] = field(default_factory=list, init=False, repr=False)  # and what fills these
 
     def draw(self) -> list[Tensor]:
         """The random numbers of one step, in the order of the function; generators move on as it would move them.
@@ -114,24 +125,24 @@ class Captured:
         seeded: dict[int, torch.Generator] = {}
         with torch.no_grad():
             for draw in self.draws:
-                generator = draw.generator
-                if draw.seed is not None:
-                    if draw.seed not in seeded:
-                        value = values[draw.seed]
-                        seeded[draw.seed] = torch.Generator(value.device).manual_seed(int(value))
-                    generator = seeded[draw.seed]
-                if generator is None:
-                    values.append(draw.op(*draw.args, **draw.kwargs))
-                elif draw.takes_generator:
-                    values.append(draw.op(*draw.args, **draw.kwargs, generator=generator))
-                else:  # by the overload that takes one
-                    values.append(draw.op.overloadpacket(*draw.args, **draw.kwargs, generator=generator))
+                if draw.seed is None:
+                    values.append(draw.make())
+                    continue
+                if draw.seed not in seeded:
+                    value = values[draw.seed]
+                    seeded[draw.seed] = torch.Generator(value.device).manual_seed(int(value))
+                values.append(draw.bind(seeded[draw.seed])())
         return values
 
     def inputs(self, drawn: Sequence[Tensor], arguments: Sequence[Tensor] = ()) -> list[Tensor]:
         """The graph's inputs, given the numbers of :meth:`draw` and this call's arguments."""
-        given = {"draw": drawn, "argument": arguments}
-        return [kept if kept is not None else given[kind][number] for kind, number, kept in self.sources]
+        if len(self._kept) != len(self.sources):
+            self._kept = [source.kept for source in self.sources]
+            self._open = [(i, kind == "draw", n) for i, (kind, n, kept) in enumerate(self.sources) if kept is None]
+        inputs = self._kept.copy()
+        for i, is_drawn, number in self._open:
+            inputs[i] = (drawn if is_drawn else arguments)[number]
+        return inputs  # type: ignore[return-value]
 
     def generators(self) -> list[torch.Generator]:
         """The generators that :meth:`draw` moves on."""
@@ -177,6 +188,10 @@ def capture(
         frames = traceback.extract_tb(error.__traceback__)
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)} ({_place(frames)})") from error
     sources = _lift(module, recorder.number, {id(t): i for i, t in enumerate(arguments)})
+    # without the tensors that are inputs now, which the compiler would take for further ones
+    module = fx.GraphModule(
+        {n.target: _attribute(module, n) for n in module.graph.find_nodes(op="get_attr")}, module.graph
+    )
     drawn = [v for v in recorder.values if id(v) in recorder.number]
     return Captured(module, sources, recorder.draws, [text for _, _, text in recorder.reads], drawn)
 
@@ -296,7 +311,8 @@ class _Recorder(TorchDispatchMode):
         self.reads = [read for read in self.reads if self.single.get(read[0].data_ptr(), -1) not in seeds]
         if not self.reads:
             return torch.ones(0, dtype=torch.bool)
-        return torch.stack([(t.detach() == value).reshape(()).cpu() for t, value, _ in self.reads])
+        device = next((t.device for t, _, _ in self.reads if t.device.type != "cpu"), self.reads[0][0].device)
+        return torch.stack([(t.detach() == value).reshape(()).to(device) for t, value, _ in self.reads])
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
@@ -344,6 +360,10 @@ def _lift(module: fx.GraphModule, draws: dict[int, int], arguments: dict[int, in
     module.recompile()
     # each was put before those that came earlier
     return [source for _, source in reversed(found.values())]
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return getattr(module, str(node.target))
 
 
 def _template(tensor: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bayesmeta.errors import CaptureError
-from bayesmeta.train.capture import capture
+from bayesmeta.train.capture import Captured, capture
+from bayesmeta.train.in_place import write_in_place
+from bayesmeta.train.recorded import record_step
 from bayesmeta.train.updates import Update
 
 #: what a step minimises: its value, and what its gradient is taken of
@@ -32,6 +34,7 @@ class CompiledStep:
         buffers: tensors that the objective may change in place, such as running statistics.
         arguments: tensors that each step brings anew, contiguous and of the same shapes, which the objective uses.
         only_gradient: leave the optimizer's update out of the graph.
+        mode: ``"inductor"``, or ``"cudagraphs"``.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class CompiledStep:
         buffers: Sequence[Tensor] = (),
         arguments: Sequence[Tensor] = (),
         only_gradient: bool = False,
+        mode: str = "inductor",
     ) -> None:
+        self.mode = mode
         self.only_gradient = only_gradient
         self.objective, self.optimizer, self.clip = objective, optimizer, clip
         self.generators, self.buffers, self.arguments = list(generators), list(buffers), list(arguments)
@@ -53,8 +58,9 @@ class CompiledStep:
         self.update: Update | None = None
         self.trained: list[Tensor] = []  # the parameters that the objective reaches
         self.seconds = {"capture": 0.0, "compile": 0.0}
-        self._pending: list[Tensor] = []
+        self._gradients: list[Tensor] = []  # of the step last computed, where the optimizer steps outside
         self._moved: list[Tensor] = []  # buffers that a step changes
+        self._targets: list[Tensor] = []  # what the update writes to, once it is part of the graph
         self.broken: list[str] = []  # conditions that did not hold when it was last called
 
     # -- making it ----------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ class CompiledStep:
                 expected = [t.detach().clone() for t in self._outputs(others)]
                 self._moved = [b for b, old in zip(self.buffers, before, strict=True) if not torch.equal(b, old)]
             given = self.captured.graph(*self.captured.inputs(self.captured.draw(), others))
-        self._drawn_from = self.captured.generators()
+        self.drawn_from = self.captured.generators()
         self._compare(given, expected)
         self.seconds["capture"] = time.perf_counter() - begin
         return self
@@ -92,19 +98,40 @@ class CompiledStep:
             CaptureError: when it cannot be compiled, or gives other numbers.
         """
         begin = time.perf_counter()
-        self._strip()
-        graph, inputs = self.captured.graph, self.captured.inputs(self.captured.example, self.arguments)
-        self._targets = [] if self.update is None else self.update.targets(self.trained)
-        self._call = _inductor(graph, inputs)
-        with self._undone([]):
-            expected = [t.clone() for t in graph(*inputs)[:2]]
-        with self._undone([]):
-            given = self._call(*inputs)[:2]
-        # compiled code keeps bfloat16 wider between two operations than torch does
-        rounds = any(node.kwargs.get("dtype") is torch.bfloat16 for node in graph.graph.nodes)
-        self._compare_numbers(given, expected, 2e-2 if rounds else 1e-3)
+        if self.update is not None:
+            self._targets = self.update.targets(self.trained)
+            write_in_place(self.captured, len(self.trained), self._targets, self._moved)
+        self._call = self.build(self.captured)
         self.seconds["compile"] = time.perf_counter() - begin
         return self
+
+    def build(self, captured: Captured) -> Callable[..., Any]:
+        """A graph of this step, or of several, compiled and compared with itself.
+
+        Raises:
+            CaptureError: when it cannot be compiled, or gives other numbers.
+        """
+        inputs = captured.inputs(captured.example, self.arguments)
+        if self.mode == "cudagraphs":
+            fresh = [i for i, source in enumerate(captured.sources) if source.kept is None]
+            call = record_step(captured.graph, inputs, fresh, [*self.buffers, *self._targets])
+        else:
+            call = _inductor(captured.graph, inputs)
+        made = []
+        for graph in (captured.graph, call):
+            with self._undone([]):
+                result = [t.clone() for t in graph(*inputs)[:2]]
+                made.append([*result, *self._first_moments()])
+        # compiled code keeps bfloat16 wider between two operations than torch does
+        rounds = any(node.kwargs.get("dtype") is torch.bfloat16 for node in captured.graph.graph.nodes)
+        self._compare_numbers(made[1], made[0], 2e-2 if rounds else 1e-3)
+        return call
+
+    def _first_moments(self) -> list[Tensor]:
+        """What the update made of the gradient, as far as it is linear in it."""
+        if self.update is None:
+            return []
+        return [torch.cat([t.flatten().double() for t in self.update.linear(self.trained)])]
 
     def _prepare_update(self) -> None:
         with self._undone([]):
@@ -149,45 +176,36 @@ class CompiledStep:
                     "something changes from step to step that is neither drawn from its generator nor a parameter"
                 )
 
-    def _strip(self) -> None:
-        """Gradients are outputs only where the optimizer steps outside."""
-        if self.update is None:
-            return
-        graph, count = self.captured.graph.graph, len(self.trained)
-        output = next(node for node in graph.nodes if node.op == "output")
-        values = output.args[0]
-        output.args = ((*values[:2], *values[2 + count :]),)
-        graph.eliminate_dead_code()
-        self.captured.graph.recompile()
-
     # -- running it ---------------------------------------------------------------------------------------------
 
     def __call__(self, arguments: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor] | None:
-        """Loss and norm of the gradient of a step on fresh draws; :meth:`commit` then makes it.
+        """Make a step on fresh draws; where the optimizer steps outside, :meth:`commit` makes it.
+
+        A step whose loss or gradient is not finite changes nothing but the generators.
 
         Returns:
-            None where a condition did not hold: then nothing has happened, and the step is to be made eagerly.
+            Loss and norm of the gradient; None where a condition did not hold: then nothing has happened, and the step
+            is to be made eagerly.
         """
         if self.update is not None and not self.update.refresh():
             raise CaptureError("an option of the optimizer has changed that is part of the graph")
-        states = [(g, g.get_state()) for g in self._drawn_from]
-        buffers = [(b, b.clone()) for b in self._moved]
+        states = [(g, g.get_state()) for g in self.drawn_from]
+        buffers = [] if self.update is not None else [(b, b.clone()) for b in self._moved]
         try:
             result = self._call(*self.captured.inputs(self.captured.draw(), arguments))
         except RuntimeError as error:  # as a matrix that has no factor; the eager step says it better, or knows help
             self.broken = [str(error)]
         else:
             if not self.captured.conditions or bool(result[-1].all()):
-                self._pending = list(result[2:-1])
+                self._gradients = [] if self.update is not None else list(result[2:-1])
                 return result[0], result[1]
             self.broken = [t for t, ok in zip(self.captured.conditions, result[-1].tolist(), strict=True) if not ok]
         _restore(states, buffers)
         return None
 
     def commit(self) -> None:
-        """Make the step that was last computed."""
+        """Let the optimizer make the step that was last computed, if the graph has not made it."""
         if self.update is not None:
-            torch._foreach_copy_(self._targets, self._pending)
             return
         self.hand_over()
         if self.clip is not None:
@@ -198,16 +216,16 @@ class CompiledStep:
         """Put the gradient that was last computed into the parameters, where the update is not part of the graph."""
         for p in self.parameters:
             p.grad = None
-        for p, gradient in zip(self.trained, self._pending, strict=True):
+        for p, gradient in zip(self.trained, self._gradients, strict=True):
             p.grad = gradient
 
     # -- leaving no trace ---------------------------------------------------------------------------------------
 
     @contextmanager
     def _undone(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
-        """Put generators and buffers back afterwards."""
+        """Put generators and tensors back afterwards."""
         states = [(g, g.get_state()) for g in generators]
-        buffers = [(b, b.clone()) for b in self.buffers]
+        buffers = [(b, b.clone()) for b in (*self.buffers, *self._targets)]
         try:
             yield
         finally:
@@ -222,17 +240,38 @@ def _restore(states: Sequence[tuple[torch.Generator, Tensor]], buffers: Sequence
             buffer.copy_(value)
 
 
+#: One piece of memory for what a graph makes on its way. Planning it recurses, too deep for graphs of more nodes.
+_ONE_PIECE, _MOST_PLANNED = {"memory_planning": True, "memory_pool": "intermediates"}, 6000
+
+
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """The compiled graph."""
     on_cpu = all(t.device.type == "cpu" for t in inputs)
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # torch's own, of parts of it that inductor uses
             warnings.simplefilter("ignore", kind)
+        from torch._guards import TracingContext, tracing
         from torch._inductor import compile as inductor
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+        from bayesmeta.train.products import Products
+
+        # options are patched while it compiles, and are then as they were; shapes are those that it is made for
+        options: dict[str, Any] = {
+            "cpp_wrapper": on_cpu,
+            "post_grad_custom_pre_pass": Products(),
+            "size_asserts": False,
+        }
+        if on_cpu and len(graph.graph.nodes) <= _MOST_PLANNED:
+            options |= _ONE_PIECE
+        # without shapes of its own, though all are fixed, the compiler does not keep what it made for the next process
+        fake = FakeTensorMode(shape_env=ShapeEnv())
+        context, given = TracingContext(fake), [fake.from_tensor(t, static_shapes=True) for t in inputs]
         try:
-            # the option is patched while it compiles, and is then as it was
-            return inductor(graph, list(inputs), options={"cpp_wrapper": on_cpu})
+            # a second cache, which cannot hold a captured graph and says so at length
+            with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
+                return inductor(graph, given, options=options)
         except Exception as error:
             line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
             raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error

@@ -27,9 +27,14 @@ from torch.utils import _pytree as pytree
 
 from bayesmeta.errors import CaptureError, CompileWarning
 from bayesmeta.train.compiled import CompiledStep
-from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile
+from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile, counts
 from bayesmeta.train.known_tasks import as_observations
+from bayesmeta.train.recorded import check_cuda
+from bayesmeta.train.several import SeveralSteps
 from bayesmeta.train.svi_state import owners
+
+#: Steps in one graph in :meth:`~bayesmeta.MetaSVI.run`. Compiling takes as many times as long as for one step.
+BLOCK = 5
 
 
 class SVICompiler:
@@ -43,11 +48,13 @@ class SVICompiler:
 
     def __init__(self, svi: Any, mode: Compile) -> None:
         self.svi, self.mode = svi, mode
-        self.report = "not compiled: too few steps so far"
+        self._text = "not compiled: too few steps so far"
         self.graphs: dict[Any, CompiledStep] = {}
         self._off = False
         self._spent, self._last = 0.0, cast(float | None, None)
-        self._made, self._broken = 0, 0
+        self._made, self._broken, self._without = 0, 0, 0
+        self._blocks: dict[Any, SeveralSteps | None] = {}  # by the graph of one step
+        self._optimizer: Any = None  # that the graphs are for
         self._same: tuple[list[tuple[Any, int]], CompiledStep, list[Tensor]] | None = None
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -62,6 +69,7 @@ class SVICompiler:
             self._give_up(str(error))
             return None
         if step is None:
+            self._without += len(self.graphs) > 0
             return None
         value = math.nan if found is None else float(found[0] + 0 * found[1])
         if not math.isfinite(value):
@@ -72,6 +80,35 @@ class SVICompiler:
         self._made += 1
         return value
 
+    def run(self, steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
+        """Make up to so many steps in one graph; the losses of those made, none where the next is to be made alone."""
+        if self._off or steps < BLOCK or not self.graphs or self.svi.optimizer is not self._optimizer:
+            return []
+        try:
+            step, arguments = self._step(args, kwargs)
+            block = None if step is None else self._block(step)
+            losses = [] if block is None else block(arguments)
+        except CaptureError as error:
+            self._give_up(str(error))
+            return []
+        self._made += len(losses)
+        return losses
+
+    def _block(self, step: CompiledStep) -> SeveralSteps | None:
+        """Several of a step, compiled at first use; None where that cannot be, which leaves them single."""
+        if id(step) not in self._blocks:
+            try:
+                block = SeveralSteps(step, BLOCK)
+            except CaptureError as error:
+                self._blocks[id(step)] = None
+                self._text += f"; steps are made one by one: {error}"
+            else:
+                self._blocks[id(step)] = block
+                self._text += (
+                    f"; {BLOCK} steps in one graph of {block.captured.num_nodes} operations in {block.seconds:.1f} s"
+                )
+        return self._blocks[id(step)]
+
     def _count_broken(self, found: Any, step: CompiledStep) -> None:
         if found is None:
             self._broken += 1
@@ -80,17 +117,24 @@ class SVICompiler:
 
     def _give_up(self, reason: str) -> None:
         self._off = True
-        self.report = f"not compiled: {reason}"
+        self._text = f"not compiled: {reason}"
         warnings.warn(
             f"From step {self.svi.steps + 1} on the steps of MetaSVI are eager, as with compile='off': {reason}.",
             CompileWarning,
             stacklevel=4,
         )
 
+    @property
+    def report(self) -> str:
+        """What became of it, in words, with the number of graphs and of the steps that were made without one."""
+        return self._text + counts(self._without, self._broken)
+
     # -- the graphs ---------------------------------------------------------------------------------------------
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledStep | None, list[Tensor]]:
         """The compiled step for these arguments, and their tensors."""
+        if self.svi.optimizer is not self._optimizer:  # a state was loaded
+            self.graphs, self._blocks, self._same, self._optimizer = {}, {}, None, self.svi.optimizer
         given = (*args, *kwargs, *kwargs.values())
         if self._same is not None and _are_same(given, self._same[0]):
             return self._same[1:]
@@ -138,6 +182,8 @@ class SVICompiler:
         svi = self.svi
         parameters = [p for group in svi._groups for p in group]
         modules = owners(svi.model, svi.guide).values()
+        if self.mode == "cudagraphs":
+            check_cuda(parameters[0].device)
         step = CompiledStep(
             objective,
             parameters,
@@ -145,17 +191,18 @@ class SVICompiler:
             [],
             buffers=[b for module in modules for b in module.buffers()],
             arguments=tensors,
+            mode="cudagraphs" if self.mode == "cudagraphs" else "inductor",
         )
         self.graphs[key] = step.capture().compile()
         seconds = sum(sum(s.seconds.values()) for s in self.graphs.values())
         nodes = ", ".join(str(s.captured.num_nodes) for s in self.graphs.values())
-        self.report = (
+        self._text = (
             f"compiled at step {svi.steps + 1}: {len(self.graphs)} graph(s) of {nodes} operations in {seconds:.1f} s"
         )
 
     def _is_time(self) -> bool:
         """For ``"auto"``, whether eager steps have taken as long as compiling may."""
-        if self.mode == "inductor" or self.graphs:
+        if self.mode != "auto" or self.graphs:
             return True
         now = time.perf_counter()
         if self._last is not None:

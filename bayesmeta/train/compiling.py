@@ -16,8 +16,9 @@ from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import CaptureError, CompileWarning, OptionError
 from bayesmeta.train.buckets import Buckets, learn
 from bayesmeta.train.compiled import CompiledStep, Objective
+from bayesmeta.train.recorded import check_cuda
 
-Compile = Literal["off", "auto", "inductor"]
+Compile = Literal["off", "auto", "inductor", "cudagraphs"]
 
 #: Eager steps that ``"auto"`` times before it decides.
 TIMED = 10
@@ -32,13 +33,15 @@ MOST_BROKEN = 0.2
 
 
 def check_mode(mode: Any) -> None:
-    """Refuse an unknown mode.
+    """Refuse an unknown mode, and one that this machine does not have.
 
     Raises:
         OptionError: naming the modes.
     """
     if mode not in get_args(Compile):
-        raise OptionError(f"compile={mode!r}; expected 'off', 'auto' or 'inductor'.")
+        raise OptionError(f"compile={mode!r}; expected 'off', 'auto', 'inductor' or 'cudagraphs'.")
+    if mode == "cudagraphs" and not torch.cuda.is_available():
+        raise OptionError("compile='cudagraphs' needs a CUDA device, and there is none; take compile='inductor' here.")
 
 
 class Compiler:
@@ -53,8 +56,10 @@ class Compiler:
     """
 
     def __init__(self, loop: Any, mode: Compile, steps: int) -> None:
+        if mode == "cudagraphs":
+            check_cuda(loop.device)
         self.loop, self.mode, self.steps = loop, mode, steps
-        self.report = "not compiled: the run was too short"
+        self._text = "not compiled: the run was too short"
         self.graphs: dict[Any, CompiledStep] = {}
         self.draws_tasks = not getattr(loop.tasks, "draws_ahead", False)  # the graph draws them itself
         self.buckets: Buckets | None = None  # to what it pads the batches that it is given
@@ -63,7 +68,7 @@ class Compiler:
         self._off = False
         self._times: list[float] = []
         self._last: float | None = None
-        self._made, self._broken = 0, 0
+        self._made, self._broken, self._without = 0, 0, 0  # steps by graphs, made again eagerly, without a graph
         if loop.plan.accumulate > 1 or loop.plan.chunk is not None:
             self._give_up("batches in pieces (accumulate=, chunk=) are not compiled")
 
@@ -79,7 +84,7 @@ class Compiler:
             step, arguments = self._step()
             found = None if step is None else step(arguments)
         except _NotWorthIt as reason:
-            self._off, self.report = True, str(reason)
+            self._off, self._text = True, str(reason)
             step, found = None, None
         except CaptureError as error:
             self._give_up(str(error))
@@ -109,6 +114,11 @@ class Compiler:
         loop = self.loop
         return [loop.generator] if loop.noise is loop.generator else [loop.generator, loop.noise]
 
+    @property
+    def report(self) -> str:
+        """What became of it, in words, with the number of graphs and of the steps that were made without one."""
+        return self._text + counts(self._without, self._broken)
+
     # -- when ---------------------------------------------------------------------------------------------------
 
     def _is_time(self) -> bool:
@@ -117,7 +127,7 @@ class Compiler:
             return True
         if not self.loop.optimizer.state and self.loop.step <= 1:
             return False
-        if self.mode == "inductor":
+        if self.mode != "auto":
             return True
         now = time.perf_counter()
         if self._last is not None:
@@ -136,6 +146,7 @@ class Compiler:
 
     def _count_broken(self, step: CompiledStep | None) -> None:
         if step is None:
+            self._without += not self._off
             return
         self._broken += 1
         if self._broken > 5 and self._broken > MOST_BROKEN * (self._made + self._broken):
@@ -143,7 +154,7 @@ class Compiler:
 
     def _give_up(self, reason: str) -> None:
         self._off = True
-        self.report = f"not compiled{f' from step {self.loop.step} on' if self._made else ''}: {reason}"
+        self._text = f"not compiled{f' from step {self.loop.step} on' if self._made else ''}: {reason}"
         warnings.warn(
             f"From step {self.loop.step} on the steps of this run are eager, as with compile='off': {reason}.",
             CompileWarning,
@@ -211,6 +222,7 @@ class Compiler:
             loop.optimizer,
             self._generators(),
             only_gradient=loop.ranks.size > 1,
+            mode="cudagraphs" if self.mode == "cudagraphs" else "inductor",
             clip=loop.clip,
             buffers=list(loop.method.buffers()),
             arguments=arguments,
@@ -223,11 +235,18 @@ class Compiler:
         self.loop.optimizer.zero_grad(set_to_none=True)
         seconds = sum(sum(s.seconds.values()) for s in self.graphs.values())
         nodes = ", ".join(str(s.captured.num_nodes) for s in self.graphs.values())
-        self.report = (
+        self._text = (
             f"compiled at step {self.loop.step}: {len(self.graphs)} graph(s) of {nodes} operations in {seconds:.1f} s, "
             f"with tasks drawn {'in' if self.draws_tasks else 'before'} the graph and the optimizer's step "
             f"{'in' if step.update is not None else 'after'} it"
         )
+
+
+def counts(without: int, broken: int) -> str:
+    """For a report: steps that no graph has made."""
+    texts = [f"{without} later steps eager for want of a graph"] * (without > 0)
+    texts += [f"{broken} made again eagerly since a condition did not hold"] * (broken > 0)
+    return "".join(f"; {text}" for text in texts)
 
 
 class _NotWorthIt(Exception):

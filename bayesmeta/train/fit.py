@@ -156,6 +156,7 @@ def fit(
         compile: ``"off"``; ``"inductor"``: from the second step on a step is one compiled graph, of drawing the tasks
             where they are drawn by tensor operations, of the loss, its gradient, and the step of SGD, Adam or AdamW.
             It draws the same numbers as an eager step and differs by rounding alone. Compiling takes a minute or so.
+            ``"cudagraphs"``, on CUDA: the kernels of a step are recorded and played back, not compiled.
             ``"auto"``: times eager steps first, and compiles if the run is long enough to win that back. What
             cannot be one graph stays eager, with a warning that names the line.
         validation: held-out tasks, in one batch or several; their loss is measured every ``validate_every`` steps

@@ -85,7 +85,8 @@ class MetaSVI:
         compile: ``"off"``; ``"inductor"``: from the second step on a step is one compiled graph, of ``Trace_ELBO`` or
             ``TraceMeanField_ELBO`` on reparameterised sites, its gradient, and the step of SGD, Adam or AdamW. It draws
             the same numbers and differs by rounding alone. ``"auto"``: once eager steps have taken as long as compiling
-            would. What cannot be one graph stays eager, with a warning that names the line.
+            would. ``"cudagraphs"``, on CUDA: recorded and played back, not compiled. What cannot be one graph stays
+            eager, with a warning that names the line.
         precision: as in :func:`~bayesmeta.fit`: ``"float32"``, ``"bf16"`` or ``"tf32"``. ``"bf16"`` concerns the layers
             of networks in model and guide, where these are modules, in steps and in :meth:`evaluate_loss`.
 
@@ -181,6 +182,28 @@ class MetaSVI:
             warnings.warn(f"{message}. The step is skipped, as later ones will be without a warning.", stacklevel=2)
         self.skipped += 1
         return value
+
+    def run(self, num_steps: int, *args: Any, **kwargs: Any) -> list[float]:
+        """Take steps on the same arguments; returns their losses. As NumPyro's ``SVI.run``.
+
+        With ``compile`` several steps are one graph, which leaves nothing between them to Python: the numbers are those
+        of as many calls of :meth:`step`, to rounding. Compiling it takes several times as long as compiling one step.
+
+        Raises:
+            OptionError: for a number that is not positive.
+            NonFiniteLossError: as :meth:`step`; the steps before it have been made.
+        """
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise OptionError(f"num_steps must be an int ≥ 1, got {num_steps!r}.")
+        begin = len(self.losses)
+        while (left := num_steps - len(self.losses) + begin) > 0:
+            losses = [] if self._compiler is None else self._compiler.run(left, args, kwargs)
+            if losses:
+                self.steps, self._skipped_in_a_row = self.steps + len(losses), 0
+                self.losses += losses
+            else:
+                self.step(*args, **kwargs)
+        return self.losses[begin:]
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss without a gradient step."""

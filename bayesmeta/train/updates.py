@@ -31,10 +31,14 @@ class Update:
         self.optimizer = optimizer
         self.moving = _MOVING[type(optimizer)]
         device = optimizer.param_groups[0]["params"][0].device
+        if device.type != "cpu":  # torch counts steps on the CPU, and takes a count that is elsewhere as well
+            for state in optimizer.state.values():
+                state.update({name: t.to(device) for name, t in state.items() if name == "step"})
         #: the options that may change, one vector a group; inputs of the graph
         self.options = [torch.tensor(self._values(g), dtype=torch.float64, device=device) for g in self._groups()]
         self._last = [self._values(group) for group in self._groups()]
         self._fixed = self._unmoving()
+        self._of = optimizer.state  # loading a state makes another
 
     @staticmethod
     def serves(optimizer: torch.optim.Optimizer) -> bool:
@@ -55,17 +59,22 @@ class Update:
         return [{k: v for k, v in group.items() if k not in left_out} for group in self._groups()]
 
     def refresh(self) -> bool:
-        """Read rates anew; False if an option has changed that is part of the graph."""
+        """Read rates anew; False if an option has changed that is part of the graph, or the state is another."""
         for tensor, group, index in zip(self.options, self._groups(), range(len(self.options)), strict=True):
             values = self._values(group)
             if values != self._last[index]:
                 tensor.copy_(torch.tensor(values, dtype=torch.float64))
                 self._last[index] = values
-        return self._unmoving() == self._fixed
+        return self.optimizer.state is self._of and self._unmoving() == self._fixed
 
     def targets(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that a step changes, in the order of :meth:`values`."""
         return [t.detach() for p in parameters for t in (p, *self._state(p).values())]
+
+    def linear(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the targets that depend on the gradient linearly."""
+        adam = not isinstance(self.optimizer, torch.optim.SGD)
+        return [self._state(p)["exp_avg"] if adam else p.detach() for p in parameters]
 
     def values(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         """What a step would make of them."""
