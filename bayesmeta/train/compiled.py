@@ -267,7 +267,8 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
             options |= _ONE_PIECE
         # without shapes of its own, though all are fixed, the compiler does not keep what it made for the next process
         fake = FakeTensorMode(shape_env=ShapeEnv())
-        context, given = TracingContext(fake), [fake.from_tensor(t, static_shapes=True) for t in inputs]
+        context = TracingContext(fake)
+        given: list[Any] = [fake.from_tensor(t, static_shapes=True) for t in inputs]
         try:
             # a second cache, which cannot hold a captured graph and says so at length
             with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
