@@ -88,6 +88,10 @@ class Fit:
     threads: int = 1
     """CPU threads; 0 leaves the choice to torch. One is fastest for a model this small."""
 
+    compile: Literal["off", "auto", "inductor", "cudagraphs"] = "off"
+    """Steps as compiled graphs: auto, if the run is long enough to win back the time that compiling takes; inductor,
+    from the second step on; cudagraphs, on CUDA: recorded, not compiled."""
+
     overwrite: bool = False
     """Replace a run that the folder holds."""
 
@@ -120,8 +124,8 @@ class Profile(Fit):
     family: Literal["sinusoid", "sine-or-line", "gp"] | None = None
     """Instead of a CSV file: tasks of a built-in family."""
 
-    compile: Literal["off", "inductor"] = "off"
-    """inductor: measure compiled steps too, and what compiling takes: a minute or so."""
+    compile: Literal["off", "inductor", "cudagraphs"] = "off"  # type: ignore[assignment]  # it measures, auto decides
+    """inductor, or cudagraphs on CUDA: measure such steps too, and what compiling takes: a minute or so."""
 
     trace: Path | None = None
     """File for the trace, which Perfetto (ui.perfetto.dev) or chrome://tracing shows."""

@@ -217,23 +217,19 @@ class LastLayer(Method):
         trunk = named(parameters["trunk"], "program.network", self.numbers)
         return {name: np.asarray(v) for name, v in trunk.items()} | {n: parameters[n] for n in (LOC, LOG_SCALE)}
 
-    def log_evidence(self, parameters, x, y):
+    def loss(self, parameters, task, noise):
+        x, y, query_x, query_y = task
+        given, x, y = len(x), jnp.concatenate([x, query_x]), jnp.concatenate([y, query_y])
         features = jax.nn.relu(mlp(parameters["trunk"], x))
         design = jnp.concatenate([features, jnp.ones((len(x), 1), jnp.float32)], -1).astype(self.inside)
         loc = parameters[LOC].astype(self.inside)
         whitened = design * jnp.exp(parameters[LOG_SCALE]).astype(self.inside) / self.scale
         residual = (y[:, 0].astype(self.inside) - design @ loc) / self.scale
-        cholesky = jnp.linalg.cholesky(jnp.eye(len(loc), dtype=self.inside) + whitened.T @ whitened)
-        half = jax.scipy.linalg.solve_triangular(cholesky, whitened.T @ residual, lower=True)
-        square = residual @ residual - half @ half
-        log_det = jnp.log(jnp.diagonal(cholesky)).sum()
-        return -0.5 * square - log_det - len(x) * (math.log(self.scale) + 0.5 * math.log(2 * math.pi))
-
-    def loss(self, parameters, task, noise):
-        x, y, query_x, query_y = task
-        everything = jnp.concatenate([x, query_x]), jnp.concatenate([y, query_y])
-        loss = self.log_evidence(parameters, x, y) - self.log_evidence(parameters, *everything)
-        return loss.astype(jnp.float32)
+        # the factor of the support's covariance is a part of that of all
+        cholesky = jnp.linalg.cholesky(jnp.eye(len(x), dtype=self.inside) + whitened @ whitened.T)
+        half = jax.scipy.linalg.solve_triangular(cholesky, residual, lower=True)
+        each = 0.5 * half**2 + jnp.log(jnp.diagonal(cholesky)) + math.log(self.scale) + 0.5 * math.log(2 * math.pi)
+        return each[given:].sum().astype(jnp.float32)
 
 
 class Cnp(Method):

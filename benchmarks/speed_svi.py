@@ -12,9 +12,14 @@ on one core and one thread, and what is compared is the processor's time, which 
 lengthen.
 
 Each side returns its loss as a number in each step, but for ``numpyro_scan``, which runs a block's steps in one
-compiled loop. NumPyro runs in an environment and a process of its own (``benchmarks/_peers.py``). ``ours`` and
-``reference`` are medians in milliseconds a step, ``ratio`` the peer's over ours, with a standard error by a bootstrap
-over rounds; ``seconds`` of the first row is what compiling took.
+compiled loop. Beside it stands also ``MetaSVI.run``, with several steps in one graph (``…_run_vs_numpyro_scan``; not in
+--quick, since that graph takes a minute to compile). These two take turns in blocks of 2000 steps: at the start of its
+turn a side finds the processor's caches full of the other's data, and it has a request to read, which is little beside
+50 single steps but not beside 50 of a loop.
+
+NumPyro runs in an environment and a process of its own (``benchmarks/_peers.py``). ``ours`` and ``reference`` are
+medians in milliseconds a step, ``ratio`` the peer's over ours, with a standard error by a bootstrap over rounds;
+``seconds`` of the first row and of the last is what compiling took.
 
 Nothing is timed before NumPyro's loss of the guide that we trained is ours, within 5 standard errors. The losses that
 the trainings reach are rows too: ``…_final_loss_vs_…`` have ``difference`` ours minus theirs in nats. How far two
@@ -42,6 +47,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 import bayesmeta as bm
+from bayesmeta.train.compiled_svi import BLOCK
 from benchmarks._peers import Peer, one_core
 from benchmarks._speed_compiled import take_turns
 from benchmarks.harness import Row, at_least, at_most, main
@@ -53,6 +59,7 @@ TASKS, POINTS, HIDDEN = 20, 20, 10
 BARS = {"pyro_svi": 30.0, "pyro_jit_trace": None, "numpyro_update": 1.0, "numpyro_scan": None}
 REPEATS = 8
 COMPILING = 2  # steps until ours is compiled
+LONG = 2000  # steps in a block of a compiled loop
 
 
 # -- the models ---------------------------------------------------------------------------------------------------
@@ -289,8 +296,34 @@ def compare(name: str, args: argparse.Namespace, make_peer: Callable[..., Any] =
             blocks: dict[str, Callable[[int], float]] = {side: trainer.block for side, trainer in sides.items()}
             for kind in ("update", "scan"):
                 blocks[f"numpyro_{kind}"] = lambda n, kind=kind: float(peer.ask(**{kind: n})["seconds"])  # type: ignore[misc]
-            times = take_turns(blocks, 20 if args.quick else 50, rounds)
-    return timing_rows(name, times, seconds, args.seed) + rows
+            rows = timing_rows(name, take_turns(blocks, 20 if args.quick else 50, rounds), seconds, args.seed) + rows
+            if not args.quick:
+                rows.append(run_row(name, svi, data, blocks["numpyro_scan"], args))
+    return rows
+
+
+def run_row(
+    name: str, svi: bm.MetaSVI, data: dict[str, Tensor], scan: Callable[[int], float], args: argparse.Namespace
+) -> Row:
+    """``MetaSVI.run`` against the peer's compiled loop; a row without a figure where it makes single steps."""
+    begin = time.perf_counter()
+    svi.run(COMPILING * BLOCK, *data.values())
+    seconds = time.perf_counter() - begin
+    print(f"{name}: {svi.compiled}", flush=True)
+    row_name = f"{name}_run_vs_numpyro_scan"
+    if "steps in one graph" not in str(svi.compiled):
+        return Row(row_name, None, bar="several steps in one graph", passes=False)
+
+    def block(steps: int) -> float:
+        start = time.process_time()
+        svi.run(steps, *data.values())
+        return time.process_time() - start
+
+    times = take_turns({"ours": block, "scan": scan}, LONG, args.rounds)
+    ratio, error = ratio_of_medians(times["scan"], times["ours"], args.seed)
+    ours, theirs = (float(np.median(times[side])) for side in ("ours", "scan"))
+    print(f"{row_name}: {ours:.3g} against {theirs:.3g} ms, ratio {ratio:.3g} ± {error:.2g}", flush=True)
+    return Row(row_name, ours, theirs, ratio=ratio, standard_error=error, seconds=seconds)
 
 
 def timing_rows(name: str, times: dict[str, list[float]], seconds: float, seed: int) -> list[Row]:

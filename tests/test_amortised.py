@@ -105,6 +105,26 @@ def test_without_subsets_other_numbers_of_shots_are_not_learned():
 
 
 @pytest.mark.slow
+def test_on_weights_the_mean_of_single_observations_learns_slowly_and_can_collapse():
+    """As docs/amortised.md has it: with a small rate adapting helps; with a large one q ends at a narrow prior."""
+    tasks, gains = bm.tasks.Sinusoid(noise=0.1), {}
+    held_out = tasks.sample(60, support=10, query=40, generator=99)
+    nothing = bm.TaskBatch(held_out.support.points(slice(0)), held_out.query)
+    for steps, rate in ((1000, 3e-3), (2000, 1e-2)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = bm.nets.mlp(1, [16, 16], 1, activation="tanh")
+        model = bm.NeuralTaskModel(network, bm.Gaussian(0.5), "normal", task_modules="head")
+        method = bm.Amortised(model, width=32)
+        bm.fit(method, tasks, steps=steps, optimizer=lambda p, r=rate: torch.optim.Adam(p, r), progress=False)
+        adapted, started = (bm.scores(method.adapt(b.support), b, num_samples=100) for b in (held_out, nothing))
+        gains[rate] = started.per_task["nll"] - adapted.per_task["nll"]
+    assert gains[3e-3].mean() > 2 * gains[3e-3].std() / 60**0.5
+    assert gains[3e-3].mean() > 0.5
+    assert gains[1e-2].abs().mean() < 0.2
+
+
+@pytest.mark.slow
 def test_a_full_gaussian_reaches_the_exact_posterior_of_a_line():
     tasks, model = linear(2)
     method = bm.Amortised(model, "product", posterior="full", num_particles=8)

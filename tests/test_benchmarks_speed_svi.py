@@ -80,6 +80,7 @@ def test_a_run_compares_before_it_times(eager, monkeypatch):
     monkeypatch.setattr(speed_svi, "take_turns", lambda sides, steps, rounds: {
         name: [3.0 if name == "ours" else 6.0] * rounds for name in sides
     })  # fmt: skip
+    monkeypatch.setattr(speed_svi, "run_row", lambda name, *_: speed_svi.Row(f"{name}_run", 1.0))
     peer = FakePeer(500.2, [499.0, 501.0, 500.0])
     with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
         rows = {row.name: row for row in speed_svi.compare("bnn", arguments(), peer)}
@@ -87,7 +88,7 @@ def test_a_run_compares_before_it_times(eager, monkeypatch):
     assert peer.script == "_numpyro_bnn.py"
     assert list(rows) == [f"bnn_compiled_vs_{p}" for p in speed_svi.BARS] + [
         f"bnn_final_loss_vs_{p}" for p in ("pyro_svi", "pyro_jit_trace", "numpyro")
-    ]
+    ] + ["bnn_run"]
     assert {row.ratio for name, row in rows.items() if "compiled" in name} == {2.0}
     assert rows["bnn_compiled_vs_pyro_svi"].passes is False
     assert rows["bnn_compiled_vs_numpyro_update"].passes is True
@@ -119,6 +120,40 @@ def test_a_step_that_is_not_compiled_is_a_missed_bar(eager, monkeypatch):
     monkeypatch.setattr(speed_svi, "our_side", side)
     (row,) = speed_svi.compare("radon", arguments(), lambda *_: pytest.fail("it asked a peer"))
     assert (row.name, row.ours, row.passes) == ("radon_compiled_vs_pyro_svi", None, False)
+
+
+class FakeRun:
+    """A MetaSVI whose steps take no time but say how many they were."""
+
+    def __init__(self, compiled):
+        self.compiled, self.asked = compiled, []
+
+    def run(self, steps, *data):
+        self.asked.append((steps, len(data)))
+
+
+def test_steps_in_one_graph_race_the_peers_loop_in_long_blocks(monkeypatch):
+    turns = []
+
+    def take_turns(sides, steps, rounds):
+        turns.append((steps, {name: side(steps) for name, side in sides.items()}))
+        return {"ours": [2.0] * rounds, "scan": [3.0] * rounds}
+
+    monkeypatch.setattr(speed_svi, "take_turns", take_turns)
+    svi = FakeRun("compiled at step 2; 5 steps in one graph of 9 operations")
+    row = speed_svi.run_row("radon", svi, {"x": torch.ones(1)}, lambda steps: 0.5 * steps, arguments())
+    assert (row.name, row.ours, row.reference, row.ratio) == ("radon_run_vs_numpyro_scan", 2.0, 3.0, 1.5)
+    ((steps, taken),) = turns
+    assert steps % speed_svi.BLOCK == 0  # no step of a block is made alone
+    assert taken["scan"] == 0.5 * steps
+    assert svi.asked == [(2 * speed_svi.BLOCK, 1), (steps, 1)]  # compiled before it is timed
+
+
+def test_single_steps_do_not_race_the_peers_loop(monkeypatch):
+    monkeypatch.setattr(speed_svi, "take_turns", lambda *_: pytest.fail("it timed"))
+    svi = FakeRun("compiled at step 2; steps are made one by one: no reason")
+    row = speed_svi.run_row("radon", svi, {}, lambda steps: 0.0, arguments())
+    assert (row.ours, row.passes) == (None, False)
 
 
 def test_losses_of_one_guide_are_held_to_five_standard_errors():

@@ -134,6 +134,32 @@ def test_fit_says_what_was_read_and_what_comes_next(table):
     assert (place / "run" / "checkpoint.pt").stat().st_size > 0
 
 
+def test_fit_compiled_learns_the_same(table, capsys, monkeypatch, tmp_path):
+    """The captured graph as it is, without the compiler; beside the folder of the same run, eager."""
+    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    place, _ = table
+    out = tmp_path / "run"
+    status, text, error = command(
+        capsys, "fit", place / "a.csv", *FIT, "--out", out, "--compile", "inductor", "--no-progress"
+    )
+    assert status == 0, error
+    assert re.search(r"Steps: compiled at step \d+: \d graph\(s\)", text)
+    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True)["method"] for f in (out, place / "run"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)  # 20 steps of Adam in float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA")
+def test_fit_refuses_cuda_graphs_where_there_is_none(table, capsys):
+    place, _ = table
+    before = sorted(path.name for path in (place / "run").iterdir())
+    arguments = ("fit", place / "a.csv", *FIT, "--out", place / "run", "--overwrite", "--compile", "cudagraphs")
+    status, _, error = command(capsys, *arguments)
+    assert status == 2
+    assert "compile='cudagraphs' needs a CUDA device" in error
+    assert sorted(path.name for path in (place / "run").iterdir()) == before
+
+
 def test_evaluate_and_predict_go_on_from_there(table, capsys):
     place, _ = table
     status, text, _ = command(capsys, "evaluate", place / "run", place / "a.csv", "--support", 2)

@@ -426,7 +426,7 @@ def test_nan_in_the_draws_is_named():
         svi.guide.locs.beta.fill_(torch.nan)
     with pytest.raises(errors.NonFiniteDataError, match="1 of 4 trained parameters"):
         svi.to_datatree(data, num_samples=5)
-    program = svi._program().prepare(data)
+    program = svi._trained().program().prepare(data)
     draws = torch.zeros(6, 3, 1, dtype=F64)
     draws[2] = torch.nan
     given = bm.SamplesPosterior(program, data, draws, torch.zeros(6, 1, dtype=F64))

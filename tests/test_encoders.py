@@ -343,6 +343,39 @@ def test_random_subsets_have_uniform_sizes_and_members():
     assert at_least.amax(0).tolist() == [4, 2, 0]
 
 
+def chi_square_p(seen, expected):
+    statistic = ((seen - expected).square() / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2, dtype=F64), statistic / 2).item()
+
+
+def codes(parts):
+    """Each part of a set as one number, ``[…]``."""
+    return (parts.long() * 2 ** torch.arange(parts.shape[-1])).sum(-1)
+
+
+def test_every_part_of_a_set_has_its_chance_and_no_part_tells_of_another():
+    """Chi-square tests of the parts of four, of those of neighbouring tasks, and of one task in two draws."""
+    n = 20_000
+    mask, generator = torch.ones(n, 4).bool(), torch.Generator().manual_seed(0)
+    first, second = sets.random_subset(mask, generator), sets.random_subset(mask, generator)
+    chance = torch.tensor([1 / 5 / math.comb(4, code.bit_count()) for code in range(16)], dtype=F64)
+
+    def p_of_one(parts):
+        return chi_square_p(torch.bincount(codes(parts), minlength=16).double(), chance * len(parts))
+
+    def p_of_pairs(parts, others):
+        together = torch.bincount(16 * codes(parts) + codes(others), minlength=256).double()
+        return chi_square_p(together, (chance[:, None] * chance).flatten() * len(parts))
+
+    assert p_of_one(first) > 1e-3
+    assert p_of_pairs(first[0::2], first[1::2]) > 1e-3, "tasks of one call, with the same members"
+    assert p_of_pairs(first, second) > 1e-3, "calls that follow each other"
+    each = torch.rand(n, 4, generator=generator) < 0.5
+    assert p_of_one(each) < 1e-9, "control: members one by one, whose number is not uniform"
+    assert p_of_pairs(first[0::2], first[1::2].roll(1, -1)) > 1e-3
+    assert p_of_pairs(first[0::2], first[0::2].roll(1, -1)) < 1e-9, "control: one task's part, moved, for the other's"
+
+
 # -- bad input ----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import bayesmeta as bm
 from bayesmeta import errors
+from bayesmeta.ops.gaussian import linear_gaussian_log_prob
 from tests.numerics import maximise_evidence
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -132,3 +133,84 @@ def test_models_without_a_closed_form():
         bm.BayesianLastLayer(lambda x, y=None, mask=None: None)
     with pytest.raises(errors.NoClosedFormError, match="predict"):
         bm.ABML(full).adapt(bm.Observations(torch.zeros(1, 2, 1), torch.zeros(1, 2))).predictive(torch.zeros(1, 2, 1))
+
+
+# -- few rows: by the covariance of the rows ----------------------------------------------------------------------
+
+
+def rows(count=7, columns=12):
+    generator = torch.Generator().manual_seed(1)
+    design, y, mean = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, count, columns), (3, count), (columns,))
+    )
+    root = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    noise = torch.rand(count, generator=generator, dtype=torch.float64) + 0.3
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 2], mask[1, 4:], mask[2] = False, False, torch.tensor([False, True, False, False, True, True, False])
+    return design, y, mean, root, noise, mask[:, :count]
+
+
+@pytest.mark.parametrize("given", [0, 3, 7])
+def test_later_rows_given_earlier_ones_are_torchs_normals(given):
+    """Task by task, without the rows that do not count, as the ratio of two of torch's multivariate normals."""
+    design, y, mean, root, noise, mask = rows()
+    found = linear_gaussian_log_prob(design, y, mean, root, noise, mask, given=given)
+
+    def log_prob(task, keep):
+        a = design[task][keep] @ root
+        covariance = a @ a.mT + torch.diag(noise[keep].square())
+        return torch.distributions.MultivariateNormal(design[task][keep] @ mean, covariance).log_prob(y[task][keep])
+
+    for task in range(3):
+        keep = mask[task].nonzero().flatten()
+        first = keep[keep < given]
+        expected = log_prob(task, keep) - (log_prob(task, first) if len(first) else 0.0)
+        assert found[task].item() == pytest.approx(float(expected), rel=1e-11, abs=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["predictive", "evidence"])
+def test_few_rows_and_many_give_one_loss_and_gradient(objective, monkeypatch):
+    """Two outputs of unlike noise on ragged tasks: 10 rows of 26 columns, by their covariance and by their weights'."""
+    torch.manual_seed(0)
+    likelihood = bm.Gaussian(torch.tensor([0.3, 0.8]))
+    method = bm.BayesianLastLayer(
+        bm.NeuralTaskModel(bm.nets.mlp(1, [12], 2), likelihood, task_modules="head").double(), objective=objective
+    )
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(4, 5, n, generator=generator, dtype=torch.float64) for n in (1, 2))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]]).bool()
+    batch = bm.TaskBatch(bm.Observations(x[:, :3], y[:, :3], mask), bm.Observations(x[:, 3:], y[:, 3:]))
+
+    def losses():
+        loss = method.loss(batch)
+        return torch.cat(
+            [loss.reshape(1), *(g.flatten() for g in torch.autograd.grad(loss, list(method.parameters())))]
+        )
+
+    found = losses()
+    with monkeypatch.context() as patch:  # the other way is taken
+        patch.setattr("bayesmeta.adapt.last_layer.linear_gaussian_log_prob", lambda *_, **__: pytest.fail("few rows"))
+        with pytest.raises(pytest.fail.Exception):
+            losses()
+    monkeypatch.setattr("bayesmeta.adapt.last_layer._has_few_rows", lambda design: False)
+    torch.testing.assert_close(found, losses(), rtol=1e-9, atol=1e-9)
+    method.objective = "evidence" if objective == "predictive" else "predictive"
+    assert (losses() - found).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_the_gradient_by_hand_is_that_of_finite_differences(given):
+    """And its own gradient, by which an objective may be differentiated twice."""
+    design, y, _, root, _, mask = rows(4, 6)
+    design, y, deviations = design[:2].requires_grad_(), y[:2].requires_grad_(), root[0].abs().requires_grad_()
+    mean, noise = root[1].clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def log_prob(*args):
+        return linear_gaussian_log_prob(*args, mask[:2], given=given)
+
+    arguments = (design, y, mean, deviations, noise)
+    assert torch.autograd.gradcheck(log_prob, arguments)
+    assert torch.autograd.gradgradcheck(log_prob, arguments)
+    as_matrix = log_prob(design, y, mean, deviations.diag(), noise)
+    torch.testing.assert_close(log_prob(*arguments), as_matrix, rtol=1e-12, atol=1e-12)

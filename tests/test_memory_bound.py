@@ -6,8 +6,10 @@ import torch
 import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.ops.peak import PeakMemory
+from bayesmeta.train import bounded
 from bayesmeta.train.bounded import as_bytes, chunk_within
-from bayesmeta.train.loop import Loop
+from bayesmeta.train.loop import Loop, Plan
+from bayesmeta.train.validation import Validation
 from tests.test_fit import same, state, train
 
 KIB, MIB = 2**10, 2**20
@@ -184,6 +186,31 @@ def test_a_large_bound_takes_whole_batches():
     assert train(picked, 2, memory="1GiB").chunk is None
     assert train(whole, 2).chunk is None
     assert same(state(picked), state(whole))
+
+
+def test_the_search_makes_no_piece_that_it_does_not_use(monkeypatch):
+    """At one task a time 10,000 pieces were 25 MiB of small blocks, which the heap kept for the whole run."""
+    made, inner = [], bm.TaskBatch.tasks
+    monkeypatch.setattr(bm.TaskBatch, "tasks", lambda self, index: (made.append(index), inner(self, index))[1])
+    loop = next_loop(10_000)
+    assert bounded.bound_memory(loop, "12MiB") is not None
+    assert 2 <= len(made) <= 2 * 14
+    made.clear()
+    loop.sample(torch.Generator().manual_seed(0)).split(1)
+    assert len(made) == 10_000, "control: what a split makes is seen"
+
+
+def next_loop(tasks):
+    loop = Loop(
+        maml(width=8),
+        bm.tasks.Sinusoid(),
+        Plan(tasks, 5, 5, 0),
+        Validation(None, every=1, patience=None, min_delta=0.0, chunk=None, score=None),
+        torch.device("cpu"),
+        None,
+    )
+    loop.set_up(lambda parameters: torch.optim.Adam(parameters, 1e-3), None)
+    return loop
 
 
 def test_ten_thousand_tasks(peaks):

@@ -321,9 +321,10 @@ def test_networks_that_mix_tasks_are_refused():
 
 
 def test_network_and_data_that_do_not_fit():
-    model = bm.NeuralTaskModel(bm.nets.mlp(2, [3], 1), bm.Gaussian())
-    with pytest.raises(errors.ShapeError, match="1 features"):
-        model.prepare(batch_of(2, 3, 1))
+    for features in (2, 3):  # as many as the shots of the probe: what a product by broadcasting would let through
+        model = bm.NeuralTaskModel(bm.nets.mlp(features, [3], 1), bm.Gaussian())
+        with pytest.raises(errors.ShapeError, match="1 features"):
+            model.prepare(batch_of(2, 3, 1))
     model = bm.NeuralTaskModel(bm.nets.mlp(1, [3], 2), bm.Gaussian())
     with pytest.raises(errors.ShapeError, match="output width"):
         model.prepare(batch_of(2, 3, 1))

@@ -23,7 +23,7 @@ from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import OptionError, UnsupportedError
 from bayesmeta.models.conjugate import ConjugateModel, Noise
 from bayesmeta.models.neural import NeuralTaskModel
-from bayesmeta.ops.gaussian import LinearGaussianFit, fit_linear_gaussian
+from bayesmeta.ops.gaussian import LinearGaussianFit, fit_linear_gaussian, linear_gaussian_log_prob
 from bayesmeta.posteriors.conjugate import ConjugatePosterior
 from bayesmeta.posteriors.exact import ExactLinearPosterior
 
@@ -122,6 +122,25 @@ class BayesianLastLayer(Method):
 
     def fit_weights(self, observations: Observations) -> LinearGaussianFit:
         """Posterior of the weights and evidence of these observations, differentiable in θ."""
+        return fit_linear_gaussian(*self._regression(observations))
+
+    def _log_prob(self, observations: Observations, given: int = 0) -> Tensor:
+        """log p of these observations but for the first shots, given those, ``[tasks]``."""
+        design, y, mean, root, noise, mask = self._regression(observations)
+        given *= design.shape[-2] // max(observations.shots, 1)  # rows
+        if _has_few_rows(design):
+            prior = self.model_program.prior
+            moments = prior.moments(observations.w) if prior.is_diagonal_gaussian else None
+            root = root if moments is None else moments[1]
+            return linear_gaussian_log_prob(design, y, mean, root, noise, mask, given=given)
+        both = fit_linear_gaussian(design, y, mean, root, noise, mask).log_evidence
+        if given == 0:
+            return both
+        first = (design[..., :given, :], y[..., :given], mean, root, noise[:given] if noise.dim() else noise)
+        return both - fit_linear_gaussian(*first, None if mask is None else mask[..., :given]).log_evidence
+
+    def _regression(self, observations: Observations) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Arguments of :func:`~bayesmeta.ops.gaussian.fit_linear_gaussian`, a row for each output of each shot."""
         program = self.model_program
         root = program.prior.root()
         assert root is not None
@@ -133,7 +152,7 @@ class BayesianLastLayer(Method):
         y = observations.y.flatten(1)
         design = program.last_layer_design(observations.x)
         noise = program.noise_rows(observations.shots)
-        return fit_linear_gaussian(design, y, program.learned_start(observations), root, noise, mask)
+        return design, y, program.learned_start(observations), root, noise, mask
 
     def _adapt(
         self, support: Observations, theta: Tensor | None, generator: torch.Generator, create_graph: bool
@@ -150,10 +169,10 @@ class BayesianLastLayer(Method):
         if isinstance(self.program, ConjugateModel):
             return conjugate_loss(self.program, self.objective, batch)
         if self.objective == "evidence":
-            return -self.fit_weights(batch.union()).log_evidence
-        fit = self.fit_weights(batch.support)
+            return -self._log_prob(batch.union())
         if self.objective == "predictive":  # log p(y_Q | S) = log p(y_S, y_Q) − log p(y_S)
-            return fit.log_evidence - self.fit_weights(batch.union()).log_evidence
+            return -self._log_prob(batch.union(), batch.support.shots)
+        fit = self.fit_weights(batch.support)
         program, query = self.model_program, batch.query
         assert query.y is not None
         design = program.last_layer_design(query.x)
@@ -162,6 +181,11 @@ class BayesianLastLayer(Method):
         log_prob = torch.distributions.Normal(mean, variance.sqrt(), validate_args=False).log_prob(query.y.flatten(1))
         log_prob = log_prob.reshape(*query.x.shape[:2], -1).sum(-1)
         return -torch.where(query.full_mask(), log_prob, 0.0).sum(-1)
+
+
+def _has_few_rows(design: Tensor) -> bool:
+    """Whether N × N is not larger than D × D."""
+    return design.shape[-2] <= design.shape[-1]
 
 
 def _check_closed_form(model: NeuralTaskModel) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 TASKS = "tasks"
 SHOTS = "shots"
+#: of the plate over tasks
+TASK_DIM = -2
 
 #: Rows and number of all tasks, where those at hand are some of a fixed set.
 _some: ContextVar[tuple[Tensor, int] | None] = ContextVar("some_tasks", default=None)
@@ -27,8 +29,8 @@ def task_plate(x: Tensor) -> pyro.plate:
     """
     some = _some.get()
     if some is None:
-        return pyro.plate(TASKS, x.shape[-3], dim=-2)
-    return pyro.plate(TASKS, some[1], subsample=some[0], dim=-2)
+        return pyro.plate(TASKS, x.shape[-3], dim=TASK_DIM)
+    return pyro.plate(TASKS, some[1], subsample=some[0], dim=TASK_DIM)
 
 
 @contextmanager

@@ -48,12 +48,21 @@ class TaskProgram(nn.Module):
         else:
             object.__setattr__(self, "program", program)
         function = program.forward if isinstance(program, nn.Module) else program
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
+        parameters = signature.parameters
+        name = getattr(program, "__name__", type(program).__name__)
         if "y" not in parameters and len(parameters) < 2:
             raise ModelError(
-                f"A program has the signature (x, y=None, mask=None); {type(program).__name__} takes "
-                f"({', '.join(parameters)}). A network goes into bayesmeta.NeuralTaskModel(network, likelihood)."
+                f"A program has the signature (x, y=None, mask=None); {name} takes ({', '.join(parameters)}). A "
+                "network goes into bayesmeta.NeuralTaskModel(network, likelihood)."
             )
+        try:
+            signature.bind(None, None, None)
+        except TypeError as error:
+            raise ModelError(
+                f"A program has the signature (x, y=None, mask=None); {name}{signature} cannot be called with a mask "
+                "as the third argument. Add mask=None, and open the shots' plate as bayesmeta.shot_plate(x, mask)."
+            ) from error
         self._takes_w = "w" in parameters
         self._needs_w = False
         self.scope = ParamScope(program)

@@ -122,7 +122,7 @@ def affine(bias: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         ``[rows, shots, out]``.
     """
     # an outer product, for which a batched matrix product takes several times as long, but which is not cast
-    if h.shape[-1] == 1 and not torch.is_autocast_enabled(h.device.type):
+    if h.shape[-1] == weight.shape[-1] == 1 and not torch.is_autocast_enabled(h.device.type):
         return torch.addcmul(bias, h, weight.mT)
     return torch.baddbmm(bias, h, weight.mT)
 

@@ -4,7 +4,7 @@ The two are independent ways to the same numbers; tests hold one against the oth
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,20 +129,102 @@ def fit_linear_gaussian(
     Raises:
         DataError: when the posterior is singular to working precision.
     """
-    dtype = y.dtype
-    design, y, mean, root = design.double(), y.double(), mean.double(), root.double()
+    dtype, mean, root = y.dtype, mean.double(), root.double()
+    whitened, residual, log_noise = _whiten(design, y, mean, root, noise_scale, mask)
+    solved = _FORMS[form](whitened, residual.unsqueeze(-1))
+    log_evidence = -0.5 * solved.square[..., 0, 0] - solved.half_log_det - log_noise.sum(-1)
+    posterior_mean = mean + (root @ solved.mean).squeeze(-1)
+    return LinearGaussianFit(posterior_mean.to(dtype), (root @ solved.root).to(dtype), log_evidence.to(dtype))
+
+
+def linear_gaussian_log_prob(
+    design: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    root: Tensor,
+    noise_scale: Tensor,
+    mask: Tensor | None = None,
+    *,
+    given: int = 0,
+) -> Tensor:
+    """log p of the later rows given the first ones, in a linear-Gaussian model, without the posterior of φ.
+
+    The covariance of the residuals in units of the noise is S = I + B Bᵀ with B as in :func:`fit_linear_gaussian`. The
+    Cholesky factor of its leading block is the leading block of its factor, so that one factorisation of N × N serves
+    both evidences whose difference this is. Cheaper than two posteriors for fewer rows than columns.
+
+    Args:
+        design, y, mean, root, noise_scale, mask: as of :func:`fit_linear_gaussian`, in float64 inside likewise; of
+            independent φ the root may be their standard deviations, ``[D]``.
+        given: how many rows are given; with 0 this is the log evidence of all.
+
+    Returns:
+        ``[...]``.
+
+    Raises:
+        DataError: when the covariance is singular to working precision.
+    """
+    whitened, residual, log_noise = _whiten(design, y, mean.double(), root.double(), noise_scale, mask)
+    lead = torch.broadcast_shapes(whitened.shape[:-2], residual.shape[:-1])
+    whitened, residual = whitened.expand(*lead, -1, -1), residual.expand(*lead, -1)
+    misfit: Tensor = _Misfit.apply(whitened, residual, given)  # type: ignore[no-untyped-call]
+    return -(misfit + log_noise[..., given:].sum(-1)).to(y.dtype)
+
+
+class _Misfit(torch.autograd.Function):
+    """½ hᵢ² + log Lᵢᵢ, summed over rows i ≥ g, with L Lᵀ = S = I + B Bᵀ and h = L⁻¹ r.
+
+    With W = L⁻¹, V its rows from g on, U those before: S⁻¹ = WᵀW and, of the given rows, S₁⁻¹ = UᵀU where it is not
+    0. So the gradient in S is ½ (VᵀV − ααᵀ + α₁α₁ᵀ) with α = Wᵀ W r and α₁ = UᵀU r, and that in r is α − α₁: no
+    derivative of a factorisation, and one product for that in B, since S is symmetric.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, design: Tensor, residual: Tensor, given: int) -> Tensor:
+        log_diagonal, inverse = _invert_rows(design)
+        ctx.save_for_backward(design, residual, inverse)
+        ctx.given = given
+        half = (inverse @ residual.unsqueeze(-1)).squeeze(-1)
+        return (0.5 * half.square() + log_diagonal)[..., given:].sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        design, residual, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: as a function of B
+            inverse = _invert_rows(design)[1]
+        given = ctx.given
+        half = inverse @ residual.unsqueeze(-1)
+        before, after = inverse[..., :given, :], inverse[..., given:, :]
+        first = before.mT @ half[..., :given, :]
+        change = after.mT @ half[..., given:, :]
+        total = first + change
+        inner = after.mT @ after - total @ total.mT + first @ first.mT
+        return slope[..., None, None] * (inner @ design), slope.unsqueeze(-1) * change.squeeze(-1), None
+
+
+def _invert_rows(design: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the diagonal of L, and L⁻¹, of S = I + B Bᵀ."""
+    rows = torch.eye(design.shape[-2], dtype=design.dtype, device=design.device)
+    cholesky = _cholesky(rows + design @ design.mT)
+    inverse = torch.linalg.solve_triangular(cholesky, rows.expand_as(cholesky), upper=False)
+    return cholesky.diagonal(dim1=-2, dim2=-1).log(), inverse
+
+
+def _whiten(
+    design: Tensor, y: Tensor, mean: Tensor, root: Tensor, noise_scale: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """B = A R / σ and (y − A m) / σ, 0 in rows that do not count, and the noise's part of each −log p, in float64."""
+    design, y = design.double(), y.double()
     noise_scale = noise_scale.double().expand(y.shape)
-    whitened = design @ root / noise_scale.unsqueeze(-1)
+    spread = design @ root if root.dim() > 1 else design * root
+    whitened = spread / noise_scale.unsqueeze(-1)
     residual = (y - (design @ mean.unsqueeze(-1)).squeeze(-1)) / noise_scale
     log_noise = noise_scale.log() + 0.5 * _LOG_2PI
     if mask is not None:
         whitened = whitened * mask.unsqueeze(-1)
         residual = residual.masked_fill(~mask, 0.0)
         log_noise = log_noise.masked_fill(~mask, 0.0)
-    solved = _FORMS[form](whitened, residual.unsqueeze(-1))
-    log_evidence = -0.5 * solved.square[..., 0, 0] - solved.half_log_det - log_noise.sum(-1)
-    posterior_mean = mean + (root @ solved.mean).squeeze(-1)
-    return LinearGaussianFit(posterior_mean.to(dtype), (root @ solved.root).to(dtype), log_evidence.to(dtype))
+    return whitened, residual, log_noise
 
 
 def fit_matrix_normal(

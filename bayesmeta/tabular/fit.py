@@ -32,6 +32,7 @@ from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.schema import TableSchema
 from bayesmeta.tasks.table import TableTasks
+from bayesmeta.train.compiling import Compile, check_mode
 from bayesmeta.train.distributed import count_ranks, is_first
 from bayesmeta.train.fit import FitResult, fit, pick_device
 from bayesmeta.train.schedules import cosine
@@ -77,6 +78,7 @@ def fit_csv(
     seed: int = 0,
     separator: str = ",",
     device: str = "auto",
+    compile: Compile = "off",
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -99,6 +101,7 @@ def fit_csv(
         holdout: share of the tasks that are not touched at all, for ``evaluate``.
         seed: of the split into tasks, the first weights and the training draws.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        compile: as in :func:`bayesmeta.fit`.
         overwrite, resume: what to do when the folder already holds a run.
         progress: show a bar on standard error.
         say: takes each line of the report.
@@ -113,6 +116,7 @@ def fit_csv(
     first = is_first()
     say = say if first else _nothing
     pick_device(device)
+    check_mode(compile)
     check_inputs(x, categorical)
     method, prior = pick_names(method, prior)
     roles = TableSchema.of(
@@ -145,6 +149,7 @@ def fit_csv(
         patience=TRAINING["patience"] if "validation" in parts else None,
         seed=seed,
         device=device,
+        compile=compile,
         out=out,
         overwrite=overwrite,
         resume=resume,
@@ -163,6 +168,8 @@ def fit_csv(
     )
     if first:
         _keep(Path(out), lesson.train, parts, settings)
+    if result.compiled is not None:
+        say(f"Steps: {result.compiled}.")
     say(_what_next(Path(out), csv, result, parts, lesson.train.schema))
     return result
 

@@ -162,14 +162,15 @@ class ImageClasses:
         """Tasks of some of the classes (with their rotations), which share the images.
 
         Args:
-            classes: names, or numbers of classes, or a boolean mask.
+            classes: names, or numbers of classes, or a boolean mask with an entry for each class.
 
         Raises:
-            DataError: for a class that is not there, or given twice.
+            DataError: for a class that is not there, or given twice; and for a mask of another length.
             OptionError: for fewer than ``ways``.
         """
-        if isinstance(classes, Tensor):
-            classes = (classes.nonzero().flatten() if classes.dtype == torch.bool else classes).tolist()
+        if isinstance(classes, Tensor | np.ndarray):
+            classes = classes.tolist()
+        classes = self._chosen(classes)
         row_of = {name: i for i, name in enumerate(self._names)}
         index = [row_of.get(c, -1) if isinstance(c, str) else int(c) for c in classes]
         bad = [c for c, i in zip(classes, index, strict=True) if not 0 <= i < len(self._counts)]
@@ -269,6 +270,18 @@ class ImageClasses:
             )
         self._least, self._most = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _chosen(self, classes: Sequence[Any]) -> Sequence[Any]:
+        """Numbers of classes in place of a mask; anything else as it is."""
+        masks = [isinstance(c, bool | np.bool_) for c in classes]
+        if not any(masks):
+            return classes
+        if not all(masks) or len(masks) != len(self._counts):
+            raise DataError(
+                f"Of {len(self._counts)} classes a subset was asked for by {len(masks)} entries, {sum(masks)} of them "
+                "True or False; expected names or numbers of classes, or a mask with an entry for each class."
+            )
+        return [i for i, chosen in enumerate(classes) if chosen]
 
     def _check_ways(self) -> None:
         if isinstance(self.ways, bool) or not isinstance(self.ways, int) or self.ways < 1:

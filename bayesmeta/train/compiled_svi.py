@@ -26,9 +26,9 @@ from torch.distributions import kl_divergence
 from torch.utils import _pytree as pytree
 
 from bayesmeta.errors import CaptureError, CompileWarning
+from bayesmeta.train.arguments import as_observations
 from bayesmeta.train.compiled import CompiledStep
 from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile, counts
-from bayesmeta.train.known_tasks import as_observations
 from bayesmeta.train.recorded import check_cuda
 from bayesmeta.train.several import SeveralSteps
 from bayesmeta.train.svi_state import owners

@@ -76,10 +76,13 @@ class Ranks:
         rank: of this process, from 0.
         size: how many there are.
         device: of this process.
+        pending: an error of this rank that the others have not been told of: raised, here and there, by the next
+            exchange.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
         self.device, self.rank, self.size = device, rank, size
+        self.pending: Exception | None = None
 
     @property
     def is_first(self) -> bool:
@@ -133,6 +136,8 @@ class Group(Ranks):
         value: Any = None
         failure: Exception | None = None
         try:
+            if self.pending is not None:
+                raise self.pending
             value = function()
         except Exception as error:
             failure = error

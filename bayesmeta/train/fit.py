@@ -194,8 +194,9 @@ def fit(
     Raises:
         NonFiniteLossError: naming the step; the last good checkpoint stays.
         DeviceMemoryError: naming the ``chunk`` to try, when the device has too little memory.
-        KeyboardInterrupt: after Ctrl-C, once the step is finished and its checkpoint written; a second one stops at
-            once. SIGTERM does likewise and ends in SystemExit(143). Handlers of the caller's own are left alone.
+        KeyboardInterrupt: after Ctrl-C, once the step is finished and its checkpoint written; a second one, a second
+            later, stops at once. SIGTERM does likewise, however often it comes, and ends in SystemExit(143). Handlers
+            of the caller's own are left alone.
         RankError: when another rank failed, or is gone.
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
         DataError, ModelError and their kinds: when data and model do not fit.
@@ -277,6 +278,9 @@ def fit(
                 signals.received = loop.stop or signals.received  # what one rank received all stop for, at one step
             if (signals.received if ranks.size == 1 else loop.stop) is not None:
                 signals.stop(record.interrupt())
+        if ranks.size > 1:  # one that came to a rank after the last exchange
+            received = ranks.collect(lambda: signals.received)
+            signals.settle(next((one for one in received if one is not None), None))
     loop.check_finite()
     held_out.use_best(method)
     return FitResult(
@@ -305,7 +309,7 @@ def _take(ranks: Ranks, stack: ExitStack, out: str | Path, *, overwrite: bool, r
     held: list[Lock] = []
 
     def take() -> None:
-        _, lock = claim(out, overwrite=overwrite, resume=resume)
+        _, lock = claim(out, overwrite=overwrite, resume=resume, job=restart.this_job(Path(out)))
         stack.callback(lock.release)
         held.append(lock)
 

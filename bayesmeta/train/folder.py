@@ -10,7 +10,7 @@ from typing import Any
 from bayesmeta.errors import RunFolderError
 from bayesmeta.ops.files import discard, reason
 from bayesmeta.train.checkpoint import BEST, LAST, PREVIOUS
-from bayesmeta.train.lock import LOCK, Lock
+from bayesmeta.train.lock import LOCK, Job, Lock
 
 CONFIG, LOG = "config.json", "log.jsonl"
 _OURS = (CONFIG, LOG, LAST, PREVIOUS, BEST)
@@ -18,13 +18,14 @@ _OURS = (CONFIG, LOG, LAST, PREVIOUS, BEST)
 EVENTS, EVENT_FILES = "tensorboard", "events.out.tfevents.*"
 
 
-def claim(out: str | Path, *, overwrite: bool, resume: bool) -> tuple[Path, Lock]:
+def claim(out: str | Path, *, overwrite: bool, resume: bool, job: Job | None = None) -> tuple[Path, Lock]:
     """Prepare the output folder, for this process alone.
 
     Args:
         out: the folder; created when it is missing.
         overwrite: delete the run that it holds.
         resume: go on with the run that it holds, from the beginning if it ended before its first checkpoint.
+        job: that this process is of.
 
     Returns:
         The folder, and the lock on it, to be released when the run ends.
@@ -45,7 +46,7 @@ def claim(out: str | Path, *, overwrite: bool, resume: bool) -> tuple[Path, Lock
     except OSError as error:
         raise RunFolderError(f"The folder {path} cannot be written: {reason(error)}") from error
     began = (path / LOCK).exists()  # by a run that was killed before it wrote anything else
-    lock = Lock(path)
+    lock = Lock(path, job)
     try:
         _look(path, overwrite=overwrite, resume=resume, began=began)
         _clear(path, overwrite=overwrite)

@@ -15,9 +15,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations, TaskBatch
-from bayesmeta.errors import DataError, OptionError, PlateError, ShapeError, UnsupportedError
-from bayesmeta.models.plates import TASKS, some_tasks, task_plate
+from bayesmeta.errors import DataError, EmptyTaskError, OptionError, PlateError, ShapeError, UnsupportedError
+from bayesmeta.models.plates import TASK_DIM, TASKS, some_tasks, task_plate
 from bayesmeta.ops.random import as_generator
+from bayesmeta.train.arguments import as_arguments, as_observations
 
 _NEW_TASKS = (
     "A guide that keeps parameters for each task (an AutoGuide does, for sites inside the task plate) knows only the "
@@ -41,8 +42,17 @@ def automatic_parts(guide: Any) -> list[Any]:
     return [m for m in parts if not isinstance(m, AutoGuideList | AutoCallable)]
 
 
+#: Size and dimension of a plate.
+Plate = tuple[int, int | None]
+
+
 def task_sizes(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, run: bool) -> set[int]:
-    """Sizes of the task plates around a guide's latent sites: empty for one that has no parameters for each task.
+    """Sizes of :func:`task_plates`."""
+    return {size for size, _ in task_plates(part, args, kwargs, run=run)}
+
+
+def task_plates(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, run: bool) -> set[Plate]:
+    """The task plates around a guide's latent sites: empty for one that has no parameters for each task.
 
     Args:
         part: one of :func:`automatic_parts`.
@@ -58,7 +68,21 @@ def task_sizes(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, run:
             trace = poutine.trace(part.model).get_trace(*args, **kwargs)
     if trace is None:
         return set()
-    return {frame.full_size for site in _latent(trace) for frame in site["cond_indep_stack"] if frame.name == TASKS}
+    frames = [frame for site in _latent(trace) for frame in site["cond_indep_stack"] if frame.name == TASKS]
+    return {(frame.full_size, frame.dim) for frame in frames}
+
+
+def _is_the_users_own(plates: set[Plate], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no plate is of tasks as bayesmeta has them: at another dimension, and around other data."""
+    if any(dim == TASK_DIM for _, dim in plates):
+        return False
+    if not plates:
+        return True
+    try:
+        as_observations(args, kwargs)
+    except OptionError:
+        return True
+    return False
 
 
 def local_names(parts: list[Any], trace: Any) -> set[str]:
@@ -232,14 +256,15 @@ class GuideTasks:
 
     Args:
         guide: any Pyro guide; one without automatic parts keeps no tasks that could be told.
+        model: its model, whose arguments a part is given; None: whatever Observations stand for.
 
     Attributes:
         parts: see :func:`automatic_parts`.
         known: None before the first step, and for a guide without parameters for each task.
     """
 
-    def __init__(self, guide: Any) -> None:
-        self.guide = guide
+    def __init__(self, guide: Any, model: Any = None) -> None:
+        self.guide, self.model = guide, model
         self.parts = automatic_parts(guide)
         self.known: KnownTasks | None = None
         # a guide of the user's own may call an automatic part as it likes: what it holds is known after its first run
@@ -251,6 +276,16 @@ class GuideTasks:
     def takes_some(self) -> bool:
         """Whether it can be run for some of its tasks: parameters of these classes follow the rows of a plate."""
         return self._whole and all(isinstance(part, AutoNormal | AutoDelta | AutoMessenger) for part in self.parts)
+
+    def unpack(self, observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What model and guide are given for observations.
+
+        Raises:
+            EmptyTaskError, ModelError: for no observation at all; as :func:`~bayesmeta.train.arguments.as_arguments`.
+        """
+        if observations.shots == 0 or observations.num_tasks == 0:
+            raise EmptyTaskError("MetaSVI needs at least one task and one observation: a Pyro plate cannot be empty.")
+        return as_arguments(observations, () if self.model is None else (self.model, self.guide))
 
     def keeps(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Tensor | None, population: int | None) -> bool:
         """Whether the guide has parameters for each task; asked before each step, and at the first it learns the tasks.
@@ -265,7 +300,8 @@ class GuideTasks:
         if not self.parts or self.known is not None:
             return self.known is not None
         if not self._has_run and self._whole:
-            if any(task_sizes(part, args, kwargs, run=True) for part in self.parts):
+            plates = set[Plate]().union(*(task_plates(part, args, kwargs, run=True) for part in self.parts))
+            if not _is_the_users_own(plates, args, kwargs):
                 self.known = self._begin(as_observations(args, kwargs), ids, population)
         elif not self._has_run:
             self._pending = args, kwargs, ids, population
@@ -276,7 +312,7 @@ class GuideTasks:
 
     def _begin(self, observations: Observations, ids: Tensor | None, population: int | None) -> KnownTasks:
         known = KnownTasks.first(observations, ids, population, some=self.takes_some)
-        args, kwargs = as_arguments(observations)
+        args, kwargs = self.unpack(observations)
         with self._rows_of(observations, torch.arange(observations.num_tasks), known):
             sizes = set[int]().union(*(task_sizes(part, args, kwargs, run=True) for part in self.parts))
         if sizes != {known.size}:
@@ -293,8 +329,9 @@ class GuideTasks:
         """Look at a guide of the user's own after its first run."""
         if self._pending is None:
             return
-        if any(task_sizes(part, (), {}, run=False) for part in self.parts):
-            args, kwargs, ids, population = self._pending
+        args, kwargs, ids, population = self._pending
+        plates = set[Plate]().union(*(task_plates(part, (), {}, run=False) for part in self.parts))
+        if not _is_the_users_own(plates, args, kwargs):
             self.known = KnownTasks.first(as_observations(args, kwargs), ids, population, some=False)
         self._pending = None
 
@@ -391,23 +428,3 @@ class GuideTasks:
         """Take over the tasks of another guide's state, whose parameters have been copied."""
         if state is not None:
             self.known = KnownTasks(**state)
-
-
-def as_observations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observations:
-    """The inverse of :func:`as_arguments`.
-
-    Raises:
-        OptionError: for other arguments.
-    """
-    try:
-        return Observations(*args, **kwargs)
-    except TypeError as error:
-        raise OptionError(
-            f"A guide that keeps parameters for each task needs (x, y, mask, w) to tell tasks apart: {error}."
-        ) from error
-
-
-def as_arguments(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a program: ``(x, y, mask)``, and w where there is one."""
-    extra = {} if observations.w is None else {"w": observations.w}
-    return (observations.x, observations.y, observations.mask), extra

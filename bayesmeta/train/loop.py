@@ -176,7 +176,8 @@ class Loop:
             if math.isfinite(both) or not skip:
                 where = ", ".join(map(str, self.not_finite))
                 self._stop_if_not_finite(both, "loss or its gradient" + (f" on rank {where}" if where else ""))
-                self._update(loss, norm)
+                with sharding.told_later(self):
+                    self._update(loss, norm)
             else:
                 self._skip(both, buffers)
         seconds = time.perf_counter() - begin
@@ -355,7 +356,9 @@ class Loop:
         except (ValueError, KeyError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(f"The checkpoint {path} does not fit the optimizer or schedule: {error}") from error
         self.generator.set_state(content["generator"].cpu())
-        if self.noise is not self.generator and content.get("noise") is not None:
+        if content.get("noise") is not None:
+            if self.noise is self.generator:  # of a run that began with several ranks
+                self.noise = torch.Generator(device=self.device)
             self.noise.set_state(content["noise"].cpu())
         self.step, self.history = content["step"], content["history"]
         self.seconds = content.get("seconds", 0.0)

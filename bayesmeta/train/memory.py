@@ -43,6 +43,27 @@ def memory_for(what: str, option: str, tasks: int) -> Iterator[None]:
 
 
 @contextmanager
+def memory_for_update(step: int) -> Iterator[None]:
+    """The same for the optimizer's update, which needs as much however few tasks are worked on at a time.
+
+    Raises:
+        DeviceMemoryError: saying what makes an update smaller.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        first = (str(error).splitlines() or ["out of memory"])[0][:200]
+        message = (
+            f"The optimizer's update at step {step} ran out of memory; fewer tasks at a time do not help it. Take an "
+            "optimizer that keeps less (SGD keeps nothing, Adam two numbers a parameter) or that goes through the "
+            f"parameters one by one (foreach=False), or a smaller network. The allocator said: {first}"
+        )
+        raise DeviceMemoryError(message, None) from error
+
+
+@contextmanager
 def recomputing(method: Any, on: bool) -> Iterator[None]:
     """Let a method compute its inner steps again on the way back instead of keeping them, for a while.
 

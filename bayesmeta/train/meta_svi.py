@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +18,20 @@ from torch import Tensor
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import (
     CheckpointError,
-    EmptyTaskError,
-    NonFiniteDataError,
     NonFiniteLossError,
     OptionError,
-    ShapeError,
     SiteError,
-    UnsupportedError,
 )
-from bayesmeta.models.handlers import bijection
-from bayesmeta.models.program import TaskProgram, as_program
-from bayesmeta.ops.random import Seed, as_generator, forked_rng
+from bayesmeta.ops.random import Seed
 from bayesmeta.posteriors.samples import SamplesPosterior
 from bayesmeta.train import checkpoint
+from bayesmeta.train.arguments import as_observations
 from bayesmeta.train.compiled_svi import SVICompiler
 from bayesmeta.train.compiling import Compile, check_mode
-from bayesmeta.train.guide_density import log_density
-from bayesmeta.train.known_tasks import GuideTasks, as_arguments, as_observations
+from bayesmeta.train.known_tasks import GuideTasks
 from bayesmeta.train.loop import MAX_SKIPPED, NanPolicy
 from bayesmeta.train.precision import Precision, check_precision, check_usable, in_precision
+from bayesmeta.train.svi_results import TrainedSVI
 from bayesmeta.train.svi_state import (
     copy_into,
     generators,
@@ -122,7 +116,7 @@ class MetaSVI:
         self.optimizer: torch.optim.Optimizer | None = None
         self._store: dict[str, Any] = {"params": {}, "constraints": {}}
         self._groups: list[list[Tensor]] = []
-        self._tasks = GuideTasks(guide)
+        self._tasks = GuideTasks(guide, model)
         check_mode(compile)
         check_precision(precision)
         self.precision = precision
@@ -231,13 +225,13 @@ class MetaSVI:
             if hasattr(getattr(self.model, "__self__", None), "adapt"):
                 return args, kwargs, nullcontext()  # method.model and method.guide read support and query themselves
             batch = batch.without_padding() if isinstance(batch, TaskBatch) else batch
-            args, kwargs = _unpack(batch.union() if isinstance(batch, TaskBatch) else batch)
+            args, kwargs = self._tasks.unpack(batch.union() if isinstance(batch, TaskBatch) else batch)
         ids, population = (batch.task_id, batch.population) if isinstance(batch, TaskBatch) else (None, None)
         if not self._tasks.keeps(args, kwargs, ids, population):
             return args, kwargs, nullcontext()
         given = as_observations(args, kwargs)
         observations, context = self._tasks.enter(given, ids, self.elbo)
-        return *((args, kwargs) if observations is given else as_arguments(observations)), context
+        return *((args, kwargs) if observations is given else self._tasks.unpack(observations)), context
 
     def _parameters(self, trace: Any) -> list[Tensor]:
         """Parameters of this step, each once, in the order of the trace."""
@@ -278,11 +272,7 @@ class MetaSVI:
         Raises:
             SiteError: for a name that no statement has used, listing those that were.
         """
-        if name not in self._store["params"]:
-            known = ", ".join(self._store["params"]) or "none yet: take a step first"
-            raise SiteError(f"There is no parameter {name!r}; there are: {known}.")
-        constraint = self._store["constraints"][name]
-        return torch.distributions.transform_to(constraint)(self._store["params"][name]).detach()
+        return self._trained().param(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters (unconstrained, by name), those of modules, optimizer state and the tasks of an AutoGuide.
@@ -392,7 +382,7 @@ class MetaSVI:
             OptionError: for no draws.
             NonFiniteDataError: for NaN in the data or in a trained parameter.
         """
-        return self._posterior(observations, num_samples, generator, whole)
+        return self._trained().posterior(observations, num_samples, generator, whole)
 
     def to_datatree(
         self,
@@ -419,105 +409,11 @@ class MetaSVI:
             SiteError, DataError, ShapeError: as :meth:`posterior`.
             OptionError: for fewer than 2 draws.
         """
-        from bayesmeta.diagnostics.datatree import to_datatree
+        return self._trained().to_datatree(data, num_samples, generator, raw_units, self.losses)
 
-        if not self.steps:
-            raise UnsupportedError("MetaSVI has taken no step, so there is nothing to show yet: call step(data) first.")
-        owner = getattr(self.model, "__self__", None)
-        batch = _conditioned(data, join=not hasattr(owner, "adapt"))
-        posterior = self._posterior(batch, num_samples, generator, True)
-        if posterior.support is not batch.support:  # the guide knows them as support and query
-            batch = _conditioned(batch, join=True)
-        return to_datatree(
-            posterior, batch, num_samples=num_samples, generator=generator, raw_units=raw_units, losses=self.losses
-        )
-
-    def _posterior(
-        self, observations: Observations | TaskBatch, num_samples: int, generator: Seed, whole: bool
-    ) -> SamplesPosterior:
-        if num_samples < 1:
-            raise OptionError(f"num_samples={num_samples}; expected at least 1 draw.")
-        trained = [p for group in self._groups for p in group]
-        wrong = [list(p.shape) for p in trained if not bool(torch.isfinite(p).all())]
-        if wrong:
-            raise NonFiniteDataError(
-                f"{len(wrong)} of {len(trained)} trained parameters hold NaN or infinity (the first has shape "
-                f"{wrong[0]}), so there is no posterior. Train again from a sound state, with a lower learning rate."
-            )
-        observations, rows = self._tasks.find(observations)
-        observations.check()
-        args, kwargs = _unpack(observations)
-        program = self._program()
-        program.prepare(observations)
-        program.scope.copy_from(self._store["params"])
-        generator = as_generator(generator, observations.device, "posterior")
-        whole, some = whole or rows is not None, self._tasks.runs_some(rows)
-        u, theta, log_q = [], [], []
-        within = self._tasks.within(observations, rows)
-        with torch.no_grad(), forked_rng(generator), pyro.get_param_store().scope(self._store), within:
-            for _ in range(num_samples):
-                guide_trace, trace, density = self._traces(args, kwargs, rows)
-                flat, jacobian = self._flat(program, guide_trace, trace, program.layout.local, observations.num_tasks)
-                u.append(flat)
-                if program.has_theta_sites:
-                    flat, more = self._flat(program, guide_trace, trace, program.layout.theta, None)
-                    theta.append(flat)
-                    # of θ and φ together, or none: where θ was learned from other tasks too, these cannot weigh it
-                    density = density.sum() if density is not None and whole and not some else None
-                    jacobian = jacobian.sum() + more
-                if density is not None:
-                    log_q.append(density + (jacobian if density.dim() else jacobian.sum()))
-        posterior = SamplesPosterior(
-            program,
-            observations,
-            torch.stack(u),
-            torch.stack(theta) if theta else None,
-            torch.stack(log_q) if log_q else None,
-        )
-        posterior.theta_is_inferred = whole and program.has_theta_sites
-        return posterior
-
-    def _traces(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor | None
-    ) -> tuple[Any, Any, Tensor | None]:
-        """Of the guide and of the model replayed, and the guide's log-density in the sites' own space."""
-        try:
-            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-            density = log_density(guide_trace, None if self._tasks.runs_some(rows) else rows)
-            self._tasks.take(guide_trace, rows)
-            replayed = poutine.replay(self.model, trace=guide_trace)
-            return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs), density
-        except (RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or ["no detail"])[0].rstrip(". ")
-            raise ShapeError(
-                f"Guide and model failed on these observations: {type(error).__name__}: {reason}. A guide that keeps "
-                "parameters for each task knows only the tasks that it was trained on; write an amortised guide, or "
-                "use a method such as ABML, for new tasks."
-            ) from error
-
-    def _program(self) -> TaskProgram:
-        owner = getattr(self.model, "__self__", None)
-        return owner.program if owner is not None and hasattr(owner, "program") else as_program(self.model)
-
-    def _flat(
-        self, program: TaskProgram, guide_trace: Any, trace: Any, sites: Any, tasks: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Unconstrained sites side by side, ``[tasks, D]`` or ``[E]``; log Jacobian, ``[tasks]`` or ``[]``."""
-        parts: list[Tensor] = []
-        jacobian = torch.zeros(())
-        for site in sites:
-            if site.name not in guide_trace.nodes:
-                raise SiteError(
-                    f"The guide does not sample the site {site.name!r}. Add pyro.sample({site.name!r}, …) to it, in "
-                    "the plate where the model has it."
-                )
-            node = trace.nodes[site.name]
-            transform = bijection(site.name, node["fn"])
-            raw = transform.inv(node["value"])
-            parts.append(raw.reshape(-1) if tasks is None else raw.reshape(tasks, -1))
-            log_det = transform.log_abs_det_jacobian(raw, node["value"])
-            jacobian = jacobian.to(raw) + (log_det.sum() if tasks is None else log_det.reshape(tasks, -1).sum(-1))
-        return torch.cat(parts, -1), jacobian
+    def _trained(self) -> TrainedSVI:
+        parameters = [p for group in self._groups for p in group]
+        return TrainedSVI(self.model, self.guide, self._tasks, self._store, parameters, self.steps)
 
 
 @contextmanager
@@ -543,22 +439,6 @@ def _named_sites() -> Iterator[None]:
             f"A name is used twice: {error} Give every site, parameter and attribute of a PyroModule a name of its own "
             "(an attribute may not bear a site's name)."
         ) from error
-
-
-def _conditioned(data: Observations | TaskBatch, *, join: bool) -> TaskBatch:
-    """What the guide's posterior is given as the support, and no query, but where the query has no targets."""
-    if isinstance(data, Observations):
-        return TaskBatch(data.check(), data.points(slice(0)))
-    batch = data.check().without_padding()
-    if join and batch.query.shots and batch.query.y is not None and batch.support.y is not None:
-        return replace(batch, support=batch.union(), query=batch.support.points(slice(0)))
-    return batch
-
-
-def _unpack(observations: Observations) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if observations.shots == 0 or observations.num_tasks == 0:
-        raise EmptyTaskError("MetaSVI needs at least one task and one observation: a Pyro plate cannot be empty.")
-    return as_arguments(observations)
 
 
 def _number(loss: Any) -> float:

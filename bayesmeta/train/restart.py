@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bayesmeta.train.folder import CONFIG
+from bayesmeta.train.lock import Job
 
 Resume = bool | Literal["previous"]
 
@@ -42,6 +43,11 @@ def restarts(environment: Mapping[str, str] | None = None, name: str = "TORCHELA
 def started_again(environment: Mapping[str, str] | None = None) -> bool:
     """Whether torchrun has started its ranks again, or Slurm the job."""
     return restarts(environment) > 0 or restarts(environment, "SLURM_RESTART_COUNT") > 0
+
+
+def this_job(folder: Path, environment: Mapping[str, str] | None = None) -> Job:
+    """What the lock of a folder needs to know of this process."""
+    return Job(job(environment), started_again(environment), job_of(folder))
 
 
 def goes_on(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,7 @@ from bayesmeta.errors import CheckpointError, EmptyTaskError, OptionError, RankE
 from bayesmeta.ops.random import as_generator
 from bayesmeta.train import checkpoint
 from bayesmeta.train.distributed import Share, digest
-from bayesmeta.train.memory import memory_for
+from bayesmeta.train.memory import memory_for, memory_for_update
 
 if TYPE_CHECKING:
     from bayesmeta.train.loop import Loop
@@ -108,8 +110,10 @@ def gradient(loop: Loop) -> tuple[Tensor, Tensor, int]:
 
 def _share(loop: Loop) -> Share:
     """This rank's tasks, back to the parameters; whatever goes wrong is told to the others in the same exchange."""
-    total, count, failure = torch.zeros((), device=loop.device), 0, None
+    total, count, failure = torch.zeros((), device=loop.device), 0, loop.ranks.pending
     try:
+        if failure is not None:
+            raise failure
         with memory_for(f"Step {loop.step}", "chunk", loop.plan.chunk or loop.plan.tasks_per_step):
             found, count = _compiled(loop) or loop.backward_sum()
         total = found if count else total
@@ -129,6 +133,21 @@ def _compiled(loop: Loop) -> tuple[Tensor, int] | None:
         if p.grad is not None:
             p.grad.mul_(count)
     return loss.detach() * count, count
+
+
+@contextmanager
+def told_later(loop: Loop) -> Iterator[None]:
+    """Of several ranks, keep an error in the update of this one for the next exchange, where all stop for it.
+
+    Nothing is written before that: each entry of the log and each checkpoint is such an exchange.
+    """
+    try:
+        with memory_for_update(loop.step):
+            yield
+    except Exception as error:
+        if loop.ranks.size == 1:
+            raise
+        loop.ranks.pending = error
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -188,17 +207,27 @@ def restore(loop: Loop, content: dict[str, Any]) -> None:
         else:
             loop.set_global_generators(content.get("global_generators", {}))
         return
-    if loop.ranks.size > 1:
-        loop.noise = stream(loop, "noise")
+    # apart from the tasks also where one rank goes on: the tasks are then those that several would have drawn
+    loop.noise = stream(loop, "noise")
     seed = int(torch.randint(2**62, (), generator=stream(loop, "layers"), device=loop.device))
     torch.default_generator.manual_seed(seed)  # fit has put the caller's aside
     if loop.device.type == "cuda":
         with torch.cuda.device(loop.device):
             torch.cuda.manual_seed(seed)
     if loop.ranks.is_first:
-        warnings.warn(
-            f"The run had {theirs} rank(s) until step {loop.step}, and goes on with {loop.ranks.size}. It has the same "
-            "tasks at each step, and the same gradient for a method without noise of its own; the noise of methods and "
-            "layers begins anew, so that it is not bit for bit the run that it would have been.",
-            stacklevel=4,
-        )
+        warnings.warn(_goes_on(loop, theirs, apart=theirs > 1 or content.get("noise") is not None), stacklevel=4)
+
+
+def _goes_on(loop: Loop, theirs: int, apart: bool) -> str:
+    """What another number of ranks means; ``apart``: the run's noise was not drawn from the tasks' generator."""
+    exception = (
+        ""
+        if apart
+        else " But one rank draws the noise of a method with the tasks: for a method that has some, the tasks from here "
+        "on are others than one rank would have drawn."
+    )
+    return (
+        f"The run had {theirs} rank(s) until step {loop.step}, and goes on with {loop.ranks.size}. It has the same tasks "
+        "at each step, and the same gradient for a method without noise of its own; the noise of methods and layers "
+        f"begins anew, so that it is not bit for bit the run that it would have been.{exception}"
+    )

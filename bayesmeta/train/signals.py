@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -14,8 +15,16 @@ _STOPS: dict[signal.Signals, Any] = {
 }
 
 
+#: A Ctrl-C stops at once when it comes so many seconds after the first signal. One that comes sooner is the same one
+#: again: a terminal and torchrun, or Slurm and torchrun, each pass a signal on to every rank.
+APART = 1.0
+
+
 class Signals:
-    """Notes the first signal to stop; a second one stops at once. A context manager.
+    """Notes the first signal to stop; a second Ctrl-C, a second or more later, stops at once. A context manager.
+
+    A repeated SIGTERM changes nothing: whoever sends it (torchrun, Slurm) waits for the step to be saved, and ends the
+    process by SIGKILL when it takes too long.
 
     Handlers are set in the main thread alone, where Python allows it, and only in place of Python's own; on leaving
     they are put back.
@@ -27,6 +36,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._since: float | None = None
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -48,10 +58,25 @@ class Signals:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = self.received is not None, signal.Signals(number)
-        if again:
+        now, came = time.monotonic(), signal.Signals(number)
+        self._since = now if self._since is None else self._since
+        if self.received is None:
+            self.received = came
+        elif came is signal.SIGINT and now - self._since >= APART:
+            self.received = came
             self._restore()
             self.stop("before the step was finished")
+
+    def settle(self, agreed: signal.Signals | None) -> None:
+        """End as the ranks agreed after their last step: on this signal, or as if none had come.
+
+        A signal of this rank that the others were not told of any more is given to the handlers that were there
+        before, as if it had come after the run.
+        """
+        self._restore()
+        mine, self.received = self.received, agreed
+        if agreed is None and mine is not None:
+            signal.raise_signal(mine)
 
     def stop(self, where: str) -> NoReturn:
         """Leave as Python does on the signal that came.
