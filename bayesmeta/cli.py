@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,19 @@ class Fit:
     steps: int = 1000
     """Training steps, at most: it stops when the validation tasks no longer gain."""
 
+    tasks_per_step: int | None = None
+    """Tasks of a step, of each rank under torchrun. By default 16; of several ranks fewer, where there are not as many
+    different tasks for all."""
+
+    chunk: int | None = None
+    """Most tasks of a step to work on at a time: less memory, the same result up to rounding."""
+
+    memory: str | None = None
+    """Most memory for the tensors of a step, such as 500MiB or 2GiB: picks --chunk."""
+
+    precision: Literal["float32", "bf16", "tf32"] = "float32"
+    """Of the network's matrix products: bf16 and (on CUDA) tf32 are faster on devices made for them."""
+
     validation: float = 0.2
     """Share of the tasks that choose when to stop."""
 
@@ -91,6 +105,9 @@ class Fit:
     compile: Literal["off", "auto", "inductor", "cudagraphs"] = "off"
     """Steps as compiled graphs: auto, if the run is long enough to win back the time that compiling takes; inductor,
     from the second step on; cudagraphs, on CUDA: recorded, not compiled."""
+
+    checkpoint_every: int = 100
+    """Steps between checkpoints: what a run that is killed may lose. Ctrl-C and SIGTERM save first and lose none."""
 
     overwrite: bool = False
     """Replace a run that the folder holds."""
@@ -124,12 +141,13 @@ class Profile(Fit):
     family: Literal["sinusoid", "sine-or-line", "gp"] | None = None
     """Instead of a CSV file: tasks of a built-in family."""
 
-    compile: Literal["off", "inductor", "cudagraphs"] = "off"  # type: ignore[assignment]  # it measures, auto decides
+    compile: Literal["off", "inductor", "cudagraphs"] = "off"  # it measures, auto decides
     """inductor, or cudagraphs on CUDA: measure such steps too, and what compiling takes: a minute or so."""
 
     trace: Path | None = None
     """File for the trace, which Perfetto (ui.perfetto.dev) or chrome://tracing shows."""
 
+    checkpoint_every: tyro.conf.Suppress[int] = 100
     overwrite: tyro.conf.Suppress[bool] = False
     resume: tyro.conf.Suppress[bool] = False
     progress: tyro.conf.Suppress[bool] = True
@@ -324,7 +342,7 @@ def _function(command: Command) -> Any:
     return run_demo
 
 
-def _profile(*, overwrite: bool, resume: bool, progress: bool, **options: Any) -> None:
+def _profile(*, checkpoint_every: int, overwrite: bool, resume: bool, progress: bool, **options: Any) -> None:
     """A profile has no folder, and so none of fit's options for one."""
     from bayesmeta.tabular.profile import profile_csv
 
@@ -359,6 +377,12 @@ _OPTIONS = (
     (r"target='count'", "--likelihood poisson"),
     (r"target='class'", "--likelihood categorical"),
     (r"order='(\w+)'", r"--order \1"),
+    (r"\b(tasks_per_step|checkpoint_every) ?= ?(\d+)", lambda m: f"--{m[1].replace('_', '-')} {m[2]}"),
+    (r"\b(tasks_per_step|checkpoint_every)\b", lambda m: "--" + m[1].replace("_", "-")),
+    (r"\bchunk=(\d+)", r"--chunk \1"),
+    (r"\b(memory|precision|compile)='([\w.]+)'", r"--\1 \2"),
+    (r"\bresume=True", "--resume"),
+    (r"\b[Gg]o on with resume\b", "go on with --resume"),
     (r"(?:finite )?numbers of torch\.float(32|64)", "finite numbers"),
 )
 
@@ -397,15 +421,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print(f"bayesmeta: {_as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if isinstance(command, Profile):
-            print("bayesmeta: interrupted; a profile keeps nothing", file=sys.stderr)
-            sys.exit(130)
-        kept = isinstance(command, Fit | Demo) and (command.out / "checkpoint.pt").exists()
-        what = "the last checkpoint is kept (go on with --resume)" if kept else "there is no checkpoint yet"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say_stopped("interrupted", command, str(error))
         sys.exit(130)
+    except SystemExit as error:
+        if error.code == 128 + signal.SIGTERM:
+            _say_stopped("stopped by SIGTERM", command, " ".join(getattr(error, "__notes__", [])))
+        raise
+
+
+def _say_stopped(how: str, command: Command, said: str) -> None:
+    """What a run that was stopped has kept, on standard error; rank 0 speaks for all.
+
+    Args:
+        how: it was stopped.
+        command: the run.
+        said: by ``fit``, if it was in its steps.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    what = f"; {_kept(command)}"
+    if said.startswith("Training was stopped after step"):
+        what = " " + _as_options(said.removeprefix("Training was stopped ").rstrip("."))
+    print(f"bayesmeta: {how}{what}", file=sys.stderr)
+
+
+def _kept(command: Command) -> str:
+    """What a folder has of a run, in words."""
+    if isinstance(command, Profile) or not isinstance(command, Fit | Demo):
+        return "nothing was kept"
+    from bayesmeta.errors import BayesMetaError
+    from bayesmeta.train import checkpoint
+
+    path = command.out / "checkpoint.pt"
+    if not path.exists():
+        return "there is no checkpoint yet"
+    try:
+        step = checkpoint.load(path)["step"]
+    except (BayesMetaError, KeyError):
+        return f"what {path} holds cannot be read"
+    return f"the checkpoint of step {step} is kept: go on with --resume"
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 A step of a rank with T tasks takes
 
-    t(N) = fixed + adapt · T + draw · N · T + exchange(N, bytes)
+    t(N) = fixed + adapt · T + draw · N · T + handle(bytes) + exchange(N, bytes)
 
-``draw`` is of the whole batch of N · T tasks, which each rank draws and of which it keeps T. The exchange is a ring
-all-reduce, in which each rank sends and receives 2 (N − 1) / N of the bytes, after a latency.
+``draw`` is of the whole batch of N · T tasks, which each rank draws and of which it keeps T. ``handle`` is a rank's own
+work for the exchange, packing and unpacking, which one rank alone has not. The exchange is a ring all-reduce, in which
+each rank sends and receives 2 (N − 1) / N of the bytes, after a latency.
 """
 
 from __future__ import annotations
@@ -47,6 +48,30 @@ ASSUMED = {
 
 
 @dataclass(frozen=True)
+class Handling:
+    """What a rank does for an exchange beside the all-reduce.
+
+    Attributes:
+        fixed: seconds, however little is sent.
+        each: seconds a byte.
+    """
+
+    fixed: float
+    each: float
+
+    def seconds(self, ranks: int, size: float) -> float:
+        """For so many bytes; one rank has none to do."""
+        return 0.0 if ranks == 1 else self.fixed + self.each * size
+
+
+#: Of the table: drawing a task, and the fixed work of an exchange, as measured on the CPU of docs/scaling.md. Assumed:
+#: a GPU goes over the buffer some ten times (to flatten, divide, take the norm), at 1 TB/s.
+DRAW, HANDLING = 2e-7, Handling(6e-5, 10 / 1e12)
+#: Tasks of a rank in the table.
+TASKS = 25
+
+
+@dataclass(frozen=True)
 class Step:
     """What a step of one rank costs.
 
@@ -60,10 +85,10 @@ class Step:
     adapt: float
     draw: float
 
-    def seconds(self, ranks: int, tasks: int, size: float, network: Network) -> float:
+    def seconds(self, ranks: int, tasks: int, size: float, network: Network, handling: Handling) -> float:
         """Of a step of N ranks with T tasks each that exchange so many bytes."""
         own = self.fixed + self.adapt * tasks + self.draw * ranks * tasks
-        return own + network.seconds(ranks, size)
+        return own + handling.seconds(ranks, size) + network.seconds(ranks, size)
 
 
 def fit_step(tasks: Sequence[int], seconds: Sequence[float], draw: float) -> Step:
@@ -86,16 +111,34 @@ def fit_network(sizes: Sequence[float], seconds: Sequence[float]) -> Network:
     return Network(max(float(latency), 0.0), 1.0 / max(float(each), 1e-15))
 
 
-def efficiency(step: float, parameters: float, ranks: int, network: Network) -> float:
-    """Share of N times one rank's tasks a second that N ranks reach, where drawing costs nothing.
+def fit_handling(sizes: Sequence[float], seconds: Sequence[float]) -> Handling:
+    """A rank's own work from its times for exchanges of several sizes, on relative errors."""
+    design = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], 1) / np.asarray(seconds)[:, None]
+    (fixed, each), *_ = np.linalg.lstsq(design, np.ones(len(sizes)), rcond=None)
+    return Handling(max(float(fixed), 0.0), max(float(each), 0.0))
+
+
+def efficiency(
+    step: float,
+    parameters: float,
+    ranks: int,
+    network: Network,
+    *,
+    draw: float = DRAW * TASKS,
+    handling: Handling = HANDLING,
+) -> float:
+    """Share of N times one rank's tasks a second that N ranks reach.
 
     Args:
-        step: seconds of a step of one rank.
+        step: seconds of a step of one rank, with the drawing of its own tasks.
         parameters: how many are trained; 4 bytes each.
         ranks: N.
         network: between them.
+        draw: seconds to draw the tasks of a rank; it draws those of all.
+        handling: a rank's own work for the exchange.
     """
-    return step / (step + network.seconds(ranks, 4 * parameters))
+    size = 4 * parameters
+    return step / (step + (ranks - 1) * draw + handling.seconds(ranks, size) + network.seconds(ranks, size))
 
 
 #: Steps and numbers of parameters of the table in docs/scaling.md.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import bayesmeta as bm
-from bayesmeta.train.distributed import Group, join
+from bayesmeta.train.distributed import Group, Share, join
 
 HIDDEN, INNER = 40, 5
 
@@ -87,6 +87,31 @@ def time_exchanges(sizes: list[int], repeats: int) -> dict[str, float]:
     return found
 
 
+class Silent:
+    """In the place of torch.distributed: an all-reduce that costs nothing."""
+
+    def all_reduce(self, numbers: torch.Tensor) -> None:
+        """Leave the numbers."""
+
+
+def time_handling(group: Group, hidden: list[int], repeats: int, seed: int) -> dict[str, float]:
+    """Seconds that a rank works for an exchange beside the all-reduce, by numbers sent, the fastest."""
+    found, kept = {}, group._dist
+    group._dist = Silent()
+    for width in hidden:
+        parameters = list(_prepared(seed, width).parameters())
+        times = []
+        for _ in range(repeats):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            begin = time.perf_counter()
+            group.reduce(parameters, [], Share(torch.ones(()), 1))
+            times.append(time.perf_counter() - begin)
+        found[str(sum(p.numel() for p in parameters))] = min(times)
+    group._dist = kept
+    return found
+
+
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """What the job asks for."""
     torch.set_num_threads(1)
@@ -98,8 +123,10 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     found["steps"], found["processor"] = time_steps(job["tasks"], job["steps"], job["blocks"], seed)
     if "draws" in job:
         found["draws"] = time_draws(job["draws"], seed)
-    if "exchanges" in job and isinstance(join("auto", torch.device("cpu")), Group):
+    group = join("auto", torch.device("cpu"))
+    if "exchanges" in job and isinstance(group, Group):
         found["exchanges"] = time_exchanges(job["exchanges"], job["repeats"])
+        found["handling"] = time_handling(group, job["hidden"], job["repeats"], seed)
     method, _ = train(job["same"], job["same_steps"], seed)
     found["theta"] = torch.cat([p.detach().flatten() for p in method.parameters()]).tolist()
     start = torch.cat([p.detach().flatten() for p in _prepared(seed).parameters()])
@@ -108,8 +135,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _prepared(seed: int) -> Any:
-    method = make(seed)
+def _prepared(seed: int, hidden: int = HIDDEN) -> Any:
+    method = make(seed, hidden)
     method.prepare(bm.tasks.Sinusoid(noise=0.1).sample(2, support=10, query=10, generator=0))
     return method
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,14 +22,14 @@ NAMES = {"eager": "whole batch", "in chunks": "256 tasks at a time", "recomputed
 def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str, Size], int], path: Path) -> None:
     """Draw it into a PNG: a column an axis, seconds above, peak of resident memory below."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(4.0 * len(axes), 7.0), layout="constrained")
     grid = figure.subplots(2, len(axes), squeeze=False, sharex="col")
     for column, (axis, series) in enumerate(axes.items()):
         above, below = grid[0, column], grid[1, column]
         for name, points in series.items():
-            style = {"color": COLOURS[name], "marker": MARKERS[name], "label": NAMES[name], "linewidth": 1.8}
+            style = {"color": COLOURS[name], "marker": MARKERS[name], "label": label(axis, name), "linewidth": 1.8}
             timed = [(place(axis, p.size), 1e3 * p.seconds) for p in points if p.seconds is not None]
             above.plot(*zip(*timed), **style)
             resident = [(place(axis, p.size), p.peak / MIB) for p in points if p.peak is not None]
@@ -41,6 +42,8 @@ def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str
             for scale in (one.xaxis, one.yaxis):
                 scale.set_major_formatter(FuncFormatter(_number))
                 scale.set_minor_formatter(NullFormatter())
+            if _decades(one.get_ylim()) < 1.5:  # a power of ten or two, or none, says too little
+                one.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             one.grid(True, which="major", alpha=0.3)
             one.tick_params(labelsize=11)
             one.spines[["top", "right"]].set_visible(False)
@@ -51,6 +54,15 @@ def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str
     grid[1, 0].set_ylabel("peak memory of a step, MiB\n(dotted: its tensors counted)", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def label(axis: str, name: str) -> str:
+    """What a series is called: beside steps that are computed again, those that are kept."""
+    return "steps kept" if (axis, name) == ("inner_steps", "eager") else NAMES[name]
+
+
+def _decades(limits: tuple[float, float]) -> float:
+    return math.log10(max(limits) / min(limits))
 
 
 def _number(value: float, _: int) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -142,12 +143,43 @@ def step_seconds(size: Size, seed: int, budget: float) -> float:
         loop.advance()
         if loop.compiler is not None and not loop.compiler.report.startswith("compiled"):
             raise RuntimeError(f"The step of {size} is {loop.compiler.report}.")
-        times: list[float] = []
-        while len(times) < 3 or (sum(times) < budget and len(times) < 300):
-            begin = time.process_time()
-            loop.advance()
-            times.append(time.process_time() - begin)
+        return median_seconds(loop.advance, budget)
+
+
+def median_seconds(step: Callable[[], object], budget: float) -> float:
+    """Processor seconds of a call: the median over blocks of calls, each long beside the clock's tick.
+
+    The clock of a process that has a limit on its time moves at the ticks of the system alone, every 4 ms or so.
+
+    Args:
+        step: to call.
+        budget: seconds to spend; three blocks at the least.
+    """
+    tick, block = clock_tick(), 1
+    while (first := _block_seconds(step, block)) < 20 * tick:
+        block = max(2 * block, math.ceil(block * 25 * tick / first) if first > 0 else 0)
+    times = [first / block]
+    while len(times) < 3 or (sum(times) * block < budget and len(times) < 300):
+        times.append(_block_seconds(step, block) / block)
     return median(times)
+
+
+def _block_seconds(step: Callable[[], object], count: int) -> float:
+    begin = time.process_time()
+    for _ in range(count):
+        step()
+    return time.process_time() - begin
+
+
+def clock_tick() -> float:
+    """Seconds by which the processor's clock moves, as it is seen to; what it promises may be finer."""
+    ticks = []
+    for _ in range(3):
+        begin = now = time.process_time()
+        while now == begin:
+            now = time.process_time()
+        ticks.append(now - begin)
+    return median(ticks)
 
 
 # -- memory -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ other: on a machine in use they say more of its load than of the code, and a fil
   other work on the machine counts: what being one of two costs;
 - ``step_vs_twice_the_tasks``: the first against one rank with 2 T: the ``ratio`` is the speed-up, 2 at best;
 - ``all_reduce_…``: of 10³ … 10⁶ float32 numbers;
-- ``model_vs_measured``: the cost model's step of two ranks, fitted to one rank's times, draws, and all-reduces alone,
-  over the measured one.
+- ``exchange_own_work``: what a rank does for an exchange of this model beside the all-reduce: packing, unpacking;
+- ``model_vs_measured``: the cost model's step of two ranks, fitted to one rank's times, draws, and all-reduces and the
+  work for them, each measured alone, over the measured one.
 
 The model's costs are in the file of results; docs/scaling.md says what they and an assumed network make of 8 and 64.
 """
@@ -33,11 +34,13 @@ from typing import Any
 
 import torch
 
-from benchmarks._distributed_model import Network, Step, fit_network, fit_step
+from benchmarks._distributed_model import Handling, Network, Step, fit_handling, fit_network, fit_step
 from benchmarks.harness import Row, at_least, at_most, between, main
 
 TASKS = 25
 SIZES = {1_000: "1k", 10_000: "10k", 100_000: "100k", 1_000_000: "1m"}
+#: Widths of networks whose gradients are packed and unpacked; the first is the one that is trained.
+HIDDEN = [40, 300, 1_000]
 ROOT = Path(__file__).resolve().parent.parent
 _FOUND: dict[str, Any] = {}
 
@@ -80,11 +83,11 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[s
     """What one rank found, and what two did."""
     shared, many = job(args), [TASKS, 2 * TASKS, 4 * TASKS]
     one = {**shared, "tasks": many, "draws": [*many, 8 * TASKS, 64 * TASKS], "same": 2 * TASKS}
-    two = {**shared, "tasks": [TASKS], "exchanges": list(SIZES), "same": TASKS}
+    two = {**shared, "tasks": [TASKS], "exchanges": list(SIZES), "hidden": HIDDEN, "same": TASKS}
     return work(1, one), work(2, two)
 
 
-def costs(one: dict[str, Any], two: dict[str, Any]) -> tuple[Step, Network]:
+def costs(one: dict[str, Any], two: dict[str, Any]) -> tuple[Step, Network, Handling]:
     """The cost model's numbers from what was measured."""
     draws = {int(n): seconds for n, seconds in one["draws"].items()}
     few, most = min(draws), max(draws)
@@ -92,7 +95,8 @@ def costs(one: dict[str, Any], two: dict[str, Any]) -> tuple[Step, Network]:
     tasks = [int(n) for n in one["steps"]]
     step = fit_step(tasks, list(one["steps"].values()), draw)
     sizes = [4.0 * int(n) for n in two["exchanges"]]
-    return step, fit_network(sizes, list(two["exchanges"].values()))
+    handling = fit_handling([4.0 * int(n) for n in two["handling"]], list(two["handling"].values()))
+    return step, fit_network(sizes, list(two["exchanges"].values())), handling
 
 
 def rows(one: dict[str, Any], ranks: list[dict[str, Any]], seconds: float) -> list[Row]:
@@ -120,11 +124,14 @@ def rows(one: dict[str, Any], ranks: list[dict[str, Any]], seconds: float) -> li
     ]
     for size, name in SIZES.items():
         found.append(Row(f"all_reduce_{name}", 1e3 * two["exchanges"][str(size)]))
-    step, network = costs(one, two)
-    predicted = step.seconds(2, TASKS, 4.0 * two["parameters"], network)
+    step, network, handling = costs(one, two)
+    size = 4.0 * two["parameters"]
+    found.append(Row("exchange_own_work", 1e3 * handling.seconds(2, size)))
+    predicted = step.seconds(2, TASKS, size, network, handling)
     ratio = predicted / both
     found.append(Row("model_vs_measured", 1e3 * predicted, 1e3 * both, ratio, **between(0.7, 1.4).judge(ratio)))
-    _FOUND["model"] = {**vars(step), **vars(network), "parameters": two["parameters"]}
+    own = {"handle": handling.fixed, "handle_a_byte": handling.each}
+    _FOUND["model"] = {**vars(step), **vars(network), **own, "parameters": two["parameters"]}
     _FOUND["draws"], _FOUND["exchanges"], _FOUND["steps"] = one["draws"], two["exchanges"], one["steps"]
     return found
 
@@ -132,7 +139,7 @@ def rows(one: dict[str, Any], ranks: list[dict[str, Any]], seconds: float) -> li
 def merge(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """What a rank found in all rounds: of each time the smallest, which other work disturbed least."""
     found = dict(rounds[-1])
-    for name in ("steps", "processor", "draws", "exchanges"):
+    for name in ("steps", "processor", "draws", "exchanges", "handling"):
         if name in found:
             found[name] = {n: min(each[name][n] for each in rounds) for n in found[name]}
     return found

@@ -11,15 +11,17 @@ import torch
 
 from bayesmeta.ops.peak import PeakMemory
 from benchmarks import scaling
-from benchmarks._scaling_picture import draw
+from benchmarks._scaling_picture import _decades, draw, label
 from benchmarks._scaling_points import (
     MIB,
     Point,
     Size,
+    clock_tick,
     give_back_memory,
     in_child,
     make_loop,
     measured,
+    median_seconds,
     reset_high_water_mark,
     resident,
     resident_peak,
@@ -88,6 +90,27 @@ def test_a_point_is_of_its_size():
     assert measured(Size(tasks=3), 0, 0.01, memory=False).peak is None
 
 
+@pytest.mark.parametrize(("tick", "cost"), [(4e-3, 1e-3), (4e-3, 0.3e-3), (1e-6, 1e-3), (4e-3, 0.5)])
+def test_steps_are_timed_in_blocks_that_the_clock_can_tell(tick, cost, monkeypatch):
+    """A clock that stands still between two ticks, as that of a process with a limit on its time."""
+    spent = [0.1234567]
+
+    def clock():
+        spent[0] += 1e-7
+        return int(spent[0] / tick) * tick
+
+    def step():
+        spent[0] += cost
+
+    monkeypatch.setattr("benchmarks._scaling_points.time.process_time", clock)
+    assert clock_tick() == pytest.approx(tick, rel=0.05)
+    assert median_seconds(step, 0.3) == pytest.approx(cost, rel=0.1)
+    begin = clock()
+    step()
+    alone = clock() - begin
+    assert alone != pytest.approx(cost, rel=0.1) or cost > 10 * tick, "control: one step by itself"
+
+
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +119,7 @@ def test_costs_are_compared_by_the_task():
         "few": Point(Size(tasks=16), 16e-3),  # 1000 us a task
         "eager": Point(Size(tasks=4096), 0.8192),  # 200
         "chunked": Point(Size(tasks=4096, chunk=256), 0.4096),  # 100
+        "compiled": Point(Size(tasks=4096, compiled=True), 0.6144),  # 150
     }
     rows = {row.name: row for row in scaling.cost_rows(costs, "")}
     best = rows["cost_per_task_4096_vs_16_eager"]
@@ -104,6 +128,8 @@ def test_costs_are_compared_by_the_task():
     assert rows["cost_per_task_4096_eager_vs_16_eager"].passes is None
     costs["chunked"].seconds = 0.45
     assert scaling.cost_rows(costs, "")[0].passes is False
+    del costs["compiled"]
+    assert scaling.cost_rows(costs, "")[0].passes is None, "the best is not known without it"
 
 
 def axes():
@@ -146,6 +172,12 @@ def test_memory_rows_compare_peaks(monkeypatch):
     again = {row.name: row for row in scaling.memory_rows(axes(), Namespace(quick=False, seed=0))}
     assert again["memory_with_chunk_flat"].passes is False
     assert again["memory_50_inner_steps_checkpointed"].passes is False
+
+
+def test_labels_of_the_picture():
+    assert label("tasks", "eager") == "whole batch"
+    assert label("inner_steps", "eager") == "steps kept"
+    assert _decades((30, 60)) == pytest.approx(0.30103)
 
 
 def test_the_picture_has_a_column_an_axis(tmp_path):

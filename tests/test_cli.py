@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,7 +157,7 @@ def test_fit_refuses_cuda_graphs_where_there_is_none(table, capsys):
     arguments = ("fit", place / "a.csv", *FIT, "--out", place / "run", "--overwrite", "--compile", "cudagraphs")
     status, _, error = command(capsys, *arguments)
     assert status == 2
-    assert "compile='cudagraphs' needs a CUDA device" in error
+    assert "--compile cudagraphs needs a CUDA device, and there is none; take --compile inductor here" in error
     assert sorted(path.name for path in (place / "run").iterdir()) == before
 
 
@@ -212,6 +213,11 @@ REFUSED = {
     "nothing to forecast": (("predict", "run", "a.csv"), "nothing to forecast"),
     "no run to report": (("report", "nowhere"), "nowhere holds no run"),
     "a report of no page": (("report", "run", "--out", "x.pdf"), "expected .html"),
+    "tasks a step": (("fit", "a.csv", *FIT, "--out", "x", "--tasks-per-step", "0"), "--tasks-per-step must be a whole"),
+    "a chunk twice": (("fit", "a.csv", *FIT, "--out", "x", "--chunk", "4", "--memory", "1MiB"), "--memory 1MiB picks"),
+    "memory": (("fit", "a.csv", *FIT, "--out", "x", "--memory", "much"), "much"),
+    "tf32": (("fit", "a.csv", *FIT, "--out", "x", "--precision", "tf32"), "--precision tf32 is of NVIDIA's"),
+    "checkpoints": (("fit", "a.csv", *FIT, "--out", "x", "--checkpoint-every", "0"), "--checkpoint-every must be a whole"),
     "threads": (("predict", "run", "a.csv", "--threads", "-1"), "threads must be at least 0"),
 }
 
@@ -267,3 +273,88 @@ def test_messages_speak_of_options():
 
     said = _as_options("see missing='drop', categorical=['soil', 'plot'] and target='real'; say so (separator=';')")
     assert said == "see --missing drop, --categorical soil plot and --likelihood gaussian; say so (--separator ';')"
+    said = _as_options("tasks_per_step = 16, go on with tasks_per_step=32. Set chunk=8, compile='auto'. Go on with resume")
+    assert said == (
+        "--tasks-per-step 16, go on with --tasks-per-step 32. Set --chunk 8, --compile auto. go on with --resume"
+    )
+    assert _as_options("a column 'mychunk=3'") == "a column 'mychunk=3'"
+
+
+# -- steps, and what stops them -----------------------------------------------------------------------------------
+
+
+def test_fit_takes_tasks_chunks_and_checkpoints(table, capsys, monkeypatch, tmp_path):
+    from bayesmeta.train.loop import Loop
+    from bayesmeta.train.record import Record
+
+    plans, saved = [], []
+    advance, save = Loop.advance, Record._save
+    monkeypatch.setattr(Loop, "advance", lambda self: (plans.append(self.plan), advance(self))[1])
+    monkeypatch.setattr(Record, "_save", lambda self: (saved.append(self.loop.step), save(self))[1])
+    options = ("--tasks-per-step", 6, "--chunk", 2, "--checkpoint-every", 5, "--precision", "bf16", "--no-progress")
+    status, text, error = command(capsys, "fit", table[0] / "a.csv", *FIT, "--out", tmp_path / "run", *options)
+    assert status == 0, error
+    assert "\n  6 tasks a step\n" in text
+    assert (plans[0].tasks_per_step, plans[0].chunk, plans[0].precision) == (6, 2, "bf16")
+    assert saved[:4] == [5, 10, 15, 20]
+    options = ("--memory", "100KiB", "--no-progress", "--overwrite")
+    status, text, error = command(capsys, "fit", table[0] / "a.csv", *FIT, "--out", tmp_path / "run", *options)
+    assert status == 0, error
+    assert "\n  16 tasks a step\n" in text
+    assert 1 <= plans[-1].chunk < 16
+
+
+def test_what_ranks_make_of_a_step_is_said(monkeypatch):
+    from bayesmeta.errors import OptionError
+    from bayesmeta.tabular import fit
+
+    monkeypatch.setattr(fit, "count_ranks", lambda: 2)
+    each = fit._tasks_per_step(100, None)
+    assert fit._what_a_step_has(each, None, 100).startswith("  2 ranks × 16 tasks a step: steps of 32 tasks")
+    assert "--tasks-per-step 8 would share out" in fit._what_a_step_has(each, None, 100)
+    each = fit._tasks_per_step(13, None)
+    said = fit._what_a_step_has(each, None, 13)
+    assert said.startswith("  2 ranks × 6 tasks a step: steps of 12 tasks")
+    assert "--tasks-per-step" not in said, "what it would advise is refused"
+    assert fit._what_a_step_has(8, 8, 100) == "  2 ranks × 8 tasks a step: steps of 16 tasks"
+    assert said.endswith("16 of each would be more than there are: 13")
+    assert fit._tasks_per_step(13, 6) == 6
+    with pytest.raises(OptionError, match="Use tasks_per_step=6 or less"):
+        fit._tasks_per_step(13, 7)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "how"), [("SIGTERM", 143, "stopped by SIGTERM"), ("SIGINT", 130, "interrupted")]
+)
+def test_a_run_that_is_stopped_says_what_it_kept(number, status, how, table, capsys, monkeypatch, tmp_path):
+    from bayesmeta.train.loop import Loop
+
+    advance = Loop.advance
+
+    def stopped(self):
+        advance(self)
+        if self.step == 7:
+            os.kill(os.getpid(), getattr(signal, number))
+
+    monkeypatch.setattr(Loop, "advance", stopped)
+    out = tmp_path / "run"
+    arguments = ("fit", table[0] / "a.csv", *FIT, "--out", out, "--no-progress")
+    found, _, error = command(capsys, *arguments)
+    assert found == status
+    assert error == f"bayesmeta: {how} after step 7; its checkpoint is in {out}: go on with --resume\n"
+    found, text, error = command(capsys, *arguments, "--resume")
+    assert found == 0, error
+    assert "Done: 20 steps" in text
+
+
+def test_a_stop_outside_of_the_steps_says_what_is_there(table, capsys, monkeypatch, tmp_path):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bayesmeta.tabular.fit.fit_csv", interrupted)
+    for out, words in ((table[0] / "run", "the checkpoint of step 20 is kept: go on with --resume"),
+                       (tmp_path / "none", "there is no checkpoint yet")):  # fmt: skip
+        status, _, error = command(capsys, "fit", "a.csv", *FIT, "--out", out)
+        assert (status, error) == (130, f"bayesmeta: interrupted; {words}\n")
+    monkeypatch.setenv("RANK", "1")
+    assert command(capsys, "fit", "a.csv", *FIT, "--out", tmp_path / "none") == (130, "", "")

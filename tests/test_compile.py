@@ -71,7 +71,7 @@ class Eager:
             self.optimizer,
             [self.generator],
             clip=self.clip,
-            buffers=list(self.method.buffers()),
+            modules=[self.method],
             arguments=() if drawn else tensors,
         )
         return step.capture().compile()
@@ -293,6 +293,17 @@ def test_a_resumed_run_is_bit_identical(tmp_path, uncompiled):
     assert torch.equal(ours, resumed)
     _, other = run(compile="inductor", seed=1)
     assert not torch.equal(ours, other)
+
+
+@pytest.mark.parametrize(("first", "then"), [("inductor", "off"), ("off", "inductor")])
+def test_a_run_is_resumed_with_or_without_the_compiler(first, then, tmp_path, uncompiled):
+    _, whole = run()
+    run(compile=first, steps=5, out=tmp_path / "run")
+    result, ours = run(compile=then, out=tmp_path / "run", resume=True)
+    assert (result.compiled is None) == (then == "off")
+    assert off(ours, whole) < 1e-12
+    _, short = run(steps=5)
+    assert off(short, whole) > 1e-6
 
 
 class ReadsBack(bm.MAML):

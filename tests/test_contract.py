@@ -157,7 +157,7 @@ METHODS = {
         prior="normal",
         task_modules="head",
         is_point=False,
-        steps=300,
+        steps=200,
         rate=0.01,
     ),
     "amortised_full": Case(

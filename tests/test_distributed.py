@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[1]
 FORKS = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes of torch")
 
 
-def run(folder, *names):
+def run(folder, *names, module="tests.distributed_ranks"):
     """What each check found on each rank, by name: ``[rank 0's, rank 1's]``."""
     # pools of threads, which numpy and torch start on import, would not be there after a fork
     alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    command = [sys.executable, "-m", "tests.distributed_ranks", str(folder), *names]
+    command = [sys.executable, "-m", module, str(folder), *names]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **alone}, timeout=240
     )  # fmt: skip

@@ -186,7 +186,9 @@ def test_parts_have_classes_of_their_own_and_share_the_images():
     assert sorted(seen) == sorted(tasks.names)
     assert parts[0].num_classes == 24
     assert tasks.subset(["3", "1"]).names == ("3", "1")
-    assert tasks.subset(torch.arange(CLASSES) < 4).names == ("0", "1", "2", "3")
+    mask = torch.arange(CLASSES) < 4
+    for masked in (mask, mask.numpy(), mask.tolist(), list(mask.numpy())):
+        assert tasks.subset(masked).names == ("0", "1", "2", "3")
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -275,6 +277,11 @@ REFUSED = {
     "number": (lambda: bm.tasks.ImageClasses(marked()).sample(0, support=5, query=5), OptionError, "num_tasks=0"),
     "too few": (lambda: bm.tasks.ImageClasses(marked()).sample(1, support=5, query=35), EmptyTaskError, "7 image"),
     "twice": (lambda: bm.tasks.ImageClasses(marked()).subset([1, 1]), DataError, "twice"),
+    "mask": (lambda: bm.tasks.ImageClasses(marked()).subset([True, False]), DataError, "by 2 entries, 2 of them"),
+    "mask tensor": (lambda: bm.tasks.ImageClasses(marked()).subset(torch.ones(9) > 0), DataError, "by 9 entries"),
+    "mask and numbers": (
+        lambda: bm.tasks.ImageClasses(marked()).subset([True, *range(1, CLASSES)]), DataError, "1 of them True or False"
+    ),
     "unknown": (lambda: bm.tasks.ImageClasses(marked()).subset(["x"]), DataError, "'x'"),
     "split": (lambda: bm.tasks.ImageClasses(marked()).split([9, 3]), OptionError, "there are 3"),
     "too many": (lambda: bm.tasks.ImageClasses(marked()).split([9, 5]), OptionError, "12 classes"),

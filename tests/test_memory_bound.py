@@ -90,6 +90,16 @@ def test_the_largest_chunk_that_fits(measure, memory):
     assert len(asked) <= 14
 
 
+def test_the_search_itself_stays_near_the_bound():
+    """What few tasks take may be drawing the batch: a line from there would lead to the whole batch."""
+    for memory in (5_050, 6_000, 11_111):
+        asked = []
+        found = chunk_within(memory, 10_000, lambda n, asked=asked: (asked.append(n), max(5000, 50 * n))[1])
+        assert 0.9 * memory <= 50 * found <= memory
+        assert max(asked) <= 4 * found, "measured, and so taken"
+        assert len(asked) <= 20
+
+
 def test_one_task():
     assert chunk_within(10, 1, lambda n: n) == 1
     with pytest.raises(errors.OptionError, match="takes more than there is with one task"):

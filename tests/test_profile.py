@@ -11,6 +11,7 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta import cli, errors
+from bayesmeta.train.loop import Loop
 from bayesmeta.train.profile import NOT_OF_A_STEP
 from bayesmeta.train.stages import Stages
 from tests.programs import TwoSites
@@ -114,6 +115,29 @@ def test_stages_add_up_to_the_step(monkeypatch):
     assert min((whole - parts) / whole for whole, parts in pairs) < 0.02
     assert eager.timed_seconds == pytest.approx(sum(s.seconds for s in eager.stages))
     assert abs(eager.timed_seconds - eager.seconds) < 0.5 * SLEEP  # a step with clocks is one without
+
+
+def test_what_is_in_no_stage_is_the_rest(monkeypatch):
+    """All of it: a sleep in the step beside its stages, which a clock of the test's own measures too."""
+    slept, rests, step, original = [], [], Stages.step, Loop.advance
+
+    def advance(self):
+        begin = time.perf_counter()
+        time.sleep(SLEEP)
+        slept.append(time.perf_counter() - begin)
+        return original(self)
+
+    def timed(self):
+        spent = step(self)
+        if not self.annotate:
+            rests.append((spent["rest"], slept[-1]))
+        return spent
+
+    monkeypatch.setattr(Loop, "advance", advance)
+    monkeypatch.setattr(Stages, "step", timed)
+    measure(Line(), steps=2)
+    assert len(rests) >= 2
+    assert all(rest >= sleep for rest, sleep in rests)
 
 
 def test_the_clocks_are_off_again_also_after_an_error():

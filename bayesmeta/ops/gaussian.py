@@ -167,7 +167,7 @@ def linear_gaussian_log_prob(
     whitened, residual, log_noise = _whiten(design, y, mean.double(), root.double(), noise_scale, mask)
     lead = torch.broadcast_shapes(whitened.shape[:-2], residual.shape[:-1])
     whitened, residual = whitened.expand(*lead, -1, -1), residual.expand(*lead, -1)
-    misfit: Tensor = _Misfit.apply(whitened, residual, given)  # type: ignore[no-untyped-call]
+    misfit: Tensor = _Misfit.apply(whitened, residual, given)
     return -(misfit + log_noise[..., given:].sum(-1)).to(y.dtype)
 
 
@@ -188,7 +188,7 @@ class _Misfit(torch.autograd.Function):
         return (0.5 * half.square() + log_diagonal)[..., given:].sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         design, residual, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: as a function of B
             inverse = _invert_rows(design)[1]

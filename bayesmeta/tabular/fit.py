@@ -32,10 +32,13 @@ from bayesmeta.tabular.supports import VariedSupports, every_task
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.schema import TableSchema
 from bayesmeta.tasks.table import TableTasks
+from bayesmeta.train.bounded import as_bytes
 from bayesmeta.train.compiling import Compile, check_mode
 from bayesmeta.train.distributed import count_ranks, is_first
-from bayesmeta.train.fit import FitResult, fit, pick_device
+from bayesmeta.train.fit import FitResult, _check_counts, fit, pick_device
+from bayesmeta.train.precision import Precision, check_precision, check_usable
 from bayesmeta.train.schedules import cosine
+from bayesmeta.train.sharding import too_many_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +82,11 @@ def fit_csv(
     separator: str = ",",
     device: str = "auto",
     compile: Compile = "off",
+    tasks_per_step: int | None = None,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    precision: Precision = "float32",
+    checkpoint_every: int = 100,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -101,7 +109,8 @@ def fit_csv(
         holdout: share of the tasks that are not touched at all, for ``evaluate``.
         seed: of the split into tasks, the first weights and the training draws.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        compile: as in :func:`bayesmeta.fit`.
+        compile, chunk, memory, precision, checkpoint_every: as in :func:`bayesmeta.fit`.
+        tasks_per_step: of each rank; None: 16, or of several ranks fewer where they would run out of different tasks.
         overwrite, resume: what to do when the folder already holds a run.
         progress: show a bar on standard error.
         say: takes each line of the report.
@@ -113,9 +122,9 @@ def fit_csv(
         BayesMetaError: its kinds, for whatever cannot be used.
     """
     _check(support, steps, validation, holdout, seed)
+    _check_step(tasks_per_step, chunk, memory, precision, checkpoint_every, pick_device(device))
     first = is_first()
     say = say if first else _nothing
-    pick_device(device)
     check_mode(compile)
     check_inputs(x, categorical)
     method, prior = pick_names(method, prior)
@@ -134,7 +143,9 @@ def fit_csv(
     lesson = Lesson.of(frame, roles, order=order, validation=validation, holdout=holdout, seed=seed, **wanted)
     parts, units, settings, order = lesson.parts, lesson.units, lesson.settings, lesson.order
     say(_what_was_read(csv, parts, units, len(frame)))
+    options = lesson.options(steps, support, seed, tasks_per_step)
     say(_what_is_trained(settings, lesson.learner, lesson.chosen, support, order))
+    say(_what_a_step_has(options["tasks_per_step"], tasks_per_step, lesson.train.num_tasks))
     if first and overwrite and not resume:
         (Path(out) / TASKS).unlink(missing_ok=True)  # an unfinished run must not be read with the old one's tasks
     if first and overwrite:  # what was written about the run that is replaced would look like results of the new one
@@ -145,16 +156,19 @@ def fit_csv(
         lesson.learner,
         VariedSupports(lesson.train),
         steps=steps,
-        **lesson.options(steps, support, seed),
+        **options,
         patience=TRAINING["patience"] if "validation" in parts else None,
         seed=seed,
         device=device,
         compile=compile,
+        chunk=chunk,
+        memory=memory,
+        precision=precision,
         out=out,
         overwrite=overwrite,
         resume=resume,
         progress=progress,
-        checkpoint_every=100,
+        checkpoint_every=checkpoint_every,
         log_every=25,
         config={
             "tabular": FORMAT,
@@ -221,10 +235,14 @@ class Lesson:
         settings = choose(train, hidden=hidden, seed=seed, **names)
         return cls(parts, units, train, settings, build(settings), chosen, order)
 
-    def options(self, steps: int, support: int, seed: int) -> dict[str, Any]:
-        """What ``fit`` is told of a step, and of the tasks that choose when to stop."""
+    def options(self, steps: int, support: int, seed: int, tasks_per_step: int | None = None) -> dict[str, Any]:
+        """What ``fit`` is told of a step, and of the tasks that choose when to stop; arguments as of :func:`fit_csv`.
+
+        Raises:
+            OptionError: for more tasks of all ranks than there are.
+        """
         return {
-            "tasks_per_step": _tasks_per_step(self.train.num_tasks),
+            "tasks_per_step": _tasks_per_step(self.train.num_tasks, tasks_per_step),
             "support": support,
             "query": TRAINING["query"],
             "optimizer": lambda parameters: _optimizer(self.learner, list(parameters)),
@@ -268,10 +286,34 @@ def _check(support: int, steps: int, validation: float, holdout: float, seed: in
         raise OptionError(f"seed={seed}; expected a number between 0 and 2³² − 1.")
 
 
-def _tasks_per_step(tasks: int) -> int:
-    """Of each rank: what was chosen for one process, less where ranks would run out of different tasks."""
+def _check_step(
+    tasks_per_step: int | None,
+    chunk: int | None,
+    memory: int | str | None,
+    precision: Precision,
+    checkpoint_every: int,
+    device: torch.device,
+) -> None:
+    """Refuse what ``fit`` would refuse, before anything of an old run is removed."""
+    _check_counts(checkpoint_every=checkpoint_every)
+    _check_counts(optional=True, tasks_per_step=tasks_per_step, chunk=chunk)
+    check_precision(precision)
+    if precision == "tf32":
+        check_usable(precision, device, [])
+    if memory is not None:
+        as_bytes(memory)
+    if memory is not None and chunk is not None:
+        raise OptionError(f"memory={memory!r} picks the chunk, and chunk={chunk} is given too; use one of them.")
+
+
+def _tasks_per_step(tasks: int, given: int | None) -> int:
+    """Of each rank: as given, else what was chosen for one process, less where ranks would run out of tasks."""
     ranks = count_ranks()
-    return TRAINING["tasks_per_step"] if ranks == 1 else max(min(TRAINING["tasks_per_step"], tasks // ranks), 1)
+    if given is None:
+        return TRAINING["tasks_per_step"] if ranks == 1 else max(min(TRAINING["tasks_per_step"], tasks // ranks), 1)
+    if ranks > 1 and ranks * given > tasks:
+        raise OptionError(too_many_tasks(ranks, given, tasks))
+    return given
 
 
 def _nothing(line: str) -> None:
@@ -430,6 +472,20 @@ def _what_is_trained(settings: Settings, learner: Method, chosen: str, support: 
         f"  likelihood {settings.likelihood} ({chosen}); prior {settings.prior}; hidden layers {hidden}\n"
         f"  of each task up to {support} row(s) are seen ({seen}), others are forecast"
     )
+
+
+def _what_a_step_has(each: int, given: int | None, tasks: int) -> str:
+    """How many tasks, and of how many ranks."""
+    ranks, usual = count_ranks(), TRAINING["tasks_per_step"]
+    if ranks == 1:
+        return f"  {each} tasks a step"
+    text = f"  {ranks} ranks × {each} tasks a step: steps of {ranks * each} tasks"
+    if given is None and each < usual:
+        return f"{text}; {usual} of each would be more than there are: {tasks}"
+    if ranks * each <= usual:
+        return text
+    share = max(usual // ranks, 1)
+    return f"{text}, no fewer of them; --tasks-per-step {share} would share out steps of {usual} instead"
 
 
 def _what_next(out: Path, csv: Path, result: FitResult, parts: dict[str, TableTasks], schema: TableSchema) -> str:

@@ -17,6 +17,7 @@ from bayesmeta.tasks.sine_or_line import SineOrLine
 from bayesmeta.tasks.sinusoid import Sinusoid
 from bayesmeta.train.compiling import Compile
 from bayesmeta.train.fit import pick_device
+from bayesmeta.train.precision import Precision
 from bayesmeta.train.profile import profile
 from bayesmeta.train.profiled import Profile
 
@@ -55,6 +56,10 @@ def profile_csv(
     device: str = "auto",
     family: str | None = None,
     compile: Compile = "off",
+    tasks_per_step: int | None = None,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    precision: Precision = "float32",
     trace: Path | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = print,
@@ -64,8 +69,8 @@ def profile_csv(
     Args:
         csv: the file; None with ``family``.
         task, y, x, categorical, w, exposure, missing, order, order_by, support, method, likelihood, prior, hidden,
-            validation, holdout, seed, separator, device: as in ``fit_csv``.
-        steps, compile, trace: as in :func:`bayesmeta.profile`.
+            validation, holdout, seed, separator, device, tasks_per_step: as in ``fit_csv``.
+        steps, compile, chunk, memory, precision, trace: as in :func:`bayesmeta.profile`.
         family: a name of :data:`FAMILIES`, to profile on tasks that are drawn endlessly.
         out: a JSON file for the figures.
         say: takes the report.
@@ -100,14 +105,13 @@ def profile_csv(
         frame = read_csv(csv, columns=roles.columns, separator=separator)
         lesson = Lesson.of(frame, roles, order=order, validation=validation, holdout=holdout, seed=seed, **wanted)
         tasks = VariedSupports(lesson.train)
-    options = lesson.options(_RUN, support, seed)
+    options = lesson.options(_RUN, support, seed, tasks_per_step)
+    options |= {"chunk": chunk, "memory": memory, "precision": precision, "compile": compile, "trace": trace}
     if family is not None:
         options["validation"] = None
     # its parameters exist then, so that the optimizer's groups can be told by their names
     lesson.learner.prepare(tasks.sample(2, support=support, query=1, generator=seed))
-    found = profile(
-        lesson.learner, tasks, steps=steps, seed=seed, device=device, compile=compile, trace=trace, **options
-    )
+    found = profile(lesson.learner, tasks, steps=steps, seed=seed, device=device, **options)
     say(str(found))
     if out is not None:
         found.save(out)

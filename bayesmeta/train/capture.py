@@ -239,7 +239,10 @@ class _Recorder(TorchDispatchMode):
         if name == "normal" and any(isinstance(a, Tensor) for a in args[:2]):
             return self._normal(*args, **kwargs)
         if name not in _FREE and func not in _FREE_OVERLOADS:
-            raise CaptureError(f"{func} draws from a distribution that depends on values ({_place()})")
+            raise CaptureError(
+                f"draws by {func} are not supported in a graph, such as those of Gamma, Beta, Dirichlet and Poisson "
+                f"({_place()})"
+            )
         free = tuple(_template(a) if isinstance(a, Tensor) else a for a in args)
         value = self._hoist(func, free, dict(kwargs))
         if name.endswith("_"):

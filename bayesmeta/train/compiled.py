@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesmeta.errors import CaptureError
 from bayesmeta.train.capture import Captured, capture
 from bayesmeta.train.in_place import write_in_place
+from bayesmeta.train.quiet import without_shim_messages
 from bayesmeta.train.recorded import record_step
+from bayesmeta.train.trial import can_try, try_in_child
 from bayesmeta.train.updates import Update
+from bayesmeta.train.watching import ChanceError, OutdatedError, Watch, next_check, no_factor, rounding
 
 #: what a step minimises: its value, and what its gradient is taken of
 Objective = Callable[..., tuple[Tensor, Tensor]]
@@ -31,7 +34,7 @@ class CompiledStep:
         optimizer: a torch optimizer that has taken a step.
         generators: what the objective draws from, beside torch's global generators.
         clip: largest norm of the gradient.
-        buffers: tensors that the objective may change in place, such as running statistics.
+        modules: what the objective calls; their buffers may be changed in place, such as running statistics.
         arguments: tensors that each step brings anew, contiguous and of the same shapes, which the objective uses.
         only_gradient: leave the optimizer's update out of the graph.
         mode: ``"inductor"``, or ``"cudagraphs"``.
@@ -45,7 +48,7 @@ class CompiledStep:
         generators: Sequence[torch.Generator],
         *,
         clip: float | None = None,
-        buffers: Sequence[Tensor] = (),
+        modules: Sequence[nn.Module] = (),
         arguments: Sequence[Tensor] = (),
         only_gradient: bool = False,
         mode: str = "inductor",
@@ -53,7 +56,9 @@ class CompiledStep:
         self.mode = mode
         self.only_gradient = only_gradient
         self.objective, self.optimizer, self.clip = objective, optimizer, clip
-        self.generators, self.buffers, self.arguments = list(generators), list(buffers), list(arguments)
+        self.generators, self.arguments = list(generators), list(arguments)
+        self.buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
+        self.watch = Watch(modules, parameters)
         self.parameters = [p for p in parameters if p.requires_grad]
         self.update: Update | None = None
         self.trained: list[Tensor] = []  # the parameters that the objective reaches
@@ -62,6 +67,9 @@ class CompiledStep:
         self._moved: list[Tensor] = []  # buffers that a step changes
         self._targets: list[Tensor] = []  # what the update writes to, once it is part of the graph
         self.broken: list[str] = []  # conditions that did not hold when it was last called
+        self._before: tuple[Any, Any] = ((), ())  # generators and moved buffers before the step last computed
+        self._made, self._next_check = 0, next_check(0)  # steps asked for, and when to compare again
+        self._rounding = 0.0  # by how much the graph may differ from the step itself then
 
     # -- making it ----------------------------------------------------------------------------------------------
 
@@ -75,19 +83,23 @@ class CompiledStep:
 
         Raises:
             CaptureError: when the step cannot be one graph, or the graph does not give what the step gives.
+            ChanceError: when this may be due to what was drawn.
         """
         begin = time.perf_counter()
-        with self._undone([*self.generators, torch.default_generator]):
+        with no_factor(), self._undone(self._all_generators()):
             self._prepare_update()
             self.captured = capture(lambda: self._outputs(self.arguments), self.generators, self.arguments)
             others = others or self.arguments
-            before = [b.clone() for b in self.buffers]
-            with self._undone([*self.generators, torch.default_generator]):
+            before = [(b, b.clone(), b._version) for b in self.buffers]
+            with self._undone(self._all_generators()):
                 expected = [t.detach().clone() for t in self._outputs(others)]
-                self._moved = [b for b, old in zip(self.buffers, before, strict=True) if not torch.equal(b, old)]
+                # a version tells of what was written though the number stayed the same
+                self._moved = [b for b, old, version in before if b._version != version or not torch.equal(b, old)]
+            with self._undone(self._all_generators()):
+                again = [t.detach().clone() for t in self._outputs(others)]
             given = self.captured.graph(*self.captured.inputs(self.captured.draw(), others))
         self.drawn_from = self.captured.generators()
-        self._compare(given, expected)
+        self._compare(given, expected, again)
         self.seconds["capture"] = time.perf_counter() - begin
         return self
 
@@ -127,6 +139,11 @@ class CompiledStep:
         self._compare_numbers(made[1], made[0], 2e-2 if rounds else 1e-3)
         return call
 
+    @property
+    def written(self) -> list[Tensor]:
+        """What a step writes to, where the update is part of the graph."""
+        return [*self._targets, *self._moved]
+
     def _first_moments(self) -> list[Tensor]:
         """What the update made of the gradient, as far as it is linear in it."""
         if self.update is None:
@@ -156,18 +173,23 @@ class CompiledStep:
             new = self.update.values(self.trained, clipped)
         return [loss, norm, *gradients, *new]
 
-    def _compare(self, given: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-        """The graph and the step itself, on the same draws."""
+    def _compare(self, given: Sequence[Tensor], expected: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+        """The graph, the step itself, and the step itself once more, on the same draws."""
         held = given[-1]
         if not bool(held.all()):
             broken = [text for text, ok in zip(self.captured.conditions, held.tolist(), strict=True) if not ok]
-            raise CaptureError(f"a value that differs from step to step is used outside of the graph: {broken[0]}")
+            raise ChanceError(f"a value that differs from step to step is used outside of the graph: {broken[0]}")
         # one gradient: that of a parameter may be rounding alone, as a bias's before a softmax
         end = 2 + len(self.trained)
-        one = [torch.cat([t.flatten() for t in values[2:end]]) for values in (given, expected)]
-        self._compare_numbers([*given[:2], one[0]], [*expected[:2], one[1]], 1e-4)
+        numbers = [[*v[:2], torch.cat([t.flatten() for t in v[2:end]])] for v in (given, expected, again)]
+        # operations on the same numbers give the same bits, except where a GPU adds up in any order; more is a counter
+        self._compare_numbers(numbers[2], numbers[1], rounding(expected[0], 64 if expected[0].is_cpu else 512))
+        found = self._compare_numbers(numbers[0], numbers[1], min(1e-4, rounding(expected[0], 1e6)))
+        self._rounding = min(1e-4, max(rounding(expected[0], 64 if expected[0].is_cpu else 512), 8 * found))
 
-    def _compare_numbers(self, given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    def _compare_numbers(self, given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> float:
+        """By how much the first differ from the second, as a share of the largest."""
+        most = 0.0
         for a, b in zip(given, expected, strict=True):
             scale, off = (float(t.detach().abs().max()) if t.numel() else 0.0 for t in (b, a - b))
             if math.isfinite(scale) and not off <= tolerance * scale + 1e-30:
@@ -175,6 +197,8 @@ class CompiledStep:
                     f"the graph differs from the step itself by {off / max(scale, 1e-30):.2g} of the largest number: "
                     "something changes from step to step that is neither drawn from its generator nor a parameter"
                 )
+            most = max(most, off / max(scale, 1e-30) if math.isfinite(scale) else 0.0)
+        return most
 
     # -- running it ---------------------------------------------------------------------------------------------
 
@@ -187,10 +211,10 @@ class CompiledStep:
             Loss and norm of the gradient; None where a condition did not hold: then nothing has happened, and the step
             is to be made eagerly.
         """
-        if self.update is not None and not self.update.refresh():
-            raise CaptureError("an option of the optimizer has changed that is part of the graph")
+        self.ready(1, arguments)
         states = [(g, g.get_state()) for g in self.drawn_from]
         buffers = [] if self.update is not None else [(b, b.clone()) for b in self._moved]
+        self._before = states, buffers
         try:
             result = self._call(*self.captured.inputs(self.captured.draw(), arguments))
         except RuntimeError as error:  # as a matrix that has no factor; the eager step says it better, or knows help
@@ -198,10 +222,57 @@ class CompiledStep:
         else:
             if not self.captured.conditions or bool(result[-1].all()):
                 self._gradients = [] if self.update is not None else list(result[2:-1])
+                if buffers and not bool((result[0] + 0 * result[1]).isfinite()):
+                    _restore([], buffers)
                 return result[0], result[1]
             self.broken = [t for t, ok in zip(self.captured.conditions, result[-1].tolist(), strict=True) if not ok]
-        _restore(states, buffers)
+        self.undo()
         return None
+
+    def undo(self) -> None:
+        """Put generators and buffers back to what they were before the last call, which has not been committed."""
+        _restore(*self._before)
+
+    def ready(self, count: int, arguments: Sequence[Tensor]) -> None:
+        """Look whether the graph may be used for so many further steps; to be called before it is.
+
+        Raises:
+            OutdatedError: when modules, parameters or the optimizer are not what they were.
+            CaptureError: when an eager step, made now and then, gives other numbers.
+        """
+        if not self.watch.is_same():
+            raise OutdatedError("train() or eval(), requires_grad, or a parameter's memory has changed")
+        if self.update is not None and not self.update.refresh():
+            raise OutdatedError("an option of the optimizer has changed that is part of the graph")
+        self._made += count
+        if self._made >= self._next_check:
+            self._next_check = next_check(self._made)
+            self._check(arguments)
+
+    def _check(self, arguments: Sequence[Tensor]) -> None:
+        """The captured graph and an eager step on the same draws, twice: one may differ by an unlucky cancellation."""
+        with self._undone(self._all_generators()):
+            for tries_left in (1, 0):
+                try:
+                    with self._undone(self._all_generators()):
+                        expected = [t.detach().clone() for t in self._outputs(arguments)[:2]]
+                    with self._undone([]), torch.no_grad():
+                        given = self.captured.graph(*self.captured.inputs(self.captured.draw(), arguments))
+                        given = [t.clone() for t in (*given[:2], given[-1])]
+                except RuntimeError:  # as a matrix that has no factor: the step itself will see
+                    return
+                if not bool(given[2].all()):
+                    return
+                try:
+                    self._compare_numbers(given[:2], expected, self._rounding)
+                except CaptureError as error:
+                    if not tries_left:
+                        raise CaptureError(
+                            f"compared after {self._made} steps, {error}; it has kept the value that this had when it "
+                            "was captured"
+                        ) from error
+                else:
+                    return
 
     def commit(self) -> None:
         """Let the optimizer make the step that was last computed, if the graph has not made it."""
@@ -226,10 +297,19 @@ class CompiledStep:
         """Put generators and tensors back afterwards."""
         states = [(g, g.get_state()) for g in generators]
         buffers = [(b, b.clone()) for b in (*self.buffers, *self._targets)]
+        changed: list[str] = []
         try:
             yield
         finally:
+            changed = self.watch.put_back()
             _restore(states, buffers)
+        if changed:
+            raise CaptureError(
+                f"the buffer {changed[0]!r} is assigned anew in a step; change it in place, as by .copy_() or .mul_()"
+            )
+
+    def _all_generators(self) -> list[torch.Generator]:
+        return [*self.generators, torch.default_generator]
 
 
 def _restore(states: Sequence[tuple[torch.Generator, Tensor]], buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -271,8 +351,11 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         given: list[Any] = [fake.from_tensor(t, static_shapes=True) for t in inputs]
         try:
             # a second cache, which cannot hold a captured graph and says so at length
-            with tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
-                return inductor(graph, given, options=options)
+            with without_shim_messages(), tracing(context), torch._functorch.config.patch(enable_autograd_cache=False):
+                call = inductor(graph, given, options=options)
         except Exception as error:
             line = (str(error).splitlines() or ["no detail"])[0][:300].rstrip(". ")
             raise CaptureError(f"the compiler failed: {type(error).__name__}: {line}") from error
+    if can_try(inputs):
+        try_in_child(call, inputs)
+    return call

@@ -22,7 +22,7 @@ import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import constraints, kl_divergence
 from torch.utils import _pytree as pytree
 
 from bayesmeta.errors import CaptureError, CompileWarning
@@ -32,6 +32,7 @@ from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile
 from bayesmeta.train.recorded import check_cuda
 from bayesmeta.train.several import SeveralSteps
 from bayesmeta.train.svi_state import owners
+from bayesmeta.train.watching import MOST_REBUILT, MOST_TRIES, ChanceError, OutdatedError
 
 #: Steps in one graph in :meth:`~bayesmeta.MetaSVI.run`. Compiling takes as many times as long as for one step.
 BLOCK = 5
@@ -53,27 +54,27 @@ class SVICompiler:
         self._off = False
         self._spent, self._last = 0.0, cast(float | None, None)
         self._made, self._broken, self._without = 0, 0, 0
+        self._rebuilt, self._tries = 0, 0
         self._blocks: dict[Any, SeveralSteps | None] = {}  # by the graph of one step
         self._optimizer: Any = None  # that the graphs are for
         self._same: tuple[list[tuple[Any, int]], CompiledStep, list[Tensor]] | None = None
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """The loss of a step, which has been made; None where it is to be made eagerly."""
-        if self._off or self.svi.optimizer is None or not self.svi.optimizer.state:
+        if self._off or self.svi.optimizer is None or self.svi.steps < 1:
             return None
-        states = torch.get_rng_state()
         try:
             step, arguments = self._step(args, kwargs)
             found = None if step is None else step(arguments)
         except CaptureError as error:
-            self._give_up(str(error))
+            self._fail(error)
             return None
         if step is None:
             self._without += len(self.graphs) > 0
             return None
         value = math.nan if found is None else float(found[0] + 0 * found[1])
         if not math.isfinite(value):
-            torch.set_rng_state(states)
+            step.undo()
             self._count_broken(found, step)
             return None
         step.commit()
@@ -89,7 +90,7 @@ class SVICompiler:
             block = None if step is None else self._block(step)
             losses = [] if block is None else block(arguments)
         except CaptureError as error:
-            self._give_up(str(error))
+            self._fail(error)
             return []
         self._made += len(losses)
         return losses
@@ -115,6 +116,19 @@ class SVICompiler:
             if self._broken > 5 and self._broken > MOST_BROKEN * (self._made + self._broken):
                 self._give_up(f"{self._broken} steps had to be made again eagerly, the last since {step.broken[0]}")
 
+    def _fail(self, error: CaptureError) -> None:
+        """This step is eager; the next is tried again where that may help."""
+        if isinstance(error, OutdatedError) and self._rebuilt < MOST_REBUILT:
+            self._rebuilt += 1
+            self._forget()
+        elif isinstance(error, ChanceError) and self._tries + 1 < MOST_TRIES:
+            self._tries += 1
+        else:
+            self._give_up(str(error))
+
+    def _forget(self) -> None:
+        self.graphs, self._blocks, self._same = {}, {}, None
+
     def _give_up(self, reason: str) -> None:
         self._off = True
         self._text = f"not compiled: {reason}"
@@ -134,7 +148,8 @@ class SVICompiler:
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledStep | None, list[Tensor]]:
         """The compiled step for these arguments, and their tensors."""
         if self.svi.optimizer is not self._optimizer:  # a state was loaded
-            self.graphs, self._blocks, self._same, self._optimizer = {}, {}, None, self.svi.optimizer
+            self._forget()
+            self._optimizer = self.svi.optimizer
         given = (*args, *kwargs, *kwargs.values())
         if self._same is not None and _are_same(given, self._same[0]):
             return self._same[1:]
@@ -150,7 +165,9 @@ class SVICompiler:
             if len(self.graphs) >= MOST_GRAPHS or not self._is_time():
                 return None, []
             self._build(key, self._objective(leaves, spec), tensors)
-        self._same = ([(leaf, getattr(leaf, "_version", 0)) for leaf in given], self.graphs[key], tensors)
+        self._same = None
+        if _are_plain(given, tensors):
+            self._same = ([(leaf, getattr(leaf, "_version", 0)) for leaf in given], self.graphs[key], tensors)
         return self.graphs[key], tensors
 
     def _objective(self, leaves: Sequence[Any], spec: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -162,6 +179,8 @@ class SVICompiler:
                 "reparameterised"
             )
 
+        validated = torch.distributions.Distribution._validate_args
+
         def objective(*given: Tensor) -> tuple[Tensor, Tensor]:
             rest = iter(given)
             args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(v, Tensor) else v for v in leaves], spec)
@@ -169,9 +188,12 @@ class SVICompiler:
             if svi._tasks.known is not None:
                 rows = torch.arange(svi._tasks.known.size)
                 within = svi._tasks.within(as_observations(args, kwargs), rows)
-            # what validation reads back would be conditions; the first step was validated
+            # of what validation reads back, what concerns the data becomes conditions; the first step was validated
             with within, pyro.get_param_store().scope(svi._store), pyro.validation_enabled(False):
-                traces = svi.elbo._get_traces(svi.model, svi.guide, args, kwargs)
+                traces = list(svi.elbo._get_traces(svi.model, svi.guide, args, kwargs))
+                if validated:
+                    for model_trace, _ in traces:
+                        _read_supports(model_trace)
                 elbo = torch.stack([torch.as_tensor(particle(*pair)) for pair in traces]).sum()
             loss = -elbo / svi.elbo.num_particles
             return loss, loss
@@ -181,7 +203,6 @@ class SVICompiler:
     def _build(self, key: Any, objective: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Tensor]) -> None:
         svi = self.svi
         parameters = [p for group in svi._groups for p in group]
-        modules = owners(svi.model, svi.guide).values()
         if self.mode == "cudagraphs":
             check_cuda(parameters[0].device)
         step = CompiledStep(
@@ -189,11 +210,21 @@ class SVICompiler:
             parameters,
             svi.optimizer,
             [],
-            buffers=[b for module in modules for b in module.buffers()],
+            modules=list(owners(svi.model, svi.guide).values()),
             arguments=tensors,
             mode="cudagraphs" if self.mode == "cudagraphs" else "inductor",
         )
-        self.graphs[key] = step.capture().compile()
+        known = set(svi._store["params"])
+        try:
+            step.capture()
+        finally:  # the eager step makes what is new, by the draws that it makes it by
+            new = set(svi._store["params"]) - known
+            for name in new:
+                del svi._store["params"][name], svi._store["constraints"][name]
+            if new:
+                raise ChanceError(f"the parameters {sorted(new)} are made in this step")
+        self.graphs[key] = step.compile()
+        self._tries = 0
         seconds = sum(sum(s.seconds.values()) for s in self.graphs.values())
         nodes = ", ".join(str(s.captured.num_nodes) for s in self.graphs.values())
         self._text = (
@@ -212,9 +243,20 @@ class SVICompiler:
 
 
 def _are_same(given: Sequence[Any], before: Sequence[tuple[Any, int]]) -> bool:
-    """Whether these are the very objects of the step before, unchanged."""
+    """Whether these are the very objects of the step before, unchanged since, as far as torch's versions tell."""
     return len(given) == len(before) and all(
         a is b and getattr(a, "_version", 0) == version for a, (b, version) in zip(given, before, strict=True)
+    )
+
+
+def _are_plain(given: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+    """Whether these are plain values and the very tensors that a graph reads, of which nothing was copied."""
+    mine = [v for v in given if isinstance(v, Tensor)]
+    others = [v for v in given if not isinstance(v, Tensor)]
+    return (
+        len(mine) == len(tensors)
+        and all(a is b for a, b in zip(mine, tensors, strict=True))
+        and all(v is None or isinstance(v, bool | int | float | str) for v in others)
     )
 
 
@@ -225,6 +267,25 @@ def _plain(value: Any) -> Any:
         f"an argument is a {type(value).__name__}; a graph takes tensors and plain values; the model and guide of "
         "a method are trained by fit"
     )
+
+
+def _read_supports(model_trace: Any) -> None:
+    """Read back whether data lie in the support of their distribution: each becomes a condition of the graph.
+
+    Where it fails the step is made eagerly, which raises as ever. Of a real number nothing is asked: NaN gives a loss
+    that is not finite.
+    """
+    for site in model_trace.nodes.values():
+        if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        try:
+            support = site["fn"].support
+        except (NotImplementedError, AttributeError):
+            continue
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if support is not constraints.real and not constraints.is_dependent(support):
+            bool(support.check(site["value"]).all())
 
 
 # -- what a particle adds to the ELBO -----------------------------------------------------------------------------

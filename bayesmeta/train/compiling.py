@@ -17,6 +17,7 @@ from bayesmeta.errors import CaptureError, CompileWarning, OptionError
 from bayesmeta.train.buckets import Buckets, learn
 from bayesmeta.train.compiled import CompiledStep, Objective
 from bayesmeta.train.recorded import check_cuda
+from bayesmeta.train.watching import MOST_REBUILT, MOST_TRIES, ChanceError, OutdatedError
 
 Compile = Literal["off", "auto", "inductor", "cudagraphs"]
 
@@ -69,6 +70,7 @@ class Compiler:
         self._times: list[float] = []
         self._last: float | None = None
         self._made, self._broken, self._without = 0, 0, 0  # steps by graphs, made again eagerly, without a graph
+        self._rebuilt, self._tries = 0, 0
         if loop.plan.accumulate > 1 or loop.plan.chunk is not None:
             self._give_up("batches in pieces (accumulate=, chunk=) are not compiled")
 
@@ -87,7 +89,7 @@ class Compiler:
             self._off, self._text = True, str(reason)
             step, found = None, None
         except CaptureError as error:
-            self._give_up(str(error))
+            self._fail(error)
             step, found = None, None
         if found is None:
             for generator, state in states:
@@ -150,13 +152,27 @@ class Compiler:
             return
         self._broken += 1
         if self._broken > 5 and self._broken > MOST_BROKEN * (self._made + self._broken):
+            if self.draws_tasks:  # what breaks may be in how they are drawn
+                self.draws_tasks, self.graphs, self._broken, self._made = False, {}, 0, 0
+                return
             self._give_up(f"{self._broken} steps had to be made again eagerly, the last since {step.broken[0]}")
+
+    def _fail(self, error: CaptureError) -> None:
+        """This step is eager; the next is tried again where that may help."""
+        if isinstance(error, OutdatedError) and self._rebuilt < MOST_REBUILT:
+            self._rebuilt += 1
+            self.graphs = {}
+        elif isinstance(error, ChanceError) and self._tries + 1 < MOST_TRIES:
+            self._tries += 1
+        else:
+            self._give_up(str(error))
 
     def _give_up(self, reason: str) -> None:
         self._off = True
         self._text = f"not compiled{f' from step {self.loop.step} on' if self._made else ''}: {reason}"
         warnings.warn(
-            f"From step {self.loop.step} on the steps of this run are eager, as with compile='off': {reason}.",
+            f"{'All' if self.loop.step <= 1 else f'From step {self.loop.step} on the'} steps of this run are eager, as "
+            f"with compile='off': {reason}.",
             CompileWarning,
             stacklevel=6,
         )
@@ -224,7 +240,7 @@ class Compiler:
             only_gradient=loop.ranks.size > 1,
             mode="cudagraphs" if self.mode == "cudagraphs" else "inductor",
             clip=loop.clip,
-            buffers=list(loop.method.buffers()),
+            modules=[loop.method],
             arguments=arguments,
         )
 

@@ -16,7 +16,9 @@ import atexit
 import hashlib
 import math
 import os
+import re
 import signal
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,13 +59,15 @@ class Sum:
     """What the ranks brought together.
 
     Attributes:
-        loss: mean over all real tasks.
+        loss: mean over all real tasks; like the norm on the CPU, where it was looked at.
+        norm: of the gradient of that mean.
         count: how many these are.
         not_finite: ranks whose loss or gradient is not finite.
         signal: that one of them received, if any.
     """
 
     loss: Tensor
+    norm: Tensor
     count: int
     not_finite: tuple[int, ...]
     signal: signal.Signals | None
@@ -179,11 +183,10 @@ class Group(Ranks):
         except RuntimeError as error:
             global _healthy
             _healthy = False
-            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise RankError(
                 "Another rank can no longer be reached: it has ended or its machine is gone; what it said last says "
                 f"why. The last checkpoint, if there is a folder, is kept: go on with resume. (Rank {self.rank} was "
-                f"told: {first})",
+                f"told: {_in_short(error)}.)",
                 None,
             ) from error
 
@@ -232,57 +235,61 @@ class Group(Ranks):
         failed = share.failure is not None
         grads = [None if failed or share.count == 0 else p.grad for p in parameters]
         moves = [torch.zeros_like(old) if failed else (new - old) * share.count for new, old in buffers]
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in [*parameters, *moves]) else torch.float32
-        flat, numbers = self._pack(parameters, grads, moves, share, wide)
+        flat = self._pack(parameters, grads, moves, share)
         self._talk(lambda: self._dist.all_reduce(flat))
-        present, totals, counts, broken, failures, signals = self._unpack(flat[numbers:].tolist(), len(grads))
-        if any(failures):
+        sizes = [t.numel() for t in [*parameters, *moves]]
+        numbers, first = sum(sizes), sum(sizes[: len(grads)])
+        # the one look at the device
+        norm, total, told, failures, *rest = torch.cat(
+            [torch.linalg.vector_norm(flat[:first]).reshape(1), flat[numbers:]]
+        ).tolist()
+        if failures:
             self._raise(share.failure, self._gather(_describe(share.failure)))
-        count = round(sum(counts))
-        flat[:numbers].div_(max(count, 1))
-        pieces = flat[:numbers].split([t.numel() for t in [*parameters, *moves]])
+        signals, present, count = rest[: len(_SIGNALS)], rest[len(_SIGNALS) :], round(told)
+        broken: list[bool] = [False]
+        if not math.isfinite(norm + total):
+            mine = [share.total, *moves, *(g for g in grads if g is not None)]
+            broken = self._gather(not all(bool(t.isfinite().all()) for t in mine))
+        mean = flat[:numbers].div_(max(count, 1))
+        pieces = mean.split(sizes)
         for p, piece, there in zip(parameters, pieces, present):
-            p.grad = piece.view(p.shape).to(p.dtype) if there else None
+            p.grad = piece.view_as(p).to(p.dtype) if there else None
         with torch.no_grad():
             for (buffer, old), piece in zip(buffers, pieces[len(parameters) :]):
                 buffer.copy_(old + piece.view(old.shape).to(old.dtype))
-        loss = share.total.new_tensor(math.fsum(totals) / max(count, 1))
         received = next((s for s, given in zip(_SIGNALS, signals) if given), None)
-        return Sum(loss, count, tuple(r for r, bad in enumerate(broken) if bad), received)
+        return Sum(
+            torch.tensor(total / max(count, 1), dtype=share.total.dtype),
+            torch.tensor(norm / max(count, 1), dtype=flat.dtype),
+            count,
+            tuple(rank for rank, bad in enumerate(broken) if bad),
+            received,
+        )
 
     def _pack(
-        self,
-        parameters: Sequence[nn.Parameter],
-        grads: Sequence[Tensor | None],
-        moves: Sequence[Tensor],
-        share: Share,
-        wide: torch.dtype,
-    ) -> tuple[Tensor, int]:
-        """The buffer, and how many of its numbers are gradients and moves of buffers."""
-        here, zeros = self.device, [0.0] * self.size
+        self, parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None], moves: Sequence[Tensor], share: Share
+    ) -> Tensor:
+        """The buffer: gradients, moves of buffers, and what else the ranks sum. No Python for what is there already."""
         parts = [
-            torch.zeros(p.numel(), dtype=wide, device=here) if g is None else g.to_dense().flatten().to(wide)
+            p.new_zeros(p.numel()) if g is None else (g.to_dense() if g.is_sparse else g).detach().flatten()
             for p, g in zip(parameters, grads)
         ]
-        parts += [m.flatten().to(wide) for m in moves]
-        sums = torch.cat(parts) if parts else torch.zeros(0, dtype=wide, device=here)
-        counts, failures = zeros.copy(), zeros.copy()
-        counts[self.rank], failures[self.rank] = float(share.count), float(share.failure is not None)
-        signals = [float(share.signal == s) for s in _SIGNALS]
-        present = [float(g is not None) for g in grads]
-        tail = torch.tensor([*present, *zeros, *counts, *zeros, *failures, *signals], dtype=wide, device=here)
-        total = share.total.detach().to(wide)
-        first = len(grads)
-        tail[first + self.rank] = total
-        # stays on the device: nothing waits for it before the all-reduce
-        finite = torch.isfinite(sums).all() & torch.isfinite(total)
-        tail[first + 2 * self.size + self.rank] = (~finite).to(wide)
-        return torch.cat([sums, tail]), sums.numel()
+        parts += [m.flatten() for m in moves]
+        # cat promotes to the widest dtype of all; this one is float32 at least
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in parts) else torch.float32
+        signals = [share.signal == s for s in _SIGNALS]
+        said = [share.count, share.failure is not None, *signals, *(g is not None for g in grads)]
+        tail = torch.tensor(said, dtype=wide, device=self.device)
+        # the loss stays on the device: nothing waits for it before the all-reduce
+        return torch.cat([*parts, share.total.detach().reshape(1).to(wide), tail])
 
-    def _unpack(self, tail: list[float], grads: int) -> list[list[float]]:
-        """Present, totals, counts, not finite, failures, signals."""
-        ends = [grads, *(grads + i * self.size for i in range(1, 5)), grads + 4 * self.size + len(_SIGNALS)]
-        return [tail[begin:end] for begin, end in zip([0, *ends], ends)]
+
+def _in_short(error: Exception) -> str:
+    """The first sentence of an error of torch, without the file and line that it may begin with."""
+    line = (str(error).splitlines() or [""])[0]
+    line = re.sub(r"^\s*\[[^\]\s]*\.(?:cc|cpp|cu|h|hpp):\d+\]\s*", "", line)
+    sentence = re.split(r"(?<=[.!?])\s", line, maxsplit=1)[0].rstrip(". ")
+    return textwrap.shorten(sentence, 300, placeholder=" …") or type(error).__name__
 
 
 def _describe(failure: Exception | None) -> str | None:
@@ -432,8 +439,7 @@ def _start(device: torch.device) -> None:
         store = dist.PrefixStore(f"bayesmeta/{restarts()}/{size}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise RankError(f"The ranks did not find each other: {first}", None) from error
+        raise RankError(f"The ranks did not find each other: {_in_short(error)}.", None) from error
     atexit.register(_leave)
 
 

@@ -191,7 +191,8 @@ class MetaSVI:
             raise OptionError(f"num_steps must be an int ≥ 1, got {num_steps!r}.")
         begin = len(self.losses)
         while (left := num_steps - len(self.losses) + begin) > 0:
-            losses = [] if self._compiler is None else self._compiler.run(left, args, kwargs)
+            with self._in_precision(args, kwargs):
+                losses = [] if self._compiler is None else self._compiler.run(left, args, kwargs)
             if losses:
                 self.steps, self._skipped_in_a_row = self.steps + len(losses), 0
                 self.losses += losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bayesmeta.errors import CaptureError
@@ -33,6 +34,8 @@ class SeveralSteps:
         self.step, self.count = step, count
         self.captured = repeat(step.captured, count)
         self._call = step.build(self.captured)
+        #: what steps before the one that fails may have written; known to be needed only where one can fail
+        self._kept = step.written if any("linalg" in str(n.target) for n in self.captured.graph.graph.nodes) else []
         self.seconds = time.perf_counter() - begin
 
     def __call__(self, arguments: Sequence[Tensor] = ()) -> list[float]:
@@ -43,13 +46,16 @@ class SeveralSteps:
             next is not finite, or one of its conditions does not hold: it is then to be made by itself, from here.
         """
         step = self.step
-        if step.update is None or not step.update.refresh():
-            raise CaptureError("an option of the optimizer has changed that is part of the graph")
+        step.ready(self.count, arguments)
+        before = [t.clone() for t in self._kept]
         states = [(g, g.get_state()) for g in step.drawn_from]
         try:
             losses, _, made, _ = self._call(*self.captured.inputs(self.captured.draw(), arguments))
-        except RuntimeError:  # as a matrix that has no factor: nothing was written
+        except RuntimeError:  # as a matrix that has no factor
             count = 0
+            with torch.no_grad():
+                for tensor, value in zip(self._kept, before, strict=True):
+                    tensor.copy_(value)
         else:
             count = sum(made.tolist())  # none is made after one that was not
             if count == self.count:

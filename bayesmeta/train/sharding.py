@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayesmeta.data import TaskBatch
 from bayesmeta.errors import CheckpointError, EmptyTaskError, OptionError, RankError
@@ -40,11 +40,16 @@ def check_tasks(loop: Loop) -> None:
     """
     size, each, known = loop.ranks.size, loop.plan.tasks_per_step, loop.tasks.num_tasks
     if size > 1 and known is not None and size * each > known:
-        advice = f"Use tasks_per_step={known // size} or less" if known >= size else "Use fewer ranks"
-        raise OptionError(
-            f"{size} ranks with tasks_per_step={each} draw {size * each} tasks a step, and there are {known}: ranks "
-            f"would be given the same ones. {advice}."
-        )
+        raise OptionError(too_many_tasks(size, each, known))
+
+
+def too_many_tasks(size: int, each: int, known: int) -> str:
+    """What is said of ranks that would be given the same tasks."""
+    advice = f"Use tasks_per_step={known // size} or less" if known >= size else "Use fewer ranks"
+    return (
+        f"{size} ranks with tasks_per_step={each} draw {size * each} tasks a step, and there are {known}: ranks "
+        f"would be given the same ones. {advice}."
+    )
 
 
 def first_values(loop: Loop, first: TaskBatch, options: dict[str, Any]) -> dict[str, Any]:
@@ -98,14 +103,16 @@ def gradient(loop: Loop) -> tuple[Tensor, Tensor, int]:
         EmptyTaskError: when no rank has a real task.
     """
     loop.optimizer.zero_grad(set_to_none=True)
-    buffers = [(b, b.detach().clone()) for b in loop.method.buffers() if b.is_floating_point()]
+    before = {n: b.detach().clone() for n, b in loop.method.named_buffers() if b.is_floating_point()}
     share = _share(loop)
+    # by name, since a method may put a new tensor in the place of a buffer
+    now = dict(loop.method.named_buffers()) if before else {}
+    buffers = [(now.get(name, old), old) for name, old in before.items()]
     total = loop.ranks.reduce(loop.parameters, buffers, share)  # type: ignore[attr-defined]
     if total.count == 0:
         raise EmptyTaskError(f"All tasks drawn for step {loop.step} are padding; at least one must be real.")
     loop.stop, loop.not_finite = total.signal or loop.stop, total.not_finite
-    norm = nn.utils.get_total_norm([p.grad for p in loop.parameters if p.grad is not None])
-    return total.loss, norm, total.count
+    return total.loss, total.norm, total.count
 
 
 def _share(loop: Loop) -> Share:
@@ -131,7 +138,7 @@ def _compiled(loop: Loop) -> tuple[Tensor, int] | None:
     loop.compiler.hand_over()
     for p in loop.parameters:
         if p.grad is not None:
-            p.grad.mul_(count)
+            p.grad = p.grad * count  # not in place: two parameters may have one tensor of the graph
     return loss.detach() * count, count
 
 
@@ -223,11 +230,11 @@ def _goes_on(loop: Loop, theirs: int, apart: bool) -> str:
     exception = (
         ""
         if apart
-        else " But one rank draws the noise of a method with the tasks: for a method that has some, the tasks from here "
-        "on are others than one rank would have drawn."
+        else " But one rank draws a method's noise with the tasks: for a method that has some, the tasks from here on "
+        "are others than one rank would have drawn."
     )
     return (
-        f"The run had {theirs} rank(s) until step {loop.step}, and goes on with {loop.ranks.size}. It has the same tasks "
-        "at each step, and the same gradient for a method without noise of its own; the noise of methods and layers "
-        f"begins anew, so that it is not bit for bit the run that it would have been.{exception}"
+        f"The run had {theirs} rank(s) until step {loop.step}, and goes on with {loop.ranks.size}. It has the same "
+        "tasks at each step, and the same gradient for a method without noise of its own; the noise of methods and "
+        f"layers begins anew, so that it is not bit for bit the run that it would have been.{exception}"
     )

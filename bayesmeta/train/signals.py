@@ -87,8 +87,10 @@ class Signals:
         Raises:
             KeyboardInterrupt: after Ctrl-C, as without ``fit``, so that a script does not go on with a model that is
                 half trained.
-            SystemExit: after SIGTERM, with the status 143 that a shell gives for it.
+            SystemExit: after SIGTERM, with the status 143 that a shell gives for it; the message is a note of it.
         """
         if self.received is signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+            ended = SystemExit(128 + signal.SIGTERM)
+            ended.add_note(f"Training was stopped {where}.")
+            raise ended
         raise KeyboardInterrupt(f"Training was stopped {where}.")

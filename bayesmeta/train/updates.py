@@ -56,16 +56,23 @@ class Update:
 
     def _unmoving(self) -> list[dict[str, Any]]:
         left_out = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", *self.moving}
-        return [{k: v for k, v in group.items() if k not in left_out} for group in self._groups()]
+        return [
+            # SGD makes its buffers, and takes its first step, otherwise where there is no momentum
+            {k: v for k, v in group.items() if k not in left_out}
+            | {"parameters": len(group["params"]), "has_momentum": bool(group.get("momentum"))}
+            for group in self._groups()
+        ]
 
     def refresh(self) -> bool:
         """Read rates anew; False if an option has changed that is part of the graph, or the state is another."""
+        if self.optimizer.state is not self._of or self._unmoving() != self._fixed:
+            return False
         for tensor, group, index in zip(self.options, self._groups(), range(len(self.options)), strict=True):
             values = self._values(group)
             if values != self._last[index]:
                 tensor.copy_(torch.tensor(values, dtype=torch.float64))
                 self._last[index] = values
-        return self.optimizer.state is self._of and self._unmoving() == self._fixed
+        return True
 
     def targets(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that a step changes, in the order of :meth:`values`."""
@@ -108,8 +115,8 @@ def _sgd(
     rate, momentum = options
     if group["weight_decay"]:
         gradient = gradient + group["weight_decay"] * p
-    if not state:
-        return [p - rate * gradient]
+    if not state or not group["momentum"]:  # a buffer of before is left alone
+        return [p - rate * gradient, *state.values()]
     buffer = momentum * state["momentum_buffer"] + (1 - group["dampening"]) * gradient
     along = gradient + momentum * buffer if group["nesterov"] else buffer
     return [p - rate * along, buffer]

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import weakref
 
@@ -19,7 +20,7 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta import errors
-from bayesmeta.train import checkpoint, lock
+from bayesmeta.train import checkpoint, lock, signals
 from bayesmeta.train.loop import MAX_SKIPPED
 from tests.test_fit import OPTIONS, VALIDATION, make, same, state, train
 
@@ -68,12 +69,60 @@ def test_a_signal_saves_the_step_and_then_stops(number, error, tmp_path):
     assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]]
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+@pytest.mark.parametrize("first", STOPS)
+def test_a_second_ctrl_c_stops_at_once(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "APART", 0.05)
+
+    def twice():
+        os.kill(os.getpid(), first)
+        time.sleep(0.06)
+        os.kill(os.getpid(), signal.SIGINT)
+
     with pytest.raises(KeyboardInterrupt, match="before the step was finished"):
-        train(during(make(), 23, send(signal.SIGINT, signal.SIGINT)), 40, out=tmp_path, **OPTIONS)
+        train(during(make(), 23, twice), 40, out=tmp_path, **OPTIONS)
     assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 20
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(make(), 21, out=tmp_path, resume=True, **OPTIONS)  # the folder was let go of
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error"),
+    [
+        ((signal.SIGTERM,) * 5, SystemExit),
+        ((signal.SIGINT,) * 3, KeyboardInterrupt),  # a terminal's and torchrun's, at once
+        ((signal.SIGTERM, signal.SIGINT), SystemExit),
+        ((signal.SIGINT, signal.SIGTERM), KeyboardInterrupt),
+    ],
+)
+def test_a_signal_that_comes_several_times_at_once_is_one(numbers, error, tmp_path):
+    with pytest.raises(error) as caught:
+        train(during(make(), 23, send(*numbers)), 40, out=tmp_path, **OPTIONS)
+    assert caught.value.code == 143 if error is SystemExit else "after step 23" in str(caught.value)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 23
+
+
+def test_a_second_sigterm_is_none_however_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "APART", 0.0)
+    with pytest.raises(SystemExit):
+        train(during(make(), 23, send(signal.SIGTERM, signal.SIGTERM)), 40, out=tmp_path, **OPTIONS)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 23
+
+
+def test_a_signal_that_the_ranks_did_not_agree_on_comes_after_the_run():
+    """What one rank got when all had said that none came: as without fit, not lost, and not an end of one rank."""
+    received = []
+    mine = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with signals.Signals() as held:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert held.received is signal.SIGTERM
+            held._before[signal.SIGTERM] = lambda number, frame: received.append(number)
+            held.settle(None)
+            assert received == [signal.SIGTERM]
+        with pytest.raises(SystemExit), signals.Signals() as held:
+            held.settle(signal.SIGTERM)  # of another rank
+    finally:
+        signal.signal(signal.SIGTERM, mine)
 
 
 def test_without_a_folder_the_method_has_the_step(tmp_path):
@@ -166,6 +215,71 @@ def test_a_lock_of_another_machine_counts_for_two_minutes(tmp_path):
     ago = path.stat().st_mtime - lock.STALE - 1
     os.utime(path, (ago, ago))
     train(make(), 10, out=tmp_path, resume=True)
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """torchrun's environment of one process that was started again."""
+    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+    values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "job7", "TORCHELASTIC_RESTART_COUNT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("said", [{"job": "job7"}, {}])
+def test_a_restart_takes_the_lock_of_its_own_jobs_lost_machine(said, restarted, tmp_path):
+    """Its own by what the lock says, or, of a lock that does not, by the job that began the run."""
+    train(make(), 5, out=tmp_path)
+    path = tmp_path / lock.LOCK
+    path.write_text(json.dumps({"pid": 1, "host": "lost", **said}))
+    assert train(make(), 10, out=tmp_path).steps == 10
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("change", ["another job's lock", "not started again"])
+def test_no_other_start_takes_it(change, restarted, tmp_path, monkeypatch):
+    train(make(), 5, out=tmp_path)
+    if change == "not started again":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    name = "job7" if change == "not started again" else "job8"
+    (tmp_path / lock.LOCK).write_text(json.dumps({"pid": 1, "host": "lost", "job": name}))
+    with pytest.raises(errors.RunFolderError, match=r"process 1 on lost \d seconds ago"):
+        train(make(), 10, out=tmp_path, resume=True)
+
+
+def test_a_restart_waits_where_it_cannot_see_who_lives(restarted, tmp_path, monkeypatch):
+    """Without locks of the system: until the lock is stale, no longer, and not at all for another job."""
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "_LOOK", 0.05)
+    train(make(), 5, out=tmp_path)
+    path = tmp_path / lock.LOCK
+    path.write_text(json.dumps({"pid": 1, "host": "lost", "job": "job7"}))
+    ago = path.stat().st_mtime - lock.STALE + 0.4
+    os.utime(path, (ago, ago))
+    begin = time.monotonic()
+    with pytest.warns(UserWarning, match="process 1 on lost.*waiting for a sign of its end, 120 seconds at most"):
+        assert train(make(), 10, out=tmp_path).steps == 10
+    assert time.monotonic() - begin > 0.3
+    path.write_text(json.dumps({"pid": 1, "host": "lost", "job": "job8"}))
+    with pytest.raises(errors.RunFolderError, match="seconds ago"):
+        train(make(), 12, out=tmp_path)
+
+
+def test_a_restart_does_not_wait_for_ever(restarted, tmp_path, monkeypatch):
+    """A holder that lives after all, as the system's lock says."""
+    train(make(), 5, out=tmp_path)
+    monkeypatch.setattr(lock, "_LOOK", 0.05)
+    monkeypatch.setattr(lock, "STALE", -0.8)  # with the second more, 0.2 seconds
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / lock.LOCK)], stdout=subprocess.PIPE
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == b"ready\n"
+        with (
+            pytest.warns(UserWarning, match="waiting for a sign of its end"),
+            pytest.raises(errors.RunFolderError, match=f"in use by a run of process {process.pid}"),
+        ):
+            train(make(), 10, out=tmp_path)
+        process.kill()
 
 
 def test_without_locks_of_the_system_this_machines_lock_counts_too(tmp_path, monkeypatch):

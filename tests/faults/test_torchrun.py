@@ -135,6 +135,49 @@ def test_a_signal_to_torchrun_ends_in_one_checkpoint(number, tmp_path):
         assert said.count("bayesmeta: interrupted; the last checkpoint is kept") == 1
 
 
+SLOW_STEPS = """
+import os, sys, time
+from pathlib import Path
+import torch
+import bayesmeta as bm
+
+class Slow:
+    num_tasks = None
+    def sample(self, *args, **options):
+        time.sleep(0.5)
+        return bm.tasks.Sinusoid(noise=0.1).sample(*args, **options)
+
+out = Path(sys.argv[1])
+out.with_name("pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+method = bm.MAML(bm.NeuralTaskModel(bm.nets.mlp(1, [4], 1), bm.Gaussian(1.0)), inner_lr=0.01)
+bm.fit(method, Slow(), steps=1000, tasks_per_step=2, device="cpu", out=out, checkpoint_every=1000, log_every=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_from_two_senders_ends_in_a_checkpoint(number, tmp_path):
+    """As a cluster does: to torchrun, which passes it on, and to each rank; twice within one slow step."""
+    out, said = tmp_path / "run", tmp_path / "said.txt"
+    (tmp_path / "train.py").write_text(SLOW_STEPS)
+    command = [str(TORCHRUN), "--standalone", "--nproc-per-node", "2", str(tmp_path / "train.py"), str(out)]
+    with open(said, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **ALONE})
+    log = out / "log.jsonl"
+    for _ in range(3000):
+        if log.exists() and len(log.read_text().splitlines()) >= 2:
+            break
+        assert process.poll() is None, said.read_text()
+        time.sleep(0.02)
+    assert not (out / "checkpoint.pt").exists()
+    for pid in [*(int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)), process.pid]:
+        os.kill(pid, number)
+    assert process.wait(timeout=120) != 0
+    steps = len(log.read_text().splitlines())
+    assert checkpoint.load(out / "checkpoint.pt")["step"] == steps >= 3, said.read_text()
+    assert not (out / ".run.lock").exists()
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     """Without restarts: torchrun ends, with an error, and soon."""
