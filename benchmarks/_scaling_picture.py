@@ -22,7 +22,7 @@ NAMES = {"eager": "whole batch", "in chunks": "256 tasks at a time", "recomputed
 def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str, Size], int], path: Path) -> None:
     """Draw it into a PNG: a column an axis, seconds above, peak of resident memory below."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(4.0 * len(axes), 7.0), layout="constrained")
     grid = figure.subplots(2, len(axes), squeeze=False, sharex="col")
@@ -43,7 +43,7 @@ def draw(axes: Mapping[str, Mapping[str, Sequence[Point]]], place: Callable[[str
                 scale.set_major_formatter(FuncFormatter(_number))
                 scale.set_minor_formatter(NullFormatter())
             if _decades(one.get_ylim()) < 1.5:  # a power of ten or two, or none, says too little
-                one.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                one.yaxis.set_major_locator(FixedLocator(ticks(*one.get_ylim())))
             one.grid(True, which="major", alpha=0.3)
             one.tick_params(labelsize=11)
             one.spines[["top", "right"]].set_visible(False)
@@ -61,9 +61,20 @@ def label(axis: str, name: str) -> str:
     return "steps kept" if (axis, name) == ("inner_steps", "eager") else NAMES[name]
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two limits: 1, 2 and 5 times powers of ten, or more where these are fewer than three."""
+    found: list[float] = []
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [d * 10.0**p for p in powers for d in digits if low <= d * 10.0**p <= high]
+        if len(found) >= 3:
+            break
+    return found
+
+
 def _decades(limits: tuple[float, float]) -> float:
     return math.log10(max(limits) / min(limits))
 
 
 def _number(value: float, _: int) -> str:
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -19,12 +19,26 @@ from bayesmeta.train.loop import Loop
 from tests.distributed_ranks import Own, Padded, caught, main, maml, stop_at, train
 
 
+class Replaces(Own):
+    """Puts a new tensor in the place of its buffer at each step."""
+
+    def __init__(self):
+        super().__init__(draws=False)
+
+    def loss(self, batch, *, generator=None):
+        self.seen = self.seen.clone()
+        return super().loss(batch, generator=generator)
+
+
 def buffers(folder):
     """A running sum of the batch's mean loss, where ranks have different numbers of real tasks in most steps."""
-    two, one = Own(draws=False), Own(draws=False)
-    train(two, 4, tasks=Padded())
-    train(one, 8, tasks=Padded(), distributed="off")
-    return [two.seen.item(), one.seen.item()]
+    found = {}
+    for make in (partial(Own, draws=False), Replaces):
+        two, one = make(), make()
+        train(two, 4, tasks=Padded())
+        train(one, 8, tasks=Padded(), distributed="off")
+        found[type(two).__name__] = [two.seen.item(), one.seen.item()]
+    return found
 
 
 def _go_on(out, method, tasks_per_step, steps, **options):

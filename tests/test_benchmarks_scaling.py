@@ -11,7 +11,7 @@ import torch
 
 from bayesmeta.ops.peak import PeakMemory
 from benchmarks import scaling
-from benchmarks._scaling_picture import _decades, draw, label
+from benchmarks._scaling_picture import _decades, _number, draw, label, ticks
 from benchmarks._scaling_points import (
     MIB,
     Point,
@@ -178,6 +178,9 @@ def test_labels_of_the_picture():
     assert label("tasks", "eager") == "whole batch"
     assert label("inner_steps", "eager") == "steps kept"
     assert _decades((30, 60)) == pytest.approx(0.30103)
+    assert ticks(0.9, 21) == pytest.approx([1, 2, 5, 10, 20])
+    assert ticks(2.5, 6.5) == pytest.approx([3, 4, 5])
+    assert [_number(v, 0) for v in (1.5, 0.2, 20.0, 10_000)] == ["1.5", "0.2", "20", "10,000"]
 
 
 def test_the_picture_has_a_column_an_axis(tmp_path):

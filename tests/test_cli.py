@@ -217,7 +217,10 @@ REFUSED = {
     "a chunk twice": (("fit", "a.csv", *FIT, "--out", "x", "--chunk", "4", "--memory", "1MiB"), "--memory 1MiB picks"),
     "memory": (("fit", "a.csv", *FIT, "--out", "x", "--memory", "much"), "much"),
     "tf32": (("fit", "a.csv", *FIT, "--out", "x", "--precision", "tf32"), "--precision tf32 is of NVIDIA's"),
-    "checkpoints": (("fit", "a.csv", *FIT, "--out", "x", "--checkpoint-every", "0"), "--checkpoint-every must be a whole"),
+    "checkpoints": (
+        ("fit", "a.csv", *FIT, "--out", "x", "--checkpoint-every", "0"),
+        "--checkpoint-every must be a whole",
+    ),
     "threads": (("predict", "run", "a.csv", "--threads", "-1"), "threads must be at least 0"),
 }
 
@@ -273,7 +276,9 @@ def test_messages_speak_of_options():
 
     said = _as_options("see missing='drop', categorical=['soil', 'plot'] and target='real'; say so (separator=';')")
     assert said == "see --missing drop, --categorical soil plot and --likelihood gaussian; say so (--separator ';')"
-    said = _as_options("tasks_per_step = 16, go on with tasks_per_step=32. Set chunk=8, compile='auto'. Go on with resume")
+    said = _as_options(
+        "tasks_per_step = 16, go on with tasks_per_step=32. Set chunk=8, compile='auto'. Go on with resume"
+    )
     assert said == (
         "--tasks-per-step 16, go on with --tasks-per-step 32. Set --chunk 8, --compile auto. go on with --resume"
     )
@@ -297,7 +302,7 @@ def test_fit_takes_tasks_chunks_and_checkpoints(table, capsys, monkeypatch, tmp_
     assert "\n  6 tasks a step\n" in text
     assert (plans[0].tasks_per_step, plans[0].chunk, plans[0].precision) == (6, 2, "bf16")
     assert saved[:4] == [5, 10, 15, 20]
-    options = ("--memory", "100KiB", "--no-progress", "--overwrite")
+    options = ("--memory", "40KiB", "--no-progress", "--overwrite")
     status, text, error = command(capsys, "fit", table[0] / "a.csv", *FIT, "--out", tmp_path / "run", *options)
     assert status == 0, error
     assert "\n  16 tasks a step\n" in text

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import bayesmeta as bm
 from bayesmeta.errors import CompileWarning, OptionError
+from bayesmeta.train.compiled_svi import LEAST
 from tests.programs import batch_of
 
 F64 = torch.float64
@@ -18,7 +19,8 @@ F64 = torch.float64
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """The captured graph as it is."""
+    """The captured graph as it is, and several in one however few there are to make."""
+    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 5)
     monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
 
 
@@ -98,7 +100,8 @@ def test_new_data_of_the_same_shape_are_seen(uncompiled):
     assert torch.allclose(ours, theirs, rtol=1e-11)
     assert "eager" not in svi.compiled
     shapes = [data(tasks=n) for n in range(2, 8)]
-    _, _, svi = train("inductor", Trace_ELBO(), make, batches=shapes, steps=13)
+    with pytest.warns(CompileWarning, match="4 graphs have been made"):
+        _, _, svi = train("inductor", Trace_ELBO(), make, batches=shapes, steps=13)
     assert "4 graph(s)" in svi.compiled
     assert svi.compiled.endswith("4 later steps eager for want of a graph")  # two shapes too many, twice
     once, _, _ = train("off", Trace_ELBO(), make, steps=9)
@@ -299,8 +302,65 @@ def test_a_state_that_is_loaded_is_the_one_that_goes_on(uncompiled):
     check_same(*results)
 
 
+def test_few_steps_do_not_wait_for_several_in_one_graph(monkeypatch):
+    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 20)
+    *_, svi = pair("inductor", steps=20)
+    assert "compiled at step 2" in svi.compiled
+    assert "steps in one graph" not in svi.compiled  # 19 are left after the first
+    svi.run(20, *data())
+    assert "5 steps in one graph" in svi.compiled
+    assert svi.steps == 40
+    assert LEAST == 5_000, "as the docs say"
+
+
+def test_auto_decides_by_the_steps_that_run_is_asked_for(uncompiled, monkeypatch):
+    spent = [0.0]
+
+    def clock():
+        spent[0] += 0.1  # of a step
+        return spent[0]
+
+    monkeypatch.setattr("bayesmeta.train.compiled_svi.time.perf_counter", clock)
+    *_, svi = pair("auto", steps=300)  # 30 seconds of eager steps: less than twice what compiling takes
+    assert not svi._compiler.graphs
+    *_, svi = pair("auto", steps=700)
+    assert "compiled at step" in svi.compiled
+    assert int(svi.compiled.split("compiled at step ")[1].split(":")[0]) < 20, "not after twelve seconds"
+    svi._compiler._pays = None  # the graph of several is there
+    svi.run(5, *data())
+
+
+def test_the_first_shape_without_a_graph_is_told(uncompiled):
+    from bayesmeta.train.compiling import MOST_GRAPHS
+
+    batches = [data(tasks=tasks) for tasks in range(2, 5 + MOST_GRAPHS)]
+    with pytest.warns(CompileWarning, match="shapes .* and 4 graphs have been made.*Pad the shots") as caught:
+        ours = train("inductor", Trace_ELBO(), mean_guide, steps=11, batches=batches)
+    assert len([w for w in caught if "graphs have been made" in str(w.message)]) == 1
+    theirs = train("off", Trace_ELBO(), mean_guide, steps=11, batches=batches)
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-9)
+    assert "later steps eager for want of a graph" in ours[2].compiled
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompileWarning)
+        train("inductor", Trace_ELBO(), mean_guide, steps=11, batches=batches[:MOST_GRAPHS])
+
+
+def mean_guide(model):
+    """A guide of as many tasks as it is given."""
+
+    def guide(x, y=None, mask=None):
+        loc = pyro.param("loc", lambda: x.new_zeros(2))
+        pyro.sample("mu", dist.Normal(loc[0], 0.3))
+        with bm.task_plate(x):
+            pyro.sample("slope", dist.Normal(loc[1].expand(len(x), 1), 0.2))
+
+    return guide
+
+
 @pytest.mark.slow
-def test_inductor_on_several_steps():
+def test_inductor_on_several_steps(monkeypatch):
+    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 5)
     check_same(pair("inductor"), pair("off"))
 
 

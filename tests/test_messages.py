@@ -8,8 +8,8 @@ from bayesmeta.train.distributed import _in_short
 from bayesmeta.train.quiet import without_shim_messages
 
 GLOO = (
-    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:12345. This means a "
-    "remote process has terminated or is unable to make progress. Please check the logs."
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:12345. This "
+    "means a remote process has terminated or is unable to make progress. Please check the logs."
 )
 
 

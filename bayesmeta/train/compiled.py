@@ -131,7 +131,7 @@ class CompiledStep:
             call = _inductor(captured.graph, inputs)
         made = []
         for graph in (captured.graph, call):
-            with self._undone([]):
+            with no_factor(), self._undone([]):
                 result = [t.clone() for t in graph(*inputs)[:2]]
                 made.append([*result, *self._first_moments()])
         # compiled code keeps bfloat16 wider between two operations than torch does
@@ -153,8 +153,12 @@ class CompiledStep:
     def _prepare_update(self) -> None:
         with self._undone([]):
             _, differentiated = self.objective(*self.arguments)
-            gradients = torch.autograd.grad(differentiated, self.parameters, allow_unused=True)
+            gradients = (
+                torch.autograd.grad(differentiated, self.parameters, allow_unused=True) if self.parameters else ()
+            )
         self.trained = [p for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        if not self.trained:
+            raise CaptureError("the loss depends on no parameter that is trained")
         if Update.serves(self.optimizer) and not self.only_gradient:
             update = Update(self.optimizer)
             self.update = update if update.is_ready(self.trained) else None
@@ -321,7 +325,7 @@ def _restore(states: Sequence[tuple[torch.Generator, Tensor]], buffers: Sequence
 
 
 #: One piece of memory for what a graph makes on its way. Planning it recurses, too deep for graphs of more nodes.
-_ONE_PIECE, _MOST_PLANNED = {"memory_planning": True, "memory_pool": "intermediates"}, 6000
+_ONE_PIECE, _MOST_PLANNED = {"memory_planning": True, "memory_pool": "intermediates"}, 5400
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

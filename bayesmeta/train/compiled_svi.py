@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from bayesmeta.errors import CaptureError, CompileWarning
 from bayesmeta.train.arguments import as_observations
 from bayesmeta.train.compiled import CompiledStep
-from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, Compile, counts
+from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, SPEED_UP, TIMED, Compile, counts
 from bayesmeta.train.recorded import check_cuda
 from bayesmeta.train.several import SeveralSteps
 from bayesmeta.train.svi_state import owners
@@ -36,6 +36,9 @@ from bayesmeta.train.watching import MOST_REBUILT, MOST_TRIES, ChanceError, Outd
 
 #: Steps in one graph in :meth:`~bayesmeta.MetaSVI.run`. Compiling takes as many times as long as for one step.
 BLOCK = 5
+#: Fewer steps than these are made one by one, unless the graph of several is there: it saves some 0.1 ms a step and
+#: takes half a minute and more to compile.
+LEAST = 5_000
 
 
 class SVICompiler:
@@ -43,8 +46,9 @@ class SVICompiler:
 
     Args:
         svi: the object; its first step is eager, which creates parameters and the optimizer's state.
-        mode: ``"inductor"``, or ``"auto"``: compile once eager steps have taken as long as compiling would. How many
-            steps are to come is not known; this takes at most about twice the time of the better choice.
+        mode: ``"inductor"``, or ``"auto"``: compile once eager steps have taken as long as compiling would, which takes
+            at most about twice the time of the better choice; in ``run``, which knows the number of steps, compile if
+            these win it back.
     """
 
     def __init__(self, svi: Any, mode: Compile) -> None:
@@ -55,16 +59,19 @@ class SVICompiler:
         self._spent, self._last = 0.0, cast(float | None, None)
         self._made, self._broken, self._without = 0, 0, 0
         self._rebuilt, self._tries = 0, 0
+        self._timed, self._left = 0, cast(int | None, None)  # eager steps in that time; steps that run has yet to make
+        self._full = False  # whether it was said that there are no more graphs
         self._blocks: dict[Any, SeveralSteps | None] = {}  # by the graph of one step
         self._optimizer: Any = None  # that the graphs are for
         self._same: tuple[list[tuple[Any, int]], CompiledStep, list[Tensor]] | None = None
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """The loss of a step, which has been made; None where it is to be made eagerly."""
+        left, self._left = self._left, None
         if self._off or self.svi.optimizer is None or self.svi.steps < 1:
             return None
         try:
-            step, arguments = self._step(args, kwargs)
+            step, arguments = self._step(args, kwargs, left)
             found = None if step is None else step(arguments)
         except CaptureError as error:
             self._fail(error)
@@ -83,11 +90,13 @@ class SVICompiler:
 
     def run(self, steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
         """Make up to so many steps in one graph; the losses of those made, none where the next is to be made alone."""
+        self._left = None
         if self._off or steps < BLOCK or not self.graphs or self.svi.optimizer is not self._optimizer:
+            self._left = steps
             return []
         try:
             step, arguments = self._step(args, kwargs)
-            block = None if step is None else self._block(step)
+            block = None if step is None else self._block(step, steps)
             losses = [] if block is None else block(arguments)
         except CaptureError as error:
             self._fail(error)
@@ -95,11 +104,19 @@ class SVICompiler:
         self._made += len(losses)
         return losses
 
-    def _block(self, step: CompiledStep) -> SeveralSteps | None:
-        """Several of a step, compiled at first use; None where that cannot be, which leaves them single."""
+    def _block(self, step: CompiledStep, left: int) -> SeveralSteps | None:
+        """Several of a step, compiled once as many are left as win it back; None leaves them single."""
         if id(step) not in self._blocks:
+            if not self._pays(step, left):
+                return None
             try:
                 block = SeveralSteps(step, BLOCK)
+            except ChanceError as error:
+                self._tries += 1
+                if self._tries < MOST_TRIES:
+                    return None
+                self._blocks[id(step)] = None
+                self._text += f"; steps are made one by one: {error}"
             except CaptureError as error:
                 self._blocks[id(step)] = None
                 self._text += f"; steps are made one by one: {error}"
@@ -109,6 +126,16 @@ class SVICompiler:
                     f"; {BLOCK} steps in one graph of {block.captured.num_nodes} operations in {block.seconds:.1f} s"
                 )
         return self._blocks[id(step)]
+
+    def _pays(self, step: CompiledStep, left: int) -> bool:
+        """Whether enough steps are left for several in one graph, which at best halve what a step takes.
+
+        Compiling it takes up to :data:`BLOCK` times as long as for one step; ``"auto"`` reckons with that.
+        """
+        if left < LEAST or self.mode != "auto":
+            return left >= LEAST
+        each = self._spent / max(self._timed, 1) / SPEED_UP
+        return left * each / 2 > 2 * BLOCK * step.seconds["compile"]
 
     def _count_broken(self, found: Any, step: CompiledStep) -> None:
         if found is None:
@@ -133,7 +160,8 @@ class SVICompiler:
         self._off = True
         self._text = f"not compiled: {reason}"
         warnings.warn(
-            f"From step {self.svi.steps + 1} on the steps of MetaSVI are eager, as with compile='off': {reason}.",
+            f"{'All' if self._made == 0 else f'From step {self.svi.steps + 1} on the'} steps of MetaSVI are eager, as "
+            f"with compile='off': {reason}.",
             CompileWarning,
             stacklevel=4,
         )
@@ -145,8 +173,10 @@ class SVICompiler:
 
     # -- the graphs ---------------------------------------------------------------------------------------------
 
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledStep | None, list[Tensor]]:
-        """The compiled step for these arguments, and their tensors."""
+    def _step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], left: int | None = None
+    ) -> tuple[CompiledStep | None, list[Tensor]]:
+        """The compiled step for these arguments, and their tensors; ``left``: steps on them to come, if known."""
         if self.svi.optimizer is not self._optimizer:  # a state was loaded
             self._forget()
             self._optimizer = self.svi.optimizer
@@ -162,13 +192,31 @@ class SVICompiler:
             return None, []  # some of a guide's tasks: whose parameters these are differs from step to step
         key = (str(spec), *((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else _plain(v) for v in leaves))
         if key not in self.graphs:
-            if len(self.graphs) >= MOST_GRAPHS or not self._is_time():
+            if len(self.graphs) >= MOST_GRAPHS:
+                self._say_full(leaves)
+                return None, []
+            if not self._is_time(left):
                 return None, []
             self._build(key, self._objective(leaves, spec), tensors)
         self._same = None
         if _are_plain(given, tensors):
             self._same = ([(leaf, getattr(leaf, "_version", 0)) for leaf in given], self.graphs[key], tensors)
         return self.graphs[key], tensors
+
+    def _say_full(self, leaves: Sequence[Any]) -> None:
+        """Once, that this step's shapes come too late for a graph."""
+        if self._full:
+            return
+        self._full = True
+        shapes = ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else repr(v) for v in leaves)
+        warnings.warn(
+            f"Step {self.svi.steps + 1} of MetaSVI has arguments of shapes {shapes}, and {len(self.graphs)} graphs "
+            "have been made for others: it is eager, and so are later ones of shapes without a graph. Pad the shots to "
+            "a few lengths (bayesmeta.data.pad_shots), where model and guide take a mask; and let plain values, as "
+            "numbers that change from step to step, be tensors.",
+            CompileWarning,
+            stacklevel=5,
+        )
 
     def _objective(self, leaves: Sequence[Any], spec: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         svi = self.svi
@@ -188,7 +236,7 @@ class SVICompiler:
             if svi._tasks.known is not None:
                 rows = torch.arange(svi._tasks.known.size)
                 within = svi._tasks.within(as_observations(args, kwargs), rows)
-            # of what validation reads back, what concerns the data becomes conditions; the first step was validated
+            # of what validation reads back, what concerns the data becomes conditions; the first step was
             with within, pyro.get_param_store().scope(svi._store), pyro.validation_enabled(False):
                 traces = list(svi.elbo._get_traces(svi.model, svi.guide, args, kwargs))
                 if validated:
@@ -231,15 +279,20 @@ class SVICompiler:
             f"compiled at step {svi.steps + 1}: {len(self.graphs)} graph(s) of {nodes} operations in {seconds:.1f} s"
         )
 
-    def _is_time(self) -> bool:
-        """For ``"auto"``, whether eager steps have taken as long as compiling may."""
+    def _is_time(self, left: int | None) -> bool:
+        """For ``"auto"``: whether the steps left win back compiling, or else eager ones have taken as long as it."""
         if self.mode != "auto" or self.graphs:
             return True
         now = time.perf_counter()
         if self._last is not None:
             self._spent += now - self._last
+            self._timed += 1
         self._last = now
-        return self._spent > 2 * SECONDS
+        if left is None:
+            return self._spent > 2 * SECONDS
+        if self._timed < TIMED:
+            return False
+        return left * self._spent / self._timed * (1 - 1 / SPEED_UP) >= 2 * 2 * SECONDS
 
 
 def _are_same(given: Sequence[Any], before: Sequence[tuple[Any, int]]) -> bool:

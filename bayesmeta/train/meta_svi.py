@@ -181,7 +181,8 @@ class MetaSVI:
         """Take steps on the same arguments; returns their losses. As NumPyro's ``SVI.run``.
 
         With ``compile`` several steps are one graph, which leaves nothing between them to Python: the numbers are those
-        of as many calls of :meth:`step`, to rounding. Compiling it takes several times as long as compiling one step.
+        of as many calls of :meth:`step`, to rounding. Compiling it takes several times as long as compiling one step;
+        a call for fewer than 5000 steps does not. ``compile="auto"`` decides by the number of steps.
 
         Raises:
             OptionError: for a number that is not positive.

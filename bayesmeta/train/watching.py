@@ -33,7 +33,9 @@ class ChanceError(CaptureError):
 
 def next_check(steps: int) -> int:
     """The first step after so many before which a graph is compared with an eager step."""
-    return next((c for c in CHECKS if c > steps), max(CHECKS) + CHECK_EVERY * (1 + (steps - max(CHECKS)) // CHECK_EVERY))
+    return next(
+        (c for c in CHECKS if c > steps), max(CHECKS) + CHECK_EVERY * (1 + (steps - max(CHECKS)) // CHECK_EVERY)
+    )
 
 
 def rounding(tensor: Tensor, units: float) -> float:
