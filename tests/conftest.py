@@ -1,5 +1,13 @@
+import signal
+
 import pytest
 import torch
+
+
+def pytest_configure():
+    # what a shell starts in the background ignores Ctrl-C, and so would the runs that tests send one to
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
