@@ -1,23 +1,24 @@
 """How the parts of meta-RL know each other: tasks as tensors, families of environments, vector environments.
 
-Words and shapes. A **task** is one Markov decision process; its parameters φ are a few tensors. An **episode** is one run
-of an environment, a **trial** the episodes that share one task (a learner that remembers keeps its hidden state across the
-episodes of a trial and clears it between trials). A vector environment steps ``num_envs = tasks × copies`` environments at
-once; its batch is task-major, so that ``x.unflatten(0, (tasks, copies))`` gives ``[tasks, copies, …]``.
+Words and shapes. A **task** is one Markov decision process; its parameters φ are a few tensors. An **episode** is one
+run of an environment, a **trial** the episodes that share one task (a learner that remembers keeps its hidden state
+across the episodes of a trial and clears it between trials). A vector environment steps ``num_envs = tasks × copies``
+environments at once; its batch is task-major, so that ``x.unflatten(0, (tasks, copies))`` gives ``[tasks, copies, …]``.
 
 A step of a vector environment returns ``observation, reward, terminated, truncated, info`` as tensors on its device:
 
 * ``reward`` ``[num_envs]``, floating.
-* ``terminated`` and ``truncated`` ``[num_envs]``, bool, never merged. *Terminated*: nothing follows, the value of what comes
-  next is 0; this includes the end of a horizon that is part of the problem (the n pulls of a bandit). *Truncated*: a time
-  limit, behind which the task would go on; bootstrap with the value of ``info["final_obs"]``.
-* ``observation`` ``[num_envs, …]``: what to act on next. With ``AutoresetMode.SAME_STEP`` (the default), an environment whose
-  episode ended has been reset within the step, and this is the first observation of its next episode.
+* ``terminated`` and ``truncated`` ``[num_envs]``, bool, never merged. *Terminated*: nothing follows, the value of what
+  comes next is 0; this includes the end of a horizon that is part of the problem (the n pulls of a bandit).
+  *Truncated*: a time limit, behind which the task would go on; bootstrap with the value of ``info["final_obs"]``.
+* ``observation`` ``[num_envs, …]``: what to act on next. With ``AutoresetMode.SAME_STEP`` (the default), an environment
+  whose episode ended has been reset within the step, and this is the first observation of its next episode.
 * ``info["final_obs"]``: the observation that the action led to, before any reset: s′ of the transition (s, a, r, s′).
   It equals ``observation`` wherever no episode ended. Always present.
-* ``info["trial_ended"]`` ``[num_envs]``, bool: the episode that ended was the last of its trial. The environment now has
-  another task if the vector environment draws new ones, and a learner's memory of it must be cleared.
-* whatever the family adds, ``[num_envs]`` each, always present (``dense_reward`` of the sparse point robot, ``success`` …).
+* ``info["trial_ended"]`` ``[num_envs]``, bool: the episode that ended was the last of its trial. The environment now
+  has another task if the vector environment draws new ones, and a learner's memory of it must be cleared.
+* whatever the family adds, ``[num_envs]`` each, always present (``dense_reward`` of the sparse point robot, ``success``
+  …).
 
 Actions are ``[num_envs]`` int64 for a ``Discrete`` space and ``[num_envs, dim]`` floating for a ``Box``.
 """
@@ -102,7 +103,9 @@ class TaskFamily(Protocol):
     def sample_tasks(
         self, num_tasks: int, *, generator: torch.Generator | int | None = None, split: str = "train"
     ) -> Tensors:
-        """Draw tasks, on the generator's device. ``split`` (``"train"``, ``"validation"`` or ``"test"``) matters where a family holds tasks out."""
+        """Draw tasks, on the generator's device. ``split`` (``"train"``, ``"validation"`` or ``"test"``) matters where
+        a family holds tasks out.
+        """
 
 
 class TaskVectorEnv(Protocol):
@@ -143,8 +146,8 @@ class TaskVectorEnv(Protocol):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Begin a new trial everywhere.
 
-        ``options["tasks"]`` sets the tasks (one for each of ``num_tasks``); ``options["reset_mask"]`` ``[num_envs]`` resets some
-        environments alone, to the next episode of their trial (needed with ``AutoresetMode.DISABLED``).
+        ``options["tasks"]`` sets the tasks (one for each of ``num_tasks``); ``options["reset_mask"]`` ``[num_envs]``
+        resets some environments alone, to the next episode of their trial (needed with ``AutoresetMode.DISABLED``).
         """
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
