@@ -70,7 +70,7 @@ class TensorVectorEnv(VectorEnv):
             raise OptionError("new_tasks=True and tasks were given; give tasks, or let them be drawn at each trial.")
         if new_tasks and copies > 1 and not family.fixed_length:
             raise OptionError(
-                f"new_tasks=True with {copies} copies of each task, but episodes of {family.name} end at different times; "
+                f"new_tasks=True with {copies} copies of each task, but episodes of {family.name} end at other times; "
                 "take copies=1."
             )
         self.family, self.split, self.dtype, self.device = family, split, dtype, torch.device(device)
@@ -84,7 +84,7 @@ class TensorVectorEnv(VectorEnv):
         self.generator = as_generator(generator, self.device, f"environments {split}")
         self._discrete = isinstance(self.single_action_space, gymnasium.spaces.Discrete)
         self._choices = int(getattr(self.single_action_space, "n", 0))
-        self._action_shape = torch.Size((self.num_envs, *self.single_action_space.shape))
+        self._action_shape = torch.Size((self.num_envs, *(self.single_action_space.shape or ())))
         self._together = family.fixed_length
         self._steps = self._episodes = 0  # of environments that keep time together
         self._clock = self._episode = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
