@@ -32,7 +32,7 @@ def test_advantages_by_hand():
 
 
 def test_the_two_ends_by_hand():
-    """Terminal: what follows is worth 0. Cut: it is worth the value. Neither lets the next episode's rewards through."""
+    """Terminal: nothing follows. Cut: the value of what would have. Neither lets the next episode's rewards through."""
     rewards, values, after = column(1, 2, 3, 4), column(0.5, 1.5, -1, 2), column(1.5, 10, 2, 7)
     d_next = [3 + 0.9 * 2 + 1, 4 + 0.9 * 7 - 2]
     tail = [d_next[0] + 0.45 * d_next[1], d_next[1]]

@@ -1,12 +1,10 @@
 """Policy objectives as terms of ``[time, …]``: what is to be **maximised**, one number for each step.
 
 A sum or mean over the steps (:func:`average`) is the objective; its gradient is the policy gradient. Terms keep time
-and batch apart, so that one backward of a sum over tasks gives each task its own gradient, as everywhere in the package.
+and batch apart, so that one backward of a sum over tasks gives each task its own gradient.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from bayesmeta.errors import OptionError, ShapeError
 
 
-def average(terms: Tensor, mask: Tensor | None = None, dims: int | Sequence[int] | None = None) -> Tensor:
+def average(terms: Tensor, mask: Tensor | None = None, dims: int | tuple[int, ...] | None = None) -> Tensor:
     """Mean of the terms that count.
 
     Args:
@@ -30,7 +28,7 @@ def average(terms: Tensor, mask: Tensor | None = None, dims: int | Sequence[int]
     return total / mask.sum(dims).clamp_min(1)
 
 
-def standardised(advantages: Tensor, mask: Tensor | None = None, dims: int | Sequence[int] | None = None) -> Tensor:
+def standardised(advantages: Tensor, mask: Tensor | None = None, dims: int | tuple[int, ...] | None = None) -> Tensor:
     """Advantages less their mean, over their standard deviation.
 
     Args:

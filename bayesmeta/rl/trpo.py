@@ -188,7 +188,8 @@ def _check_options(
         raise OptionError(f"max_kl must be positive and damping at least 0; got {max_kl} and {damping}.")
     if cg_steps < 1 or max_backtracks < 0 or not 0 < shrink < 1:
         raise OptionError(
-            f"Expected cg_steps ≥ 1, max_backtracks ≥ 0 and shrink in (0, 1); got {cg_steps}, {max_backtracks}, {shrink}."
+            "Expected cg_steps ≥ 1, max_backtracks ≥ 0 and shrink in (0, 1); got "
+            f"{cg_steps}, {max_backtracks} and {shrink}."
         )
     if product not in get_args(Product):
         raise OptionError(f"Unknown product {product!r}; expected one of {', '.join(get_args(Product))}.")
