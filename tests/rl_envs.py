@@ -45,3 +45,40 @@ class Counting:
         full = torch.ones(6, dtype=torch.bool)
         info = {"final_obs": self.observation(self.steps - 0.5), "trial_ended": full & second, "success": full & over}
         return self.observation(self.steps), reward, full & (over and not second), full & second, info
+
+
+class TwoStates:
+    """The MDP of ``rl_truth`` as a vector environment: ``tasks × copies`` of it, three steps each; all tasks are one."""
+
+    single_observation_space = gymnasium.spaces.Discrete(2)
+    single_action_space = gymnasium.spaces.Discrete(2)
+    horizon, episodes_per_trial = 3, 1
+    device = torch.device("cpu")
+    dtype = torch.float64
+
+    def __init__(self, num_tasks, copies, seed=0):
+        self.num_tasks, self.copies, self.num_envs = num_tasks, copies, num_tasks * copies
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def clock(self):
+        return torch.full((self.num_envs,), self.steps)
+
+    @property
+    def episode(self):
+        return torch.zeros(self.num_envs, dtype=torch.long)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps, self.state = 0, torch.zeros(self.num_envs, dtype=torch.long)
+        return self.state, {}
+
+    def step(self, actions):
+        from rl_truth import REWARD, TO_ONE
+
+        chance = TO_ONE[self.state, actions]
+        after = (torch.rand(self.num_envs, generator=self.generator, dtype=torch.float64) < chance).long()
+        reward = REWARD[self.state, actions, after]
+        self.steps = (self.steps + 1) % 3
+        over = torch.full((self.num_envs,), self.steps == 0)
+        self.state = torch.where(over, 0, after)
+        return self.state, reward, over, torch.zeros_like(over), {"final_obs": after, "trial_ended": over}

@@ -210,3 +210,18 @@ def test_bad_input_is_refused():
         loaded_dice(a, a, a.bool(), decay=2.0)
     with pytest.raises(ShapeError, match="ended has shape"):
         dice(a, a, b.bool())
+
+
+def test_loaded_dice_holds_for_another_policy_than_the_one_that_acted():
+    """With products of ratios, all derivatives are right at a policy other than the one whose episodes they come from;
+    without (the control), they are those of no policy."""
+    other = PHI + torch.tensor([0.4, -0.2, 0.1, 0.5], dtype=torch.float64)
+    old = truth.log_prob(PHI)
+
+    def corrected(phi):  # weighted() has the densities of PHI, which acted
+        return weighted(loaded_dice(truth.log_prob(phi), to_go(), ALL.ended, old_log_prob=old))
+
+    torch.testing.assert_close(truth.gradient(corrected, other), truth.gradient(truth.expected_return, other), **EXACT)
+    torch.testing.assert_close(hessian(corrected, other), hessian(truth.expected_return, other), **EXACT)
+    off = truth.gradient(ESTIMATORS["loaded dice"], other) - truth.gradient(truth.expected_return, other)
+    assert off.abs().max() > 0.01

@@ -1,7 +1,7 @@
 """Policies that remember their trial: what was seen, done and received since it began goes through a memory.
 
-Source: Duan et al. 2016 (see :mod:`bayesmeta.rl.recurrent`), section 2.2: in each step the memory reads the observation, the
-action before, its reward and whether an episode ended; its state crosses the episodes of a trial.
+Source: Duan et al. 2016 (see :mod:`bayesmeta.rl.recurrent`), section 2.2: in each step the memory reads the
+observation, the action before, its reward and whether an episode ended; its state crosses the episodes of a trial.
 
 Departures: a clock is read too (what to explore hangs on the steps that are left); the value is an annuity of the steps
 that are left times a learned rate of reward, so that one head serves the begin and the end of a trial.

@@ -159,7 +159,14 @@ def dice(
     return terms if gamma == 1 else terms * _discounts(ended, gamma).to(terms.dtype)
 
 
-def loaded_dice(log_prob: Tensor, advantages: Tensor, ended: Tensor, *, decay: float = 1.0) -> Tensor:
+def loaded_dice(
+    log_prob: Tensor,
+    advantages: Tensor,
+    ended: Tensor,
+    *,
+    decay: float = 1.0,
+    old_log_prob: Tensor | None = None,
+) -> Tensor:
     """Loaded DiCE: (□(Σ_{s ≤ t} log π_s) − □(Σ_{s < t} log π_s)) A_t, with any estimate of the advantages.
 
     Source: G. Farquhar, S. Whiteson, J. Foerster, "Loaded DiCE: Trading off Bias and Variance in Any-Order Score
@@ -174,22 +181,26 @@ def loaded_dice(log_prob: Tensor, advantages: Tensor, ended: Tensor, *, decay: f
         log_prob: log π(a_t | s_t), ``[time, …]``.
         advantages: or returns from step t on, of that shape; no gradient goes through them.
         ended: whether the episode ended after step t, booleans of that shape.
-        decay: λ of algorithm 1, in [0, 1].
+        decay: λ of algorithm 1, in [0, 1]; 0 has the derivatives of :func:`likelihood_ratio`.
+        old_log_prob: that of the policy that acted, where it is another: products of ratios then weigh what it did, so
+            that the derivatives hold for the new policy too (with a variance that grows with the distance and time).
 
     Returns:
-        ``[time, …]``, each of value 0; only the derivatives matter.
+        ``[time, …]``, each of value 0 for the policy that acted; only the derivatives matter.
 
     Raises:
         OptionError: for a decay outside [0, 1].
     """
     if not 0 <= decay <= 1:
         raise OptionError(f"decay must be in [0, 1]; got {decay}.")
-    _same_shape(log_prob, advantages=advantages, ended=ended)
+    old = log_prob.detach() if old_log_prob is None else old_log_prob.detach()
+    _same_shape(log_prob, advantages=advantages, ended=ended, old_log_prob=old)
+    change = log_prob - old  # of value 0 for the policy that acted, and so exp of a sum of them is a magic box
     out, before = [], torch.zeros_like(log_prob[0])
     for t in range(len(log_prob)):
         before = decay * before
-        until = before + log_prob[t]
-        out.append(magic_box(until) - magic_box(before))
+        until = before + change[t]
+        out.append(until.exp() - before.exp())
         before = torch.where(ended[t], 0.0, until)
     return torch.stack(out) * advantages.detach()
 

@@ -7,6 +7,7 @@ the states, and the numbers of one action are their event. Nothing here draws fr
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -291,12 +292,22 @@ class TaskPolicy(nn.Module):
         """How many numbers φ has."""
         return self.flat.size
 
-    def distribution(self, phi: Tensor, features: Tensor) -> Any:
+    @property
+    def theta(self) -> nn.Parameter:
+        """θ: here the start itself, ``[D]``."""
+        return self.start
+
+    def begin(self, theta: Tensor, tasks: int) -> Tensor:
+        """Where each task's φ begins, ``[tasks, D]``: θ itself."""
+        return theta.expand(tasks, -1)
+
+    def distribution(self, phi: Tensor, features: Tensor, theta: Tensor | None = None) -> Any:
         """Each task's policy in its own states.
 
         Args:
             phi: ``[tasks, D]``, or ``[D]`` for one φ for all.
             features: ``[…, tasks, copies, F]``: of one step, or with time before the tasks.
+            theta: not read: φ is the whole policy.
 
         Returns:
             A distribution of batch shape ``[…, tasks, copies]``.
@@ -316,6 +327,60 @@ class TaskPolicy(nn.Module):
         outputs = self._network(phi, rows).unflatten(1, (*lead, copies)).movedim(0, -3)
         free = self.flat.views(phi)["free"].unsqueeze(1) if self.head.free else None
         return self.head.distribution(outputs, free)
+
+
+class ContextPolicy(nn.Module):
+    """A policy that all tasks share, but for a context φ beside its inputs that begins at 0: CAVIA's.
+
+    Source: L. Zintgraf, K. Shiarlis, V. Kurin, K. Hofmann, S. Whiteson, "Fast Context Adaptation via Meta-Learning",
+    ICML 2019, https://arxiv.org/abs/1810.03642, section 3.2.
+
+    Args:
+        network: states and context side by side ``[…, F + context]`` to the head's outputs; it is copied into θ.
+        head: see :class:`Head`.
+        context: numbers in φ.
+
+    Raises:
+        OptionError: for a context without numbers.
+        ModelError: for modules that mix tasks, draw hidden noise, or have buffers.
+    """
+
+    def __init__(self, network: nn.Module, head: Head, context: int) -> None:
+        super().__init__()
+        if context < 1:
+            raise OptionError(f"The context needs at least one number; got {context}.")
+        whole = TaskPolicy(network, head)
+        self.head, self.size, self.flat = head, context, whole.flat
+        self.theta = nn.Parameter(whole.start.detach().clone())
+        self._network = (copy.deepcopy(network).requires_grad_(False),)  # a tuple: θ is the only parameter
+
+    def begin(self, theta: Tensor, tasks: int) -> Tensor:
+        """Contexts of 0, ``[tasks, context]``."""
+        return theta.new_zeros(tasks, self.size)
+
+    def distribution(self, phi: Tensor, features: Tensor, theta: Tensor | None = None) -> Any:
+        """Each task's policy in its own states.
+
+        Args:
+            phi: ``[tasks, context]``.
+            features: ``[…, tasks, copies, F]``.
+            theta: the shared parameters; None is the policy's own.
+
+        Returns:
+            A distribution of batch shape ``[…, tasks, copies]``.
+
+        Raises:
+            ShapeError: when the tasks of φ and of the states differ.
+        """
+        if phi.shape != (features.shape[-3], self.size):
+            raise ShapeError(
+                f"phi has shape {list(phi.shape)}; expected [tasks, context] = {[features.shape[-3], self.size]}."
+            )
+        views = self.flat.views(self.theta if theta is None else theta)
+        free = views.pop("free")
+        beside = phi.unsqueeze(-2).expand(*features.shape[:-1], self.size)
+        outputs = torch.func.functional_call(self._network[0], views, (torch.cat([features, beside], -1),))
+        return self.head.distribution(outputs, free if self.head.free else None)
 
 
 def _without_free(kind: type[BatchedModule], network: nn.Module, flat: FlatParameters) -> BatchedModule:
