@@ -48,7 +48,7 @@ class Counting:
 
 
 class TwoStates:
-    """The MDP of ``rl_truth`` as a vector environment: ``tasks × copies`` of it, three steps each; all tasks are one."""
+    """The MDP of ``rl_truth`` as a vector environment: ``tasks × copies`` of it, three steps each, tasks alike."""
 
     single_observation_space = gymnasium.spaces.Discrete(2)
     single_action_space = gymnasium.spaces.Discrete(2)

@@ -9,8 +9,8 @@ https://arxiv.org/abs/1703.03400, algorithm 3: REINFORCE with a linear baseline 
 Options: first order; learned rates (Meta-SGD, Z. Li et al. 2017, https://arxiv.org/abs/1707.09835); the inner
 estimator of ProMP (Rothfuss et al. 2019) or DiCE (Foerster et al. 2018), see :class:`~bayesmeta.rl.inner.Estimation`;
 E-MAML's credit to exploration (Stadie et al. 2018), see :func:`~bayesmeta.rl.inner.sampling_score`; CAVIA (Zintgraf et
-al. 2019) by a :class:`~bayesmeta.rl.policies.ContextPolicy`. Without inner steps it is joint training, the baseline that does not
-meta-learn.
+al. 2019) by a :class:`~bayesmeta.rl.policies.ContextPolicy`. Without inner steps it is joint training, the baseline
+that does not meta-learn.
 
 Departures: the default inner estimator is ProMP's, since differentiating the paper's surrogate leaves out that
 actions were drawn (a test shows it wrong on an enumerated problem); the line search follows the whole path from θ to
