@@ -9,9 +9,11 @@ from rl_envs import Counting
 from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
 from bayesmeta.rl.envs import BernoulliBandit, Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.memory_policy import MemoryPolicy
+from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.rl2 import RL2, trial_returns
 from bayesmeta.rl.rollout import Acted, collect
+from bayesmeta.rl.trpo_policy import TRPOConfig
 
 
 def seeded(seed=0):
@@ -59,7 +61,7 @@ def test_returns_of_a_trial_are_split_into_its_episodes():
 # -- what the policy knows ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", ["gru", "lstm", "snail"])
 def test_unrolling_gives_the_densities_and_values_of_acting(kind):
     """So that PPO's ratios are 1 before its first step; over three trials, and from the middle of one."""
     env = bandit(8)
@@ -146,7 +148,7 @@ def test_a_first_update_climbs_the_policy_gradient():
     weights = [policy.act_layer.weight, policy.act_layer.bias, policy.memory.cell.weight_ih]
     slopes = torch.autograd.grad(terms, weights)
     before = [w.detach().clone() for w in weights]
-    learner.ppo.update(rollout, advantage, share=0.0, generator=seeded())
+    learner.updates.update(rollout, advantage, share=0.0, generator=seeded())
     for weight, old, slope in zip(weights, before, slopes):
         large = slope.abs() > 1e-3  # eps is 1e-5
         assert large.any()
@@ -282,3 +284,53 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         PPO(policy, PPOConfig()).update(rollout, advantage, share=0.0, generator=seeded(), step=7)
     assert caught.value.step == 7
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), before))
+
+
+# -- TRPO and SNAIL -----------------------------------------------------------------------------------------------
+
+
+def test_trpo_keeps_its_bound_and_learns():
+    """Every step's divergence, computed here on all environments it was taken on, is at most the bound; the values'
+    fit moves no policy; a short run learns what the optimum of the two-armed bandit has beyond 2.5."""
+    config = TRPOConfig(max_kl=0.03, curvature_share=1.0, cg_steps=8)
+    learner = RL2(bandit(256, horizon=4), config=config, iterations=30, units=12, reward_shift=0.5, reward_scale=0.5)
+    policy = learner.policy
+    for _ in range(3):
+        before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+        rollout = collect(bandit(256, horizon=4, seed=4), policy.actor(), 4, generator=seeded(2))
+        advantage = trial_advantages(rollout, torch.zeros(256), gamma=1.0, lam=0.95)
+        old = detached(policy(rollout.moments, None)[0])
+        told = learner.updates.update(rollout, advantage, share=0.0, generator=seeded())
+        found = kl(old, policy(rollout.moments, None)[0]).mean().item()
+        assert told["accepted"] == 1
+        assert 0 < found <= 0.03
+        assert found == pytest.approx(told["kl"], rel=1e-3)
+        assert not torch.equal(before["memory.cell.weight_hh"], policy.memory.cell.weight_hh)
+    learner.train()
+    got = learner.evaluate(bandit(5000, horizon=4, seed=99, new_tasks=False)).total.mean().item()
+    assert got > 2.0 + 0.7 * (bayes_optimal(4) - 2.0)
+
+
+def test_trpos_values_are_a_ridge_regression():
+    learner = RL2(bandit(64), config=TRPOConfig(ridge=1e-9), units=6)
+    policy = learner.policy.double()
+    rollout = collect(learner.env, policy.actor(), 5, generator=seeded())
+    advantage = trial_advantages(rollout, torch.zeros(64), gamma=1.0, lam=1.0)
+    learner.updates.update(rollout, advantage, share=0.0, generator=seeded())
+    hidden, _ = policy.memory.unroll(policy.inputs(rollout.moments), policy.first(64), rollout.moments.begins)
+    left = policy.remaining(rollout.moments).double()
+    design = torch.cat([hidden, torch.ones(5, 64, 1)], -1).flatten(0, 1)
+    to_go = rollout.reward.flip(0).cumsum(0).flip(0).double()
+    weights = torch.linalg.lstsq(design, (to_go / left).flatten().unsqueeze(-1)).solution.squeeze(-1)
+    expected = (design @ weights).view(5, 64) * left
+    torch.testing.assert_close(policy(rollout.moments, None)[1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_snail_learns_too():
+    learner = RL2(
+        bandit(128, horizon=3), iterations=30, units=12, memory_kind="snail", reward_shift=0.5, reward_scale=0.5
+    )
+    assert learner.policy.memory.capacity == 3
+    learner.train()
+    got = learner.evaluate(bandit(5000, horizon=3, seed=99, new_tasks=False)).total.mean().item()
+    assert got > 1.5 + 0.6 * (bayes_optimal(3) - 1.5)

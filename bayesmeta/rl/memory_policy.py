@@ -20,6 +20,7 @@ from bayesmeta.rl.policies import GaussianHead, head_for, mode, sample
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
 from bayesmeta.rl.recurrent import Memory, memory
 from bayesmeta.rl.rollout import Acted, Moment
+from bayesmeta.rl.snail import SNAILMemory
 
 
 class MemoryPolicy(nn.Module):
@@ -30,9 +31,9 @@ class MemoryPolicy(nn.Module):
 
     Args:
         env: whose spaces, horizon and episodes a trial it is for; it is not kept.
-        memory_kind: ``"gru"`` or ``"lstm"``, or a function from the number of inputs to a
-            :class:`~bayesmeta.rl.recurrent.Memory`.
-        units: width of the memory.
+        memory_kind: ``"gru"``, ``"lstm"`` or ``"snail"`` (with a capacity of one trial), or a function from the number of
+            inputs to a :class:`~bayesmeta.rl.recurrent.Memory`.
+        units: width of the memory; of ``"snail"`` that of its first layer.
         encoder: module for observations, from their features ``[…, F]`` to ``[…, encoded]``; None passes them on.
         encoded: what the encoder gives.
         reward_shift, reward_scale: the memory reads (reward − shift) / scale; 0.5 and 0.5 make a Bernoulli
@@ -78,9 +79,7 @@ class MemoryPolicy(nn.Module):
         generator = as_generator(seed, stream="memory policy")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            self.memory: Memory = (
-                memory(memory_kind, inputs, units) if isinstance(memory_kind, str) else memory_kind(inputs)
-            )
+            self.memory = self._memory(memory_kind, inputs, units)
             self.act_layer = nn.Linear(self.memory.outputs, self.head.outputs)
             self.value_layer = nn.Linear(self.memory.outputs, 1)
             for layer, gain in ((self.act_layer, 0.01), (self.value_layer, 1.0)):
@@ -88,6 +87,11 @@ class MemoryPolicy(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.free = nn.Parameter(self.head.initial_free()) if self.head.free else None
         assert isinstance(self.head, GaussianHead) or self.free is None
+
+    def _memory(self, kind: Any, inputs: int, units: int) -> Memory:
+        if kind == "snail":
+            return SNAILMemory(inputs, self.trial_steps, units=units)
+        return memory(kind, inputs, units) if isinstance(kind, str) else kind(inputs)
 
     def set_trial(self, env: TaskVectorEnv) -> None:
         """Take an environment's horizon and episodes a trial as one's own; its spaces must be the same.
@@ -168,6 +172,10 @@ class MemoryPolicy(nn.Module):
         state = self.first(moments.begins.shape[1]) if state is None else state
         hidden, _ = self.memory.unroll(self.inputs(moments), state, moments.begins)
         return self._distribution(hidden), self._value(hidden, moments)
+
+    def forward(self, moments: Moment, state: Tensor | None) -> tuple[Any, Tensor]:
+        """As :meth:`unroll`."""
+        return self.unroll(moments, state)
 
     def _distribution(self, hidden: Tensor) -> Any:
         return self.head.distribution(self.act_layer(hidden), self.free)

@@ -141,6 +141,14 @@ class PPO:
                 told.append(self._piece(rollout, scaled, target, index, bonus, step))
         return {name: sum(t[name] for t in told) / len(told) for name in told[0]}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.optimizer.load_state_dict(state)
+
     def _piece(
         self, rollout: Rollout, scaled: Tensor, target: Tensor, index: Tensor, bonus: float, step: int
     ) -> dict[str, float]:

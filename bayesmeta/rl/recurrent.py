@@ -70,16 +70,20 @@ class Memory(nn.Module):
         Raises:
             ShapeError: when the shapes do not fit.
         """
-        if x.dim() != 3 or begins.shape != x.shape[:2] or state.shape != (x.shape[1], self.width):
-            raise ShapeError(
-                f"Expected x [time, batch, {self.inputs}], begins [time, batch] and state [batch, {self.width}]; got "
-                f"{list(x.shape)}, {list(begins.shape)} and {list(state.shape)}."
-            )
+        self.check(x, state, begins)
         out = []
         for t in range(len(x)):
             h, state = self.step(x[t], state, begins[t])
             out.append(h)
         return torch.stack(out), state
+
+    def check(self, x: Tensor, state: Tensor, begins: Tensor) -> None:
+        """Raise ShapeError when the arguments of :meth:`unroll` do not fit."""
+        if x.dim() != 3 or begins.shape != x.shape[:2] or state.shape != (x.shape[1], self.width):
+            raise ShapeError(
+                f"Expected x [time, batch, {self.inputs}], begins [time, batch] and state [batch, {self.width}]; got "
+                f"{list(x.shape)}, {list(begins.shape)} and {list(state.shape)}."
+            )
 
 
 class GRUMemory(Memory):

@@ -5,7 +5,7 @@ Slow Reinforcement Learning", 2016, https://arxiv.org/abs/1611.02779; the same i
 Reinforcement Learn", 2016, https://arxiv.org/abs/1611.05763. The fast learner is the state of the memory, which crosses
 the episodes of a trial and is cleared between trials; the slow one is a policy gradient on whole trials.
 
-Departures: PPO in place of TRPO by default, and those of :mod:`bayesmeta.rl.memory_policy` and :mod:`bayesmeta.rl.ppo`.
+Departures: PPO in place of TRPO by default (TRPO by a :class:`~bayesmeta.rl.trpo_policy.TRPOConfig`), and those of :mod:`bayesmeta.rl.memory_policy` and :mod:`bayesmeta.rl.ppo`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Moment, Rollout, collect
+from bayesmeta.rl.trpo_policy import TRPO, TRPOConfig
 
 
 class TrialReturns(NamedTuple):
@@ -46,7 +47,7 @@ class RL2:
     Args:
         env: with autoreset and new tasks for each trial.
         policy: to be trained, in place; None makes one with ``units``.
-        config: settings of PPO; the discount must be the policy's.
+        config: settings of PPO, or of TRPO as in the paper; the discount must be the policy's.
         iterations: rollouts to train for, over which rate and entropy go to their last values.
         steps: of each rollout; None is one whole trial where episodes have a fixed length.
         units: width of the memory of a new policy.
@@ -55,7 +56,7 @@ class RL2:
 
     Attributes:
         iteration: rollouts done.
-        history: one dict a rollout: ``reward`` (mean total of the rollout) and PPO's figures.
+        history: one dict a rollout: ``reward`` (mean total of the rollout) and figures of the update.
 
     Raises:
         OptionError: for options that do not fit.
@@ -66,14 +67,14 @@ class RL2:
         env: TaskVectorEnv,
         policy: MemoryPolicy | None = None,
         *,
-        config: PPOConfig | None = None,
+        config: PPOConfig | TRPOConfig | None = None,
         iterations: int = 200,
         steps: int | None = None,
         units: int = 64,
         seed: int = 0,
         **policy_options: Any,
     ) -> None:
-        self.config = PPOConfig() if config is None else config
+        self.config: PPOConfig | TRPOConfig = PPOConfig() if config is None else config
         if iterations < 1:
             raise OptionError(f"iterations must be at least 1; got {iterations}.")
         if policy is None:
@@ -86,7 +87,9 @@ class RL2:
             )
         self.policy, self.iterations, self.seed = policy, iterations, seed
         self.generator = as_generator(seed, env.device, "rl2")
-        self.ppo = PPO(policy, self.config)
+        self.updates: PPO | TRPO = (
+            PPO(policy, self.config) if isinstance(self.config, PPOConfig) else TRPO(policy, self.config)
+        )
         self.iteration = 0
         self.history: list[dict[str, float]] = []
         self.use(env, steps)
@@ -135,7 +138,7 @@ class RL2:
         self._moment, self._state = rollout.after, rollout.state
         advantage = trial_advantages(rollout, self._last_value(rollout), gamma=self.config.gamma, lam=self.config.lam)
         share = self.iteration / max(1, self.iterations - 1)
-        told = self.ppo.update(rollout, advantage, share=share, generator=self.generator, step=self.iteration + 1)
+        told = self.updates.update(rollout, advantage, share=share, generator=self.generator, step=self.iteration + 1)
         return {"reward": rollout.total().mean().item(), **told}
 
     @torch.no_grad()
@@ -176,7 +179,7 @@ class RL2:
         """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
         return {
             "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
-            "optimizer": _copied(self.ppo.optimizer.state_dict()),
+            "updates": _copied(self.updates.state_dict()),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "moment": None if self._moment is None else dict(vars(self._moment)),
@@ -201,7 +204,7 @@ class RL2:
             )
         self.env.load_state_dict(state["env"])
         self.policy.load_state_dict(state["policy"])
-        self.ppo.optimizer.load_state_dict(_copied(state["optimizer"]))
+        self.updates.load_state_dict(_copied(state["updates"]))
         self.generator.set_state(state["generator"].cpu())
         self._moment = None if state["moment"] is None else Moment(**state["moment"])
         self._state, self.iteration, self.steps = state["state"], state["iteration"], state["steps"]
