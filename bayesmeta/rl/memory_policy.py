@@ -31,8 +31,8 @@ class MemoryPolicy(nn.Module):
 
     Args:
         env: whose spaces, horizon and episodes a trial it is for; it is not kept.
-        memory_kind: ``"gru"``, ``"lstm"`` or ``"snail"`` (with a capacity of one trial), or a function from the number of
-            inputs to a :class:`~bayesmeta.rl.recurrent.Memory`.
+        memory_kind: ``"gru"``, ``"lstm"`` or ``"snail"`` (with a capacity of one trial), or a function from the number
+            of inputs to a :class:`~bayesmeta.rl.recurrent.Memory`.
         units: width of the memory; of ``"snail"`` that of its first layer.
         encoder: module for observations, from their features ``[…, F]`` to ``[…, encoded]``; None passes them on.
         encoded: what the encoder gives.

@@ -5,7 +5,8 @@ Slow Reinforcement Learning", 2016, https://arxiv.org/abs/1611.02779; the same i
 Reinforcement Learn", 2016, https://arxiv.org/abs/1611.05763. The fast learner is the state of the memory, which crosses
 the episodes of a trial and is cleared between trials; the slow one is a policy gradient on whole trials.
 
-Departures: PPO in place of TRPO by default (TRPO by a :class:`~bayesmeta.rl.trpo_policy.TRPOConfig`), and those of :mod:`bayesmeta.rl.memory_policy` and :mod:`bayesmeta.rl.ppo`.
+Departures: PPO in place of TRPO by default (TRPO by a :class:`~bayesmeta.rl.trpo_policy.TRPOConfig`), and those of
+:mod:`bayesmeta.rl.memory_policy` and :mod:`bayesmeta.rl.ppo`.
 """
 
 from __future__ import annotations
