@@ -33,13 +33,14 @@ def test_rows_compare_steps_per_second(monkeypatch):
 def test_sides_step(name, monkeypatch):
     made = {}
     real = env_throughput.SyncVectorEnv
-    monkeypatch.setattr(env_throughput, "SyncVectorEnv", lambda *args, **kw: made.setdefault("peer", real(*args, **kw)))
-    both = env_throughput.sides(env_throughput.FAMILIES[name], 128, 0)
+    keep = lambda *args, **options: made.setdefault("peer", real(*args, **options))  # noqa: E731
+    monkeypatch.setattr(env_throughput, "SyncVectorEnv", keep)
+    both = env_throughput.sides(env_throughput.FAMILIES[name], 512, 0)
     assert all(run(3) > 0 for run in both.values())
-    first, last = made["peer"].envs[0], made["peer"].envs[64]
+    first, *others = made["peer"].envs[::64]
     assert first.clock == 3
     assert all((first.task[key] == made["peer"].envs[63].task[key]).all() for key in first.task)
-    assert any((first.task[key] != last.task[key]).any() for key in first.task)
+    assert any((first.task[key] != other.task[key]).any() for key in first.task for other in others)
 
 
 def test_actions_lie_in_the_space_and_unknown_families_are_refused():
