@@ -149,7 +149,7 @@ class EpsilonGreedyMDP(GreedyMDP):
         OptionError: for a probability outside [0, 1].
     """
 
-    epsilon: float = 0.3
+    epsilon: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
