@@ -121,6 +121,23 @@ def test_dice_discounts_from_the_begin_of_each_episode():
     torch.testing.assert_close(value, truth.expected_return(PHI, 0.8))
 
 
+def test_loaded_dice_keeps_the_episodes_of_one_column_apart():
+    """Two episodes one after the other have the second derivatives of each alone; without the end (control) others."""
+    advantages = to_go() - BASELINE[ALL.states]
+
+    def joint(phi, mark=True):
+        log_prob = truth.log_prob(phi)
+        ended = torch.cat([ALL.ended, ALL.ended]) & mark
+        both = loaded_dice(torch.cat([log_prob, log_prob.flip(1)]), torch.cat([advantages, advantages.flip(1)]), ended)
+        return both[3:, :7].sum()
+
+    def alone(phi):
+        return loaded_dice(truth.log_prob(phi), advantages, ALL.ended).flip(1)[:, :7].sum()
+
+    torch.testing.assert_close(hessian(joint, PHI), hessian(alone, PHI), **EXACT)
+    assert (hessian(lambda phi: joint(phi, False), PHI) - hessian(alone, PHI)).abs().max() > 0.1
+
+
 def test_loaded_dice_without_memory_is_the_likelihood_ratio():
     """decay = 0 forgets all actions before: what is left has the derivatives of π / stop(π)."""
     advantages = to_go() - BASELINE[ALL.states]
