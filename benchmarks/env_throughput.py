@@ -34,6 +34,7 @@ FAMILIES: dict[str, envs.Family[Any, Any]] = {
     "navigation": envs.Navigation(),
     "sparse_point_robot": envs.SparsePointRobot(),
     "grid": envs.Grid(),
+    "beam_steering": envs.BeamSteering(),
 }
 BAR = 50.0
 

@@ -63,6 +63,13 @@ class Tensors:
         """On a device; ``dtype`` is for floating tensors alone."""
         return self.map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
 
+    def replace_rows(self, rows: Tensor, other: Self) -> Self:
+        """A copy in which the rows of an index ``[m]`` are those of ``other``, ``[m, …]``."""
+        theirs = other.as_dict()
+        return type(self)(
+            **{name: value.index_copy(0, rows, theirs[name]) for name, value in self.as_dict().items()}
+        )
+
     def where(self, mask: Tensor, other: Self) -> Self:
         """These where ``mask`` ``[n]`` holds, those of ``other`` elsewhere."""
         theirs = other.as_dict()

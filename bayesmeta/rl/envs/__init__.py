@@ -3,17 +3,21 @@ too.
 """
 
 from bayesmeta.rl.envs.bandits import BernoulliBandit, GaussianBandit
+from bayesmeta.rl.envs.beam import BeamSteering
 from bayesmeta.rl.envs.family import Family
 from bayesmeta.rl.envs.grid import Grid
+from bayesmeta.rl.envs.machines import Machines
 from bayesmeta.rl.envs.points import Navigation, SparsePointRobot
 from bayesmeta.rl.envs.tabular import TabularMDP
 from bayesmeta.rl.envs.vector import TensorVectorEnv
 
 __all__ = [
+    "BeamSteering",
     "BernoulliBandit",
     "Family",
     "GaussianBandit",
     "Grid",
+    "Machines",
     "Navigation",
     "SparsePointRobot",
     "TabularMDP",

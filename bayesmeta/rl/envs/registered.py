@@ -9,6 +9,7 @@ import gymnasium
 
 #: Entry points by name. Time limits are the environments' own.
 ENVIRONMENTS = {
+    "bayesmeta/BeamSteering-v0": "bayesmeta.rl.envs.beam:BeamSteeringEnv",
     "bayesmeta/BernoulliBandit-v0": "bayesmeta.rl.envs.bandits:BernoulliBanditEnv",
     "bayesmeta/GaussianBandit-v0": "bayesmeta.rl.envs.bandits:GaussianBanditEnv",
     "bayesmeta/Grid-v0": "bayesmeta.rl.envs.grid:GridEnv",

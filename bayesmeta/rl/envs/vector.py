@@ -272,10 +272,10 @@ class TensorVectorEnv(VectorEnv):
             if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
                 self._over = over
             else:
-                observation = self._restart(over)
+                observation = self._restart(over, observation)
         return observation, reward, terminated, truncated, info
 
-    def _restart(self, over: Tensor, noise: Noise | None = None) -> Tensor:
+    def _restart(self, over: Tensor, observation: Tensor, noise: Noise | None = None) -> Tensor:
         """Begin the next episode of some environments; those whose trial is over get new tasks if tasks are drawn."""
         self._episode = torch.where(over, self._episode + 1, self._episode)
         trial = over & (self._episode == self.episodes_per_trial)
@@ -283,10 +283,15 @@ class TensorVectorEnv(VectorEnv):
         self._clock = torch.where(over, 0, self._clock)
         if self.new_tasks and bool(trial.any()):  # copies == 1
             self._set_tasks(self._draw_tasks().to(dtype=self.dtype).where(trial, self.tasks))
-        before = self.state
-        self._begin(noise)
-        self._state = self.state.where(over, before)
-        return self.family.observe(self._params, self._state)
+        rows = over.nonzero().squeeze(-1)
+        if noise is None:
+            noise = self.family.reset_noise(len(rows), self.generator, self.dtype)
+        else:
+            noise = tuple(numbers[rows] for numbers in noise)
+        params = self._params[rows]
+        fresh = self.family.initial(params, noise)
+        self._state = self.state.replace_rows(rows, fresh)
+        return observation.index_copy(0, rows, self.family.observe(params, fresh))
 
     def _reset_some(self, mask: Tensor, noise: Noise | None) -> tuple[Tensor, dict[str, Any]]:
         if mask.shape != (self.num_envs,) or mask.dtype != torch.bool:
@@ -297,7 +302,7 @@ class TensorVectorEnv(VectorEnv):
             raise EnvError("reset_mask was given before the first reset; call reset() first.")
         if not self._together:
             self._over = None if self._over is None else self._over & ~mask
-            return self._restart(mask, noise), {}
+            return self._restart(mask, self.family.observe(self._params, self._state), noise), {}
         if bool(mask.all()):
             self._over = None
             return self._next_episode(), {}
