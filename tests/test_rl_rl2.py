@@ -253,6 +253,11 @@ def test_bad_input_is_refused():
     policy = MemoryPolicy(env, units=4)
     with pytest.raises(OptionError, match="observations"):
         policy.set_trial(TensorVectorEnv(Navigation(), 2))
+    snail = MemoryPolicy(env, units=4, memory_kind="snail")
+    snail.set_trial(bandit(4, horizon=6))  # a capacity of 5 steps: with the running one, six
+    with pytest.raises(OptionError, match="7 steps, and this policy's memory looks 5 back"):
+        snail.set_trial(bandit(4, horizon=7))
+    assert snail.trial_steps == 6
     endless = bandit(4)
     endless.horizon = None
     with pytest.raises(OptionError, match="no known horizon"):

@@ -97,7 +97,8 @@ class MemoryPolicy(nn.Module):
         """Take an environment's horizon and episodes a trial as one's own; its spaces must be the same.
 
         Raises:
-            OptionError: for an environment without a horizon, or with other spaces.
+            OptionError: for an environment without a horizon, with other spaces, or with trials that are longer than
+                what a memory of limited capacity can look back.
         """
         if env.horizon is None:
             raise OptionError(
@@ -110,8 +111,14 @@ class MemoryPolicy(nn.Module):
                 f"The environment has observations {spaces[0]} and actions {spaces[1]}; this policy was made for "
                 f"{self.observation_space} and {self.action_space}."
             )
-        self.horizon = int(env.horizon)
-        self.trial_steps = self.horizon * env.episodes_per_trial
+        steps = int(env.horizon) * env.episodes_per_trial
+        capacity = getattr(getattr(self, "memory", None), "capacity", steps)
+        if capacity < steps - 1:
+            raise OptionError(
+                f"A trial has {steps} steps, and this policy's memory looks {capacity} back. Make it with the longest "
+                "trial in mind: memory_kind=lambda inputs: SNAILMemory(inputs, capacity)."
+            )
+        self.horizon, self.trial_steps = int(env.horizon), steps
 
     # -- reading a moment -----------------------------------------------------------------------------------------
 
