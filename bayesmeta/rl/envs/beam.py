@@ -39,6 +39,10 @@ class BeamTasks(Tensors):
     row: Tensor
     response: Tensor
 
+    def readings(self, kicks: Tensor) -> Tensor:
+        """Of kicks ``[tasks, correctors]``, ``[tasks, monitors]``."""
+        return UNITS * torch.bmm(self.response, kicks[..., None]).squeeze(-1)
+
 
 @dataclass(frozen=True)
 class BeamState(Tensors):
@@ -108,7 +112,7 @@ class BeamSteering(Family[BeamTasks, BeamState]):
         """One of the machine's admissible starts."""
         starts = self.machines.starts.to(tasks.response.device)
         kicks = starts[tasks.row, noise[0]].to(tasks.response.dtype)
-        return BeamState(kicks, _readings(tasks.response, kicks))
+        return BeamState(kicks, tasks.readings(kicks))
 
     def advance(
         self, tasks: BeamTasks, state: BeamState, actions: Tensor, noise: Noise
@@ -116,12 +120,12 @@ class BeamSteering(Family[BeamTasks, BeamState]):
         """Change the correctors, and read the monitors."""
         scaled = actions / actions.abs().amax(-1, keepdim=True).clamp(min=1.0)
         kicks = torch.add(state.kicks, scaled, alpha=STEP)
-        readings = _readings(tasks.response, kicks)
+        readings = tasks.readings(kicks)
         hit = readings.abs().amax(-1) >= 1
         rows = hit.nonzero().squeeze(-1)
         if len(rows):
             readings = readings.index_copy(0, rows, _behind_the_wall(readings[rows]))
-        rms = readings.square().mean(-1).sqrt_()
+        rms = torch.linalg.vector_norm(readings, dim=-1).mul_(readings.shape[-1] ** -0.5)
         success = (rms < GOAL) & ~hit
         return BeamState(kicks, readings), -10 * rms, success | hit, {"success": success}
 
@@ -141,10 +145,6 @@ class BeamSteering(Family[BeamTasks, BeamState]):
     def plain(self, **options: Any) -> BeamSteeringEnv:
         """As one plain gymnasium environment."""
         return BeamSteeringEnv(self, **options)
-
-
-def _readings(response: Tensor, kicks: Tensor) -> Tensor:
-    return UNITS * torch.bmm(response, kicks[..., None]).squeeze(-1)
 
 
 def _behind_the_wall(readings: Tensor) -> Tensor:
