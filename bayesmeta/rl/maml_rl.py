@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class MAMLRLConfig:
         max_kl: bound of an outer step, in nats.
         cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
         curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
+        exact_curvature: take the divergence's curvature through the inner steps' second derivatives too. False leaves
+            those out of the direction, for a step some times cheaper; gradient, line search and bound stay exact.
         estimation: of advantages and inner gradients.
 
     Raises:
@@ -67,6 +70,7 @@ class MAMLRLConfig:
     damping: float = 1e-3
     product: Product = "double_backward"
     curvature_share: float = 1.0
+    exact_curvature: bool = True
     estimation: Estimation = dataclasses.field(default_factory=Estimation)
 
     def __post_init__(self) -> None:
@@ -132,11 +136,13 @@ class MAMLRL:
         rate: float | Tensor = theta[self._split :] if self.config.learn_rates else self.config.inner_lr
         return theta[: self._split], rate
 
-    def path(self, theta: Tensor, path: list[TaskSteps], tasks: int, *, create_graph: bool) -> list[Tensor]:
+    def path(
+        self, theta: Tensor, path: list[TaskSteps], tasks: int, *, create_graph: bool, second_order: bool = True
+    ) -> list[Tensor]:
         """φ after 0, 1, … steps on rollouts that are given, each ``[tasks, D]``."""
         shared, rate = self.parts(theta)
         phis = [self.policy.begin(shared, tasks)]
-        second_order = create_graph and not self.config.first_order
+        second_order = second_order and create_graph and not self.config.first_order
         for steps in path:
             phi = inner_step(
                 self.policy, phis[-1], shared, steps, rate, self.config.estimation, create_graph=second_order
@@ -180,10 +186,12 @@ class MAMLRL:
         phi = self.path(self.theta, before, tasks, create_graph=False)[-1]
         after = self.episodes(env, phi, self.generator)
         surrogate, divergence = self.objectives(before, after)
+        cheap = None if self.config.exact_curvature else partial(divergence, second_order=False)
         step = trust_region_step(
             self.theta,
             surrogate,
             divergence,
+            curvature=cheap,
             max_kl=self.config.max_kl,
             cg_steps=self.config.cg_steps,
             damping=self.config.damping,
@@ -201,10 +209,11 @@ class MAMLRL:
 
     def objectives(
         self, before: list[TaskSteps], after: TaskSteps
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
         """The outer surrogate and the divergence of the adapted policies, as functions of θ.
 
-        Both run through the adaptation on the rollouts ``before``.
+        Both run through the adaptation on the rollouts ``before``; ``divergence(θ, second_order=False)`` has the same
+        value, and leaves the second derivative of the inner steps out of its own.
 
         Args:
             before: of each inner step.
@@ -225,8 +234,8 @@ class MAMLRL:
                 value = value + self.config.exploration_credit * self._credit(phis, shared, before, after)
             return value
 
-        def divergence(theta: Tensor) -> Tensor:
-            phi = self.path(theta, before, tasks, create_graph=True)[-1]
+        def divergence(theta: Tensor, second_order: bool = True) -> Tensor:
+            phi = self.path(theta, before, tasks, create_graph=True, second_order=second_order)[-1]
             new = self.policy.distribution(phi, after.features[::every], self.parts(theta)[0])
             return average(kl(old, new), after.mask[::every])
 

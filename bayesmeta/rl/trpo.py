@@ -119,6 +119,7 @@ def trust_region_step(
     shrink: float = 0.8,
     max_backtracks: int = 15,
     product: Product = "double_backward",
+    curvature: Scalar | None = None,
 ) -> TrustRegionStep:
     """One step up the surrogate, inside the ball divergence ≤ ``max_kl``.
 
@@ -136,6 +137,8 @@ def trust_region_step(
         shrink: by how much a step is shortened each time.
         max_backtracks: how often at most.
         product: how Hessian-vector products are made: ``"double_backward"`` or ``"finite_differences"``.
+        curvature: a cheaper function whose Hessian stands for that of the divergence in the direction; None is the
+            divergence. The bound is kept by the divergence itself either way.
 
     Raises:
         OptionError: for options outside their range.
@@ -150,16 +153,18 @@ def trust_region_step(
     if size <= torch.finfo(theta.dtype).tiny ** 0.5:
         return _stay(theta, "the surrogate's gradient is 0")
     unit = slope / size  # conjugate gradients square it: small gradients would underflow in float32
-    times = (hessian_product if product == "double_backward" else finite_difference_product)(divergence, theta)
+    times = (hessian_product if product == "double_backward" else finite_difference_product)(
+        divergence if curvature is None else curvature, theta
+    )
     along = float(unit @ times(unit))
     if not math.isfinite(along) or along <= 0:
         return _stay(theta, f"the divergence has curvature {along:g} along the gradient")
 
-    def curvature(v: Tensor) -> Tensor:
+    def damped(v: Tensor) -> Tensor:
         return times(v) + damping * along * v
 
-    direction = conjugate_gradient(curvature, unit, cg_steps)
-    quadratic = float(direction @ curvature(direction))
+    direction = conjugate_gradient(damped, unit, cg_steps)
+    quadratic = float(direction @ damped(direction))
     if not torch.isfinite(direction).all() or not math.isfinite(quadratic) or quadratic <= 0:
         return _stay(theta, "conjugate gradients found no direction")
     full = direction * math.sqrt(2 * max_kl / quadratic)
