@@ -25,9 +25,9 @@ FAMILIES = {
     "grid": envs.Grid(),
 }
 # Episodes of these end at different times.
-UNEQUAL = {"beam": envs.BeamSteering(envs.Machines.built_in(20), horizon=12)}
+UNEQUAL = {"beam": envs.BeamSteering(envs.Machines.built_in(20), horizon=12), "maze": envs.Maze(horizon=40)}
 ALL = FAMILIES | UNEQUAL
-PICTURES = ["navigation", "sparse_navigation", "robot", "grid", "beam"]
+PICTURES = ["navigation", "sparse_navigation", "robot", "grid", "beam", "maze"]
 family_of = pytest.mark.parametrize("name", FAMILIES)
 any_family_of = pytest.mark.parametrize("name", ALL)
 
@@ -108,7 +108,7 @@ def test_another_task_would_be_seen(name):
 @pytest.mark.parametrize("name", registered.ENVIRONMENTS)
 def test_gymnasium_accepts_plain_environments(name):
     env = gymnasium.make("bayesmeta.rl.envs.registered:" + name).unwrapped
-    picture = type(env).__name__ in ("BeamSteeringEnv", "GridEnv", "NavigationEnv", "SparsePointRobotEnv")
+    picture = type(env).__name__ in ("BeamSteeringEnv", "GridEnv", "MazeEnv", "NavigationEnv", "SparsePointRobotEnv")
     if picture:
         env = type(env)(render_mode="rgb_array")
     with warnings.catch_warnings():
@@ -222,6 +222,7 @@ def test_seeds_decide_and_nothing_global_moves(name):
         runs.append([*env.tasks.as_dict().values(), *drive(env, actions)])
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+    assert {value.dtype for value in runs[0] if value.is_floating_point()} == {torch.float32}
     assert torch.equal(torch.get_rng_state(), before)
 
 

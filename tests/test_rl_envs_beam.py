@@ -73,9 +73,7 @@ def test_episodes_end_each_at_its_time_and_go_on_with_the_trial():
     ends, trials = torch.zeros(8), torch.zeros(8)
     for _ in range(12):
         before, episode, row = env.clock, env.episode, env.tasks.row
-        readings, reward, terminated, truncated, info = env.step(
-            box_least_squares_actions(env.tasks.response, readings)
-        )
+        readings, _, terminated, truncated, info = env.step(box_least_squares_actions(env.tasks.response, readings))
         over = terminated | truncated
         ends += over
         trials += info["trial_ended"]

@@ -51,7 +51,7 @@ def grid(task):
     return envs.Grid(horizon=4).plain(task={"goal": task})
 
 
-# -- the same interface ------------------------------------------------------------------------------------------------
+# -- the same interface ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_a_trial():
         GymVectorEnv(make, [{}]).load_state_dict(state)
 
 
-# -- failures --------------------------------------------------------------------------------------------------------------
+# -- failures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [False, True])

@@ -7,6 +7,7 @@ from bayesmeta.rl.envs.beam import BeamSteering
 from bayesmeta.rl.envs.family import Family
 from bayesmeta.rl.envs.grid import Grid
 from bayesmeta.rl.envs.machines import Machines
+from bayesmeta.rl.envs.maze import Maze
 from bayesmeta.rl.envs.points import Navigation, SparsePointRobot
 from bayesmeta.rl.envs.tabular import TabularMDP
 from bayesmeta.rl.envs.vector import TensorVectorEnv
@@ -18,6 +19,7 @@ __all__ = [
     "GaussianBandit",
     "Grid",
     "Machines",
+    "Maze",
     "Navigation",
     "SparsePointRobot",
     "TabularMDP",

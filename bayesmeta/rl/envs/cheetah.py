@@ -1,9 +1,11 @@
-"""Half-cheetah that runs in a direction or at a speed (Finn et al. 2017, https://arxiv.org/abs/1703.03400, section 5.3).
+"""Half-cheetah that runs in a direction or at a speed (Finn et al. 2017, https://arxiv.org/abs/1703.03400, section
+5.3).
 
-Functions from a task to an environment, for :class:`~bayesmeta.rl.envs.gym.GymVectorEnv`; they need the extra ``mujoco``. The
-reward is that of gymnasium's HalfCheetah-v5 with its forward part replaced: by the velocity in the task's direction, ±1, or by
-minus the distance of the velocity from the task's, which the paper draws from U(0, 2) (PEARL from U(0, 3)). The control cost is
-gymnasium's, 0.1 of the squared action (the papers': 0.05 and more). Episodes last 200 steps.
+Functions from a task to an environment, for :class:`~bayesmeta.rl.envs.gym.GymVectorEnv`; they need the extra
+``mujoco``. The reward is that of gymnasium's HalfCheetah-v5 with its forward part replaced: by the velocity in the
+task's direction, ±1, or by minus the distance of the velocity from the task's, which the paper draws from U(0, 2)
+(PEARL from U(0, 3)). The control cost is gymnasium's, 0.1 of the squared action (the papers': 0.05 and more). Episodes
+last 200 steps.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ ENVIRONMENTS = {
     "bayesmeta/BernoulliBandit-v0": "bayesmeta.rl.envs.bandits:BernoulliBanditEnv",
     "bayesmeta/GaussianBandit-v0": "bayesmeta.rl.envs.bandits:GaussianBanditEnv",
     "bayesmeta/Grid-v0": "bayesmeta.rl.envs.grid:GridEnv",
+    "bayesmeta/Maze-v0": "bayesmeta.rl.envs.maze:MazeEnv",
     "bayesmeta/Navigation-v0": "bayesmeta.rl.envs.points:NavigationEnv",
     "bayesmeta/SparsePointRobot-v0": "bayesmeta.rl.envs.points:SparsePointRobotEnv",
     "bayesmeta/TabularMDP-v0": "bayesmeta.rl.envs.tabular:TabularMDPEnv",

@@ -171,7 +171,7 @@ class TensorVectorEnv(VectorEnv):
         self._clock = torch.zeros_like(self._clock)
         self._episode = torch.zeros_like(self._episode)
         self._over = None
-        return self.family.observe(self._params, self._state), {}
+        return self._see(self._params, self._state), {}
 
     def step(
         self, actions: Tensor, noise: Noise | None = None
@@ -197,8 +197,8 @@ class TensorVectorEnv(VectorEnv):
         if noise is None:
             noise = self.family.step_noise(self.num_envs, self.generator, self.dtype)
         self._state, reward, ended, info = self.family.advance(self._params, state, actions, noise)
-        advance = self._together_step if self._together else self._masked_step
-        return advance(reward, ended, info)
+        finish = self._together_step if self._together else self._masked_step
+        return finish(reward.to(self.dtype), ended, info)
 
     def _check(self, actions: Tensor) -> None:
         if (
@@ -220,6 +220,10 @@ class TensorVectorEnv(VectorEnv):
             if low < 0 or high >= self._choices:
                 raise EnvError(f"actions from {low} to {high} were given; expected 0 … {self._choices - 1}.")
 
+    def _see(self, params: Tensors, state: Tensors | None) -> Tensor:
+        seen = self.family.observe(params, state)
+        return seen.to(self.dtype) if seen.is_floating_point() else seen
+
     def _begin(self, noise: Noise | None = None) -> None:
         if noise is None:
             noise = self.family.reset_noise(self.num_envs, self.generator, self.dtype)
@@ -235,7 +239,7 @@ class TensorVectorEnv(VectorEnv):
         false = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         terminated = ~false if over and self.family.horizon_terminates else false
         truncated = ~false if over and not self.family.horizon_terminates else false.clone()
-        observation = info["final_obs"] = self.family.observe(self._params, self._state)
+        observation = info["final_obs"] = self._see(self._params, self._state)
         last = over and self._episodes + 1 == self.episodes_per_trial
         info["trial_ended"] = ~false if last else false.clone()
         if over and self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
@@ -252,7 +256,7 @@ class TensorVectorEnv(VectorEnv):
             if self.new_tasks:
                 self._set_tasks(self._draw_tasks())
         self._begin()
-        return self.family.observe(self._params, self._state)
+        return self._see(self._params, self._state)
 
     def _masked_step(
         self, reward: Tensor, ended: Tensor | None, info: dict[str, Any]
@@ -266,7 +270,7 @@ class TensorVectorEnv(VectorEnv):
         else:
             truncated = timeout & ~terminated
         over = terminated | truncated
-        observation = info["final_obs"] = self.family.observe(self._params, self._state)
+        observation = info["final_obs"] = self._see(self._params, self._state)
         info["trial_ended"] = over & (self._episode + 1 == self.episodes_per_trial)
         if bool(over.any()):
             if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
@@ -291,7 +295,7 @@ class TensorVectorEnv(VectorEnv):
         params = self._params[rows]
         fresh = self.family.initial(params, noise)
         self._state = self.state.replace_rows(rows, fresh)
-        return observation.index_copy(0, rows, self.family.observe(params, fresh))
+        return observation.index_copy(0, rows, self._see(params, fresh))
 
     def _reset_some(self, mask: Tensor, noise: Noise | None) -> tuple[Tensor, dict[str, Any]]:
         if mask.shape != (self.num_envs,) or mask.dtype != torch.bool:
@@ -302,13 +306,13 @@ class TensorVectorEnv(VectorEnv):
             raise EnvError("reset_mask was given before the first reset; call reset() first.")
         if not self._together:
             self._over = None if self._over is None else self._over & ~mask
-            return self._restart(mask, self.family.observe(self._params, self._state), noise), {}
+            return self._restart(mask, self._see(self._params, self._state), noise), {}
         if bool(mask.all()):
             self._over = None
             return self._next_episode(), {}
         if bool(mask.any()):
             raise EnvError(f"episodes of {self.family.name} last equally long; reset all environments together.")
-        return self.family.observe(self._params, self._state), {}
+        return self._see(self._params, self._state), {}
 
     def render(self) -> tuple[np.ndarray, ...]:
         """Pictures of all environments, ``[height, width, 3]`` uint8 each."""
