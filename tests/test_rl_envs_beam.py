@@ -91,6 +91,15 @@ def test_episodes_end_each_at_its_time_and_go_on_with_the_trial():
     assert torch.equal(trials, (ends / 2).floor())
 
 
+def test_an_end_at_the_limit_is_an_end():
+    env = BeamSteering(BUILT_IN.machines, horizon=1).vector(200, generator=0)
+    readings, _ = env.reset()
+    *_, terminated, truncated, info = env.step(box_least_squares_actions(env.tasks.response, readings))
+    assert 0 < int(info["success"].sum()) < 200
+    assert torch.equal(truncated, ~terminated)
+    assert bool((terminated >= info["success"]).all())
+
+
 def test_one_hundred_steps_truncate():
     env = BUILT_IN.vector(6, generator=0, autoreset_mode="Disabled")
     env.reset()

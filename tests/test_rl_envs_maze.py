@@ -87,8 +87,8 @@ def test_the_picture_shows_the_target_and_walls():
     assert red(near) > red(ahead) > 0 == red(away)
     # The target's near side is 3.5 squares ahead; the first sample behind it is at most 0.125 further.
     assert 1 / (1 + 3.5 + 0.126) < float(ahead[0, 6, 8]) <= 1 / (1 + 3.5)
-    # Looking back there is a wall half a square away: it fills the height there.
-    assert bool((away[:, :, 7:9] > 0.6).all())
+    # Looking back there is a wall 0.5 to 0.625 squares away, so four fifths of the height at least.
+    assert bool((away[:, 2:10, 7:9] > 1 / (1 + 0.626)).all())
     assert bool((away[0] == away[1]).all())
 
 

@@ -66,9 +66,7 @@ class Tensors:
     def replace_rows(self, rows: Tensor, other: Self) -> Self:
         """A copy in which the rows of an index ``[m]`` are those of ``other``, ``[m, …]``."""
         theirs = other.as_dict()
-        return type(self)(
-            **{name: value.index_copy(0, rows, theirs[name]) for name, value in self.as_dict().items()}
-        )
+        return type(self)(**{name: value.index_copy(0, rows, theirs[name]) for name, value in self.as_dict().items()})
 
     def where(self, mask: Tensor, other: Self) -> Self:
         """These where ``mask`` ``[n]`` holds, those of ``other`` elsewhere."""
