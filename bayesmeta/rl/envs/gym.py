@@ -80,6 +80,9 @@ class GymVectorEnv(Generic[TaskT]):
         HorizonError: if environments have different horizons.
     """
 
+    #: Whether a loaded state goes on in the middle of a trial.
+    restores_state = False
+
     def __init__(
         self,
         make: Callable[[TaskT], gymnasium.Env[Any, Any]],
