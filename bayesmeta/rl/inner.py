@@ -150,6 +150,12 @@ def task_steps(rollout: Rollout, env: TaskVectorEnv, estimation: Estimation, bas
     )
 
 
+def first_copies(steps: TaskSteps, number: int) -> TaskSteps:
+    """The first ``number`` environments of each task; advantages stay those computed from all."""
+    kept = {n: v[:, :, :number] for n, v in steps._asdict().items() if n != "returns"}
+    return steps._replace(**kept, returns=steps.returns[:, :number])
+
+
 def inner_objective(distribution: Any, steps: TaskSteps, estimation: Estimation) -> Tensor:
     """What one inner step climbs, the mean over a task's steps, ``[tasks]``.
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.inner import Estimation, TaskSteps, inner_step, phi_actor, sampling_score, task_steps
+from bayesmeta.rl.inner import Estimation, TaskSteps, first_copies, inner_step, phi_actor, sampling_score, task_steps
 from bayesmeta.rl.objectives import average, likelihood_ratio
 from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -54,6 +54,9 @@ class MAMLRLConfig:
         curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
         exact_curvature: take the divergence's curvature through the inner steps' second derivatives too. False leaves
             those out of the direction, for a step some times cheaper; gradient, line search and bound stay exact.
+        curvature_episodes: of each task, how many episodes of every inner step and of the adapted policies the
+            direction's curvature is taken from, the first ones; None is all. Gradient, line search and bound stay those
+            of all episodes. It is what makes long episodes affordable: curvature is most of an outer step's time.
         estimation: of advantages and inner gradients.
 
     Raises:
@@ -71,11 +74,14 @@ class MAMLRLConfig:
     product: Product = "double_backward"
     curvature_share: float = 1.0
     exact_curvature: bool = True
+    curvature_episodes: int | None = None
     estimation: Estimation = dataclasses.field(default_factory=Estimation)
 
     def __post_init__(self) -> None:
         if self.inner_steps < 0 or not 0 < self.inner_lr < math.inf:
             raise OptionError(f"Expected inner_steps ≥ 0 and inner_lr > 0; got {self.inner_steps} and {self.inner_lr}.")
+        if self.curvature_episodes is not None and self.curvature_episodes < 1:
+            raise OptionError(f"Expected curvature_episodes of at least 1, or None; got {self.curvature_episodes}.")
         if not 0 <= self.exploration_credit < math.inf or not 0 < self.curvature_share <= 1:
             raise OptionError(
                 f"Expected exploration_credit ≥ 0 and curvature_share in (0, 1]; got {self.exploration_credit} and "
@@ -186,7 +192,7 @@ class MAMLRL:
         phi = self.path(self.theta, before, tasks, create_graph=False)[-1]
         after = self.episodes(env, phi, self.generator)
         surrogate, divergence = self.objectives(before, after)
-        cheap = None if self.config.exact_curvature else partial(divergence, second_order=False)
+        cheap = self._curvature(before, after, divergence)
         step = trust_region_step(
             self.theta,
             surrogate,
@@ -241,6 +247,20 @@ class MAMLRL:
 
         return surrogate, divergence
 
+    def _curvature(
+        self, before: list[TaskSteps], after: TaskSteps, divergence: Callable[..., Tensor]
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The divergence that the direction's curvature is taken from, 0 at the old θ; None is ``divergence``.
+
+        The policies that adapted on fewer episodes are others, but stand as near to θ as those that are compared.
+        """
+        few = self.config.curvature_episodes
+        if few is not None and few < after.returns.shape[1]:
+            _, divergence = self.objectives([first_copies(s, few) for s in before], first_copies(after, few))
+        elif self.config.exact_curvature:
+            return None
+        return partial(divergence, second_order=self.config.exact_curvature)
+
     def _credit(self, phis: list[Tensor], shared: Tensor, before: list[TaskSteps], after: TaskSteps) -> Tensor:
         """E-MAML's term for every inner step's rollouts, in the units of the surrogate."""
         returns = after.returns.mean(1)
@@ -267,7 +287,7 @@ class MAMLRL:
         env: TaskVectorEnv,
         *,
         inner_steps: int | None = None,
-        rates: list[float] | None = None,
+        rates: Sequence[float | Tensor] | None = None,
         generator: Seed = None,
     ) -> Tensor:
         """Mean return of each task after 0, 1, … inner steps, ``[inner_steps + 1, tasks]``.
@@ -275,7 +295,7 @@ class MAMLRL:
         Args:
             env: of held-out tasks; its copies are the episodes of each adaptation, and of each mean.
             inner_steps: how many; None is as trained.
-            rates: a rate for each step, in place of those trained with.
+            rates: a rate for each step, a number or ``[D]`` each, in place of those trained with.
             generator: of the actions; None means seed 0.
         """
         inner_steps = self.config.inner_steps if inner_steps is None else inner_steps
