@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from bayesmeta import cli_rl
+
 
 @dataclasses.dataclass
 class Fit:
@@ -224,7 +226,7 @@ class Version:
     """Print the version."""
 
 
-Command = Fit | Evaluate | Predict | Report | Methods | Demo | Version
+Command = Fit | Evaluate | Predict | Report | Methods | Demo | Version | cli_rl.RL
 
 
 def _run(command: Command) -> None:
@@ -237,6 +239,10 @@ def _run(command: Command) -> None:
         from bayesmeta.tabular.methods import methods_table
 
         print(methods_table())
+        return
+    if isinstance(command, cli_rl.RL):
+        _set_threads(command.threads)
+        cli_rl.run(command)
         return
     options = dataclasses.asdict(command)
     _set_threads(options.pop("threads"))
@@ -323,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[Methods, tyro.conf.subcommand("methods")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Version, tyro.conf.subcommand("version")]
+        | Annotated[cli_rl.RL, tyro.conf.subcommand("rl")]
     )
     command = tyro.cli(
         commands, args=arguments, prog="bayesmeta", description="Bayesian meta-learning on Pyro and PyTorch."
@@ -338,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"bayesmeta: {_as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        kept = isinstance(command, Fit | Demo) and (command.out / "checkpoint.pt").exists()
+        kept = isinstance(command, Fit | Demo | cli_rl.RL) and (command.out / "checkpoint.pt").exists()
         what = "the last checkpoint is kept (go on with --resume)" if kept else "there is no checkpoint yet"
         print(f"bayesmeta: interrupted; {what}", file=sys.stderr)
         sys.exit(130)

@@ -10,7 +10,7 @@ from rl_envs import TwoStates
 from torch import nn
 
 from bayesmeta import nets
-from bayesmeta.errors import CheckpointError, OptionError, ShapeError
+from bayesmeta.errors import CheckpointError, HorizonError, OptionError, ShapeError
 from bayesmeta.rl.envs import BernoulliBandit, Navigation, TensorVectorEnv
 from bayesmeta.rl.inner import Estimation, TaskSteps, inner_step, phi_actor, sampling_score, task_steps
 from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
@@ -327,7 +327,7 @@ def test_bad_input_is_refused():
     with pytest.raises(OptionError, match="new_tasks=False"):
         MAMLRL(TensorVectorEnv(Navigation(), 2, new_tasks=True), policy)
     env.horizon = None
-    with pytest.raises(OptionError, match="no known horizon"):
+    with pytest.raises(HorizonError, match="no known horizon"):
         MAMLRL(env, policy)
     env.horizon = 3
     learner = MAMLRL(env, policy)

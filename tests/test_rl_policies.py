@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from bayesmeta import nets
-from bayesmeta.errors import ModelError, OptionError, ShapeError
+from bayesmeta.errors import ModelError, OptionError, ShapeError, SpaceError
 from bayesmeta.rl.policies import (
     CategoricalHead,
     GaussianHead,
@@ -235,7 +235,7 @@ def test_a_space_gives_its_head():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(OptionError, match="continuous actions"):
+    with pytest.raises(SpaceError, match="continuous actions"):
         head_for(gymnasium.spaces.Discrete(5), squashed=True)
     with pytest.raises(OptionError, match="finite bounds"):
         head_for(gymnasium.spaces.Box(-math.inf, math.inf, (2,)), squashed=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rl_envs import Counting
 
-from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
+from bayesmeta.errors import CheckpointError, HorizonError, NonFiniteLossError, OptionError, SpaceError
 from bayesmeta.rl.envs import BernoulliBandit, Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.policies import detached, kl
@@ -251,7 +251,7 @@ def test_a_longer_horizon_goes_on_with_the_same_policy():
 def test_bad_input_is_refused():
     env = bandit(4)
     policy = MemoryPolicy(env, units=4)
-    with pytest.raises(OptionError, match="observations"):
+    with pytest.raises(SpaceError, match="observations"):
         policy.set_trial(TensorVectorEnv(Navigation(), 2))
     snail = MemoryPolicy(env, units=4, memory_kind="snail")
     snail.set_trial(bandit(4, horizon=6))  # a capacity of 5 steps: with the running one, six
@@ -260,7 +260,7 @@ def test_bad_input_is_refused():
     assert snail.trial_steps == 6
     endless = bandit(4)
     endless.horizon = None
-    with pytest.raises(OptionError, match="no known horizon"):
+    with pytest.raises(HorizonError, match="no known horizon"):
         MemoryPolicy(endless)
     with pytest.raises(OptionError, match="iterations"):
         RL2(env, iterations=0)

@@ -31,6 +31,7 @@ from torch import Tensor
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.inner import Estimation, TaskSteps, first_copies, inner_step, phi_actor, sampling_score, task_steps
+from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.objectives import average, likelihood_ratio
 from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -105,7 +106,8 @@ class MAMLRL:
         history: one dict an iteration: mean return before and after adaptation, and what the outer step did.
 
     Raises:
-        OptionError: for an environment without a horizon, or whose tasks cannot be drawn.
+        HorizonError: for an environment without a horizon.
+        OptionError: for one whose tasks cannot be drawn.
     """
 
     def __init__(
@@ -117,13 +119,8 @@ class MAMLRL:
         sample_tasks: Callable[[int, torch.Generator], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if env.horizon is None:
-            raise OptionError(
-                "This environment has no known horizon, and MAML-RL adapts on whole episodes. Give its vector "
-                "environment a horizon (gymnasium.wrappers.TimeLimit)."
-            )
         self.env, self.policy, self.config = env, policy, MAMLRLConfig() if config is None else config
-        self.horizon = int(env.horizon)
+        self.horizon = horizon_of(env, "MAML-RL adapts on whole episodes")
         self._sample_tasks = _sampler(env) if sample_tasks is None else sample_tasks
         self.generator = as_generator(seed, env.device, "maml-rl")
         self.baseline = LinearBaseline()
@@ -314,7 +311,22 @@ class MAMLRL:
                 ).detach()
         return torch.stack(found)
 
+    def curve(self, env: TaskVectorEnv, *, points: int | None = None, generator: Seed = None) -> AdaptationCurve:
+        """Returns after 0, 1, … inner steps at the rates trained with; see :meth:`evaluate`.
+
+        Args:
+            env: of held-out tasks.
+            points: inner steps; None is as trained.
+            generator: of the actions; None means seed 0.
+        """
+        return AdaptationCurve(self.evaluate(env, inner_steps=points, generator=generator), "step")
+
     # -- going on later -------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """The options that change what it learns, as plain values."""
+        kind = f"{type(self.policy).__name__} with {type(self.policy.head).__name__}"
+        return {"learner": type(self).__name__, "policy": kind, **dataclasses.asdict(self.config)}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
@@ -326,8 +338,8 @@ class MAMLRL:
             "history": [dict(row) for row in self.history],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
+    def load_learned(self, state: Mapping[str, Any]) -> None:
+        """Take θ and the rates of a state alone, to adapt and not to go on training.
 
         Raises:
             CheckpointError: when it belongs to a policy of another size.
@@ -338,6 +350,14 @@ class MAMLRL:
                 "policy and its options as in that run."
             )
         self._move(state["theta"].to(self.theta))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, bit for bit.
+
+        Raises:
+            CheckpointError: when it belongs to a policy of another size, or to other environments.
+        """
+        self.load_learned(state)
         self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"].cpu())
         self.iteration, self.history = state["iteration"], [dict(row) for row in state["history"]]

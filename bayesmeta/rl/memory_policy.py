@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.errors import OptionError
+from bayesmeta.errors import OptionError, SpaceError
 from bayesmeta.ops.random import as_generator
+from bayesmeta.rl.learner import horizon_of
 from bayesmeta.rl.policies import GaussianHead, head_for, mode, sample
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
 from bayesmeta.rl.recurrent import Memory, memory
@@ -44,7 +45,8 @@ class MemoryPolicy(nn.Module):
         seed: of the first weights.
 
     Raises:
-        OptionError: for an environment without a horizon.
+        HorizonError: for an environment without a horizon.
+        OptionError: for settings outside their range.
         SpaceError: for spaces other than ``Discrete`` and ``Box``.
     """
 
@@ -97,28 +99,25 @@ class MemoryPolicy(nn.Module):
         """Take an environment's horizon and episodes a trial as one's own; its spaces must be the same.
 
         Raises:
-            OptionError: for an environment without a horizon, with other spaces, or with trials that are longer than
-                what a memory of limited capacity can look back.
+            HorizonError: for an environment without a horizon.
+            SpaceError: for one with other spaces.
+            OptionError: for trials that are longer than what a memory of limited capacity can look back.
         """
-        if env.horizon is None:
-            raise OptionError(
-                "This environment has no known horizon, and a policy that remembers its trial needs to know how long "
-                "that is. Give its vector environment a horizon (gymnasium.wrappers.TimeLimit)."
-            )
+        horizon = horizon_of(env, "a policy that remembers its trial needs to know how long that is")
         spaces = (env.single_observation_space, env.single_action_space)
         if spaces != (self.observation_space, self.action_space):
-            raise OptionError(
+            raise SpaceError(
                 f"The environment has observations {spaces[0]} and actions {spaces[1]}; this policy was made for "
                 f"{self.observation_space} and {self.action_space}."
             )
-        steps = int(env.horizon) * env.episodes_per_trial
+        steps = horizon * env.episodes_per_trial
         capacity = getattr(getattr(self, "memory", None), "capacity", steps)
         if capacity < steps - 1:
             raise OptionError(
                 f"A trial has {steps} steps, and this policy's memory looks {capacity} back. Make it with the longest "
                 "trial in mind: memory_kind=lambda inputs: SNAILMemory(inputs, capacity)."
             )
-        self.horizon, self.trial_steps = int(env.horizon), steps
+        self.horizon, self.trial_steps = horizon, steps
 
     # -- reading a moment -----------------------------------------------------------------------------------------
 

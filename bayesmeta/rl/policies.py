@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.errors import ModelError, OptionError, ShapeError
+from bayesmeta.errors import ModelError, OptionError, ShapeError, SpaceError
 from bayesmeta.ops.batched import BatchedMLP, BatchedModule, FlatParameters, is_plain_mlp, unsafe_modules
 from bayesmeta.ops.random import forked_rng, normal_like
 
@@ -186,8 +186,8 @@ def head_for(space: Any, *, squashed: bool = False, log_std: float = 0.0) -> Hea
         log_std: first log standard deviation of a Gaussian that is not squashed.
 
     Raises:
-        OptionError: for ``squashed`` actions of a discrete or unbounded space.
-        SpaceError: for another space.
+        SpaceError: for ``squashed`` actions of a discrete space, and for a space of another kind.
+        OptionError: for ``squashed`` actions of an unbounded space.
     """
     from bayesmeta.rl.protocols import num_features  # gymnasium stays unimported until an environment is used
 
@@ -195,7 +195,7 @@ def head_for(space: Any, *, squashed: bool = False, log_std: float = 0.0) -> Hea
     if not squashed:
         return CategoricalHead(size) if discrete else GaussianHead(size, log_std=log_std)
     if discrete:
-        raise OptionError(f"squashed=True is for continuous actions; the space is {space}.")
+        raise SpaceError(f"squashed=True is for continuous actions; the space is {space}. Leave it out.")
     low, high = (torch.as_tensor(end).flatten() for end in (space.low, space.high))
     return SquashedGaussianHead(low, high, size)
 

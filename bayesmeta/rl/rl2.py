@@ -11,6 +11,7 @@ Departures: PPO in place of TRPO by default (TRPO by a :class:`~bayesmeta.rl.trp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -174,7 +176,38 @@ class RL2:
             self.policy.set_trial(self.env)
         return trial_returns(rollout, env.episodes_per_trial)
 
+    def curve(self, env: TaskVectorEnv, *, points: int | None = None, generator: Seed = None) -> AdaptationCurve:
+        """Return of each episode of a trial, with the likeliest actions; see :meth:`evaluate`.
+
+        Args:
+            env: of held-out tasks.
+            points: not read: the episodes of a trial are the environment's.
+            generator: of whatever is random in acting; None means seed 0.
+        """
+        told = getattr(getattr(env, "family", None), "tells", ())
+        found = self.evaluate(env, generator=generator, keep=told)
+
+        def by_task(values: Tensor) -> Tensor:
+            return values.unflatten(0, (env.num_tasks, env.copies)).mean(1).T
+
+        reached = by_task(found.extra["success"]) if "success" in told else None
+        return AdaptationCurve(by_task(found.episodes), "episode", reached, by_task(found.lengths))
+
     # -- going on later -------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """The options that change what it learns, as plain values."""
+        policy = self.policy
+        return {
+            "learner": type(self).__name__,
+            "memory": type(policy.memory).__name__,
+            "reward": [policy.reward_shift, policy.reward_scale],
+            "update": type(self.config).__name__,
+            **dataclasses.asdict(self.config),
+            "iterations": self.iterations,
+            "steps": self.steps,
+            "seed": self.seed,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
@@ -190,8 +223,8 @@ class RL2:
             "steps": self.steps,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
+    def load_learned(self, state: Mapping[str, Any]) -> None:
+        """Take the policy of a state alone, to act and not to go on training.
 
         Raises:
             CheckpointError: when it belongs to a policy of another shape.
@@ -203,12 +236,24 @@ class RL2:
             raise CheckpointError(
                 f"The state belongs to another policy: {name!r} is {theirs.get(name)} there and {mine.get(name)} here."
             )
-        self.env.load_state_dict(state["env"])
         self.policy.load_state_dict(state["policy"])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, bit for bit.
+
+        Raises:
+            CheckpointError: when it belongs to a policy of another shape, or to other environments.
+        """
+        self.load_learned(state)
+        self.env.load_state_dict(state["env"])
         self.updates.load_state_dict(_copied(state["updates"]))
         self.generator.set_state(state["generator"].cpu())
-        self._moment = None if state["moment"] is None else Moment(**state["moment"])
-        self._state, self.iteration, self.steps = state["state"], state["iteration"], state["steps"]
+        # environments that cannot be put back into a state begin new trials
+        goes_on = state["moment"] is not None and getattr(self.env, "restores_state", True)
+        device = self.env.device
+        self._moment = Moment(**state["moment"]).map(lambda x: x.to(device)) if goes_on else None
+        self._state = state["state"].to(device) if goes_on else None
+        self.iteration, self.steps = state["iteration"], state["steps"]
         self.history = [dict(row) for row in state["history"]]
 
 

@@ -69,6 +69,7 @@ class BeamSteering(Family[BeamTasks, BeamState]):
 
     name = "beam_steering"
     fixed_length = False
+    tells = ("success",)
     task_type = BeamTasks
     state_type = BeamState
 

@@ -55,6 +55,8 @@ class Family(ABC, Generic[TaskT, StateT]):
     horizon_terminates: bool = False
     #: Whether every episode lasts exactly ``horizon`` steps. Such environments keep time together, without a mask.
     fixed_length: bool = True
+    #: Names of what ``info`` has in each step beside what every environment tells, such as ``"success"``.
+    tells: ClassVar[tuple[str, ...]] = ()
     task_type: ClassVar[type[Tensors]]
     state_type: ClassVar[type[Tensors]]
 
