@@ -9,6 +9,9 @@ and break ties at random; these are those rows. Settings that the paper does not
 meet its table: ε = 0.25, 5 draws of OPSRL, UCRL2's widths times 0.4, BEB's β = 2. Rows ``…_right_prior`` know the true
 prior and plan at each step: what can be had with no learning, and has no bar. ``optimum_an_episode`` is the known MDP's
 value.
+
+Rows ``rl2_…`` are policies trained here (see ``benchmarks/_mdp_learners.py``), with their likeliest actions on the same
+test tasks; ``seconds`` is the CPU time of their training, and the JSON has the curve of it (``curves``).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from bayesmeta.rl.baselines import mdps as rules
 from bayesmeta.rl.envs import TabularMDP
 from bayesmeta.rl.oracles.mdps import finite_horizon_values
+from benchmarks._mdp_learners import LEARNERS, learner_row
 from benchmarks.harness import Row, at_most, between, main
 from benchmarks.runs import refuse_unknown
 
@@ -90,21 +94,29 @@ def run(args: argparse.Namespace) -> list[Row]:
     """All rows that were asked for."""
     names = {**RULES, **RIGHT}
     refuse_unknown(args.baselines, names, "baseline")
+    refuse_unknown(args.learners, LEARNERS, "learner")
     torch.set_num_threads(args.threads)
     tasks, episodes = (400, [10]) if args.quick else (args.tasks, sorted(args.episodes))
     if unknown := [number for number in episodes if number not in TABLE]:
         raise SystemExit(f"unknown numbers of episodes {unknown}; expected some of {list(TABLE)}")
     rows = [optimum_row(tasks, args.seed)]
-    return rows + [row for name in args.baselines for row in rows_of(name, episodes, tasks, args.seed, not args.quick)]
+    for name in args.baselines:
+        rows += rows_of(name, episodes, tasks, args.seed, not args.quick)
+    args._curves = {}
+    for name in args.learners:
+        row, args._curves[name] = learner_row(name, tasks, args.seed, args.quick)
+        rows.append(row)
+    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     parser.add_argument("--baselines", nargs="*", default=[*RULES, *RIGHT], help="which algorithms (default: all)")
+    parser.add_argument("--learners", nargs="*", default=list(LEARNERS), help="which learned policies (default: all)")
     parser.add_argument("--episodes", nargs="+", type=int, default=[10, 25], help="after how many (default: 10 25)")
     parser.add_argument("--tasks", type=int, default=4000, help="test tasks (default: 4000)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 
 
 if __name__ == "__main__":
-    main("tabular_mdps", run, add_arguments)
+    main("tabular_mdps", run, add_arguments, lambda args: {"curves": args._curves})

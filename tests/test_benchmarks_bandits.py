@@ -54,7 +54,7 @@ def test_mdp_rows_are_read_after_several_numbers_of_episodes(monkeypatch):
 
 
 def test_unknown_names_are_refused():
-    args = argparse.Namespace(baselines=["sarsa"], threads=1, quick=True, episodes=[10], tasks=10, seed=0)
+    args = argparse.Namespace(baselines=["sarsa"], learners=[], threads=1, quick=True, episodes=[10], tasks=10, seed=0)
     with pytest.raises(SystemExit, match="unknown baseline sarsa"):
         tabular_mdps.run(args)
     with pytest.raises(SystemExit, match="unknown numbers of episodes"):
