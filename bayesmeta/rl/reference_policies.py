@@ -124,7 +124,8 @@ def _grid(family: Grid, tasks: Any, episodes: int, seed: int) -> list[Reference]
     on_goal = (family.horizon - away + 1).clamp(min=0)
     best = on_goal * family.goal_reward + (family.horizon - on_goal) * family.other_reward
     found = [Reference("straight to the goal", _exact(best, episodes), "knows the task")]
-    if family.cells <= MOST_CELLS and episodes <= MOST_EPISODES:
+    reachable = 2 * (family.cells - 1) <= family.horizon and family.goal_reward > family.other_reward
+    if reachable and family.cells <= MOST_CELLS and episodes <= MOST_EPISODES:
         value = bayes_optimal_grid(family, episodes).by_episode
         curve = AdaptationCurve(torch.tensor(value)[:, None].expand(-1, len(tasks)), "episode")
         found.append(Reference("Bayes-optimal", curve, "does not know the task"))
