@@ -62,6 +62,7 @@ def plot_learning_curve(
     for number, (name, value) in enumerate((lines or {}).items()):
         style = ("--", ":", "-.")[number % 3]
         axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("iteration")
     axes.set_ylabel("return on validation tasks (± 2 standard errors)")
     axes.set_title(title)
