@@ -20,6 +20,7 @@ _MODULES = {
     "nets": "bayesmeta.models.nets",
     "priors": "bayesmeta.models.priors",
     "processes": "bayesmeta.models.processes",
+    "rl": "bayesmeta.rl",
     "schedules": "bayesmeta.train.schedules",
     "tasks": "bayesmeta.tasks",
 }
@@ -164,7 +165,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from bayesmeta import diagnostics, errors, tasks
+    from bayesmeta import diagnostics, errors, rl, tasks
     from bayesmeta.adapt.abml import ABML
     from bayesmeta.adapt.amortised import Amortised
     from bayesmeta.adapt.anil import ANIL

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from bayesmeta import cli_rl
+
 
 @dataclasses.dataclass
 class Fit:
@@ -279,7 +281,7 @@ class Version:
     """Print the version."""
 
 
-Command = Fit | Profile | Evaluate | Predict | Report | Methods | Demo | Version
+Command = Fit | Profile | Evaluate | Predict | Report | Methods | Demo | Version | cli_rl.RL
 
 
 def _run(command: Command) -> None:
@@ -292,6 +294,11 @@ def _run(command: Command) -> None:
         from bayesmeta.tabular.methods import methods_table
 
         print(methods_table())
+        return
+    if isinstance(command, cli_rl.RL):
+        _refuse_ranks("rl")
+        _set_threads(command.threads)
+        cli_rl.run(command)
         return
     options = dataclasses.asdict(command)
     _set_threads(options.pop("threads"))
@@ -405,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[Methods, tyro.conf.subcommand("methods")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Version, tyro.conf.subcommand("version")]
+        | Annotated[cli_rl.RL, tyro.conf.subcommand("rl")]
     )
     command = tyro.cli(
         commands, args=arguments, prog="bayesmeta", description="Bayesian meta-learning on Pyro and PyTorch."
@@ -448,7 +456,7 @@ def _say_stopped(how: str, command: Command, said: str) -> None:
 
 def _kept(command: Command) -> str:
     """What a folder has of a run, in words."""
-    if isinstance(command, Profile) or not isinstance(command, Fit | Demo):
+    if isinstance(command, Profile) or not isinstance(command, Fit | Demo | cli_rl.RL):
         return "nothing was kept"
     from bayesmeta.errors import BayesMetaError
     from bayesmeta.train import checkpoint

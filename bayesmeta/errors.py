@@ -57,6 +57,33 @@ class OptionError(BayesMetaError, ValueError):
     """An option has a name or a value that is not known."""
 
 
+class EnvError(BayesMetaError):
+    """An environment, or what was given to one, cannot be used; the message says why."""
+
+
+class SpaceError(EnvError, ValueError):
+    """A space of observations or actions is of another kind than the algorithm needs, or differs between tasks."""
+
+
+class HorizonError(EnvError, ValueError):
+    """An environment has no fixed horizon where one is needed."""
+
+
+class EnvCrashError(EnvError):
+    """An environment crashed, or returned a reward that is not finite. What was saved before stays as it is.
+
+    Attributes:
+        task: index of the task whose environment it was.
+    """
+
+    def __init__(self, message: str, task: int) -> None:
+        super().__init__(message)
+        self.task = task
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.task)  # so that it comes back from a worker process
+
+
 class NonFiniteLossError(BayesMetaError):
     """Training met a loss or gradient that is not finite. The last good checkpoint is kept.
 

@@ -141,11 +141,13 @@ def test_the_reference_has_every_public_name_and_no_other():
     for target in targets:
         module, _, name = target.rpartition(".")
         documented.append(getattr(importlib.import_module(module), name))
-    modules = {"diagnostics", "encoders", "likelihoods", "metrics", "nets", "priors", "processes", "schedules", "tasks"}
+    modules = {"diagnostics", "encoders", "likelihoods", "metrics", "nets", "priors", "processes", "rl", "schedules"}
+    modules |= {"tasks"}
     for name in set(bm.__all__) - modules - {"__version__"}:
         assert any(getattr(bm, name) is value for value in documented), name
-    for name in bm.tasks.__all__:
-        assert any(getattr(bm.tasks, name) is value for value in documented), name
+    for room in (bm.tasks, bm.rl):
+        for name in room.__all__:
+            assert any(getattr(room, name) is value for value in documented), name
 
 
 def test_links_between_pages_exist():

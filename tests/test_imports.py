@@ -17,7 +17,7 @@ def python(code):
 
 
 def test_import_is_lazy():
-    heavy = ("torch", "pyro", "arviz_base", "pandas", "matplotlib", "statsmodels", "xarray")
+    heavy = ("torch", "pyro", "arviz_base", "pandas", "matplotlib", "statsmodels", "xarray", "gymnasium")
     out = python(f"import sys, bayesmeta; print([m for m in {heavy!r} if m in sys.modules])")
     assert out.strip() == "[]"
 

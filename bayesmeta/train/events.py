@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,22 @@ class Events:
         folder: where the event files go; None: nowhere.
         clear: delete the event files that it holds.
         resumed_at: the step that a resumed run goes on from. What was written of later steps is struck out.
+        tag: the curve of a value, by its name; None for a value without one.
 
     Raises:
         RunFolderError: when the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None, *, clear: bool = False, resumed_at: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        clear: bool = False,
+        resumed_at: int | None = None,
+        tag: Callable[[str], str | None] = TAGS.get,
+    ) -> None:
         self._writer: Any = None
+        self._tag = tag
         if folder is None:
             return
         try:
@@ -95,8 +104,9 @@ class Events:
         if self._writer is None:
             return
         for name, value in entry.items():
-            if name in TAGS:
-                self._writer.add_scalar(TAGS[name], value, int(entry["step"]))
+            tag = self._tag(name)
+            if tag is not None:
+                self._writer.add_scalar(tag, value, int(entry["step"]))
 
     def flush(self) -> None:
         """Bring to disk what is waiting, so that the curves reach as far as a checkpoint."""

@@ -1,0 +1,96 @@
+"""Meta-reinforcement learning: tasks are Markov decision processes, and adaptation must also choose how to explore.
+
+``protocols`` is how its parts know each other; ``envs`` has families of environments that step as tensors, ``oracles``
+what the best policies reach, ``baselines`` what classical ones reach. The names below are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+with warnings.catch_warnings():  # gymnasium adds a filter of its own to all of Python's
+    import gymnasium
+
+_NAMES = {
+    "AdaptationCurve": "bayesmeta.rl.learner",
+    "BeamSteering": "bayesmeta.rl.envs",
+    "BernoulliBandit": "bayesmeta.rl.envs",
+    "CategoricalHead": "bayesmeta.rl.policies",
+    "ContextPolicy": "bayesmeta.rl.policies",
+    "Estimation": "bayesmeta.rl.inner",
+    "fit": "bayesmeta.rl.runs",
+    "FitResult": "bayesmeta.rl.runs",
+    "GaussianBandit": "bayesmeta.rl.envs",
+    "GaussianHead": "bayesmeta.rl.policies",
+    "Grid": "bayesmeta.rl.envs",
+    "GymVectorEnv": "bayesmeta.rl.envs.gym",
+    "Learner": "bayesmeta.rl.learner",
+    "load_learner": "bayesmeta.rl.runs",
+    "Machines": "bayesmeta.rl.envs",
+    "MAMLRL": "bayesmeta.rl.maml_rl",
+    "MAMLRLConfig": "bayesmeta.rl.maml_rl",
+    "Maze": "bayesmeta.rl.envs",
+    "MemoryPolicy": "bayesmeta.rl.memory_policy",
+    "Navigation": "bayesmeta.rl.envs",
+    "plot_learning_curve": "bayesmeta.rl.drawings",
+    "plot_trajectories": "bayesmeta.rl.drawings",
+    "PPOConfig": "bayesmeta.rl.ppo",
+    "Reference": "bayesmeta.rl.reference_policies",
+    "references": "bayesmeta.rl.reference_policies",
+    "RL2": "bayesmeta.rl.rl2",
+    "save_video": "bayesmeta.rl.watching",
+    "SNAILMemory": "bayesmeta.rl.snail",
+    "SparsePointRobot": "bayesmeta.rl.envs",
+    "SquashedGaussianHead": "bayesmeta.rl.policies",
+    "TabularMDP": "bayesmeta.rl.envs",
+    "TaskPolicy": "bayesmeta.rl.policies",
+    "TensorVectorEnv": "bayesmeta.rl.envs",
+    "TRPOConfig": "bayesmeta.rl.trpo_policy",
+    "watch": "bayesmeta.rl.watching",
+    "Watching": "bayesmeta.rl.watching",
+}
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'bayesmeta.rl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from bayesmeta.rl.drawings import plot_learning_curve, plot_trajectories
+    from bayesmeta.rl.envs import (
+        BeamSteering,
+        BernoulliBandit,
+        GaussianBandit,
+        Grid,
+        Machines,
+        Maze,
+        Navigation,
+        SparsePointRobot,
+        TabularMDP,
+        TensorVectorEnv,
+    )
+    from bayesmeta.rl.envs.gym import GymVectorEnv
+    from bayesmeta.rl.inner import Estimation
+    from bayesmeta.rl.learner import AdaptationCurve, Learner
+    from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
+    from bayesmeta.rl.memory_policy import MemoryPolicy
+    from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, SquashedGaussianHead, TaskPolicy
+    from bayesmeta.rl.ppo import PPOConfig
+    from bayesmeta.rl.reference_policies import Reference, references
+    from bayesmeta.rl.rl2 import RL2
+    from bayesmeta.rl.runs import FitResult, fit, load_learner
+    from bayesmeta.rl.snail import SNAILMemory
+    from bayesmeta.rl.trpo_policy import TRPOConfig
+    from bayesmeta.rl.watching import Watching, save_video, watch

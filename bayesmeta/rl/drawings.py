@@ -1,0 +1,114 @@
+"""Pictures of a meta-RL run: what training brought, and what the learner does on a few tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bayesmeta.errors import OptionError
+from bayesmeta.rl.watching import Watching
+
+#: From the first point of the adaptation to the last, light to dark.
+_COLOURS = ("#f2a65a", "#d1495b", "#7b2d5b", "#1d3557")
+
+
+def _colour(point: int, points: int) -> Any:
+    """One of a scale from light to dark, however many points there are."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("points", _COLOURS)(point / max(1, points - 1))
+
+
+def point_name(unit: str, point: int) -> str:
+    """A point of the adaptation in words."""
+    if unit == "episode":
+        return f"episode {point + 1}"
+    return "before adaptation" if point == 0 else f"after {point} step{'s' * (point > 1)}"
+
+
+def plot_learning_curve(
+    curves: Sequence[dict[str, float]], *, unit: str, lines: dict[str, float] | None = None, title: str = ""
+) -> Any:
+    """Return on validation tasks as training goes on, one line a point of the adaptation, with two standard errors.
+
+    Args:
+        curves: as in :attr:`bayesmeta.rl.FitResult.curves`.
+        unit: ``"episode"`` or ``"step"``.
+        lines: further returns by name, drawn across, such as an optimum.
+        title: above.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        OptionError: without curves.
+    """
+    from matplotlib.figure import Figure
+
+    if not curves:
+        raise OptionError("There are no curves to draw: train with validation tasks.")
+    names = [name for name in curves[-1] if name.startswith("return_") and not name.endswith("_se")]
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    at = [row["step"] for row in curves]
+    for point, name in enumerate(names):
+        mean = torch.tensor([row[name] for row in curves])
+        error = torch.tensor([row.get(f"{name}_se", 0.0) for row in curves])
+        colour = _colour(point, len(names))
+        axes.plot(at, mean, color=colour, label=point_name(unit, point))
+        axes.fill_between(at, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, linewidth=0)
+    for number, (name, value) in enumerate((lines or {}).items()):
+        style = ("--", ":", "-.")[number % 3]
+        axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("return on validation tasks (± 2 standard errors)")
+    axes.set_title(title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_trajectories(watching: Watching, *, title: str = "") -> Any:
+    """What a learner does on a few tasks: paths in the plane beside the goal, or the rewards in time.
+
+    Args:
+        watching: see :func:`bayesmeta.rl.watch`; drawn as paths where tasks have a ``goal`` and observations two
+            numbers.
+        title: above.
+
+    Returns:
+        The matplotlib figure, with a panel for each task.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = len(watching.paths)
+    goal = watching.tasks.get("goal")
+    plane = goal is not None and goal.shape[1:] == (2,) and watching.paths[0][0].shape[1:] == (2,)
+    columns = min(3, tasks)
+    rows = -(-tasks // columns)
+    figure = Figure(figsize=(3.0 * columns, 3.0 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for task in range(tasks):
+        axes = panels[task // columns][task % columns]
+        for point in range(len(watching.paths[task])):
+            style = {"color": _colour(point, len(watching.paths[task])), "label": point_name(watching.unit, point)}
+            if plane:
+                x, y = watching.paths[task][point].float().T
+                axes.plot(x, y, marker=".", markersize=3, linewidth=1.2, alpha=0.9, **style)
+            else:
+                axes.plot(watching.rewards[task][point].cumsum(0), **style)
+        if plane and goal is not None:
+            axes.plot(*goal[task].float().cpu().unsqueeze(1), marker="*", markersize=14, color="#2a7f3f", linestyle="")
+            axes.set_aspect("equal")
+        axes.set_title(f"task {task}", fontsize="small")
+    for empty in range(tasks, rows * columns):
+        panels[empty // columns][empty % columns].set_axis_off()
+    if not plane:
+        figure.supxlabel("step of the episode")
+        figure.supylabel("reward so far")
+    figure.suptitle(title)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,161 @@
+"""What a trained learner reaches on test tasks, beside optima and classical policies."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from bayesmeta.errors import OptionError, RunFolderError
+from bayesmeta.ops.files import reason
+from bayesmeta.rl.command import POINTS, read_setup, settings_text
+from bayesmeta.rl.drawings import plot_trajectories, point_name
+from bayesmeta.rl.learner import AdaptationCurve, standard_error
+from bayesmeta.rl.reference_policies import Reference, references
+from bayesmeta.rl.runs import load_learner
+from bayesmeta.rl.setups import Setup
+from bayesmeta.rl.watching import save_video, watch
+from bayesmeta.train.fit import pick_device
+
+#: Tasks of pictures and videos.
+WATCHED = 6
+FILMED = 3
+
+
+def evaluate_folder(
+    folder: Path,
+    *,
+    tasks: int = 400,
+    steps: int = POINTS,
+    seed: int = 0,
+    out: Path | None = None,
+    video: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Score a run of ``bayesmeta rl train`` on test tasks; print a table, write figures and a picture.
+
+    Args:
+        folder: of the run.
+        tasks: test tasks.
+        steps: gradient steps to go to, for methods that take them.
+        seed: of the test tasks and of whatever is random on them.
+        out: file for the figures; None: ``evaluation.json`` in the folder.
+        video: file for an animated GIF of three tasks; None: no video.
+        device: ``"auto"``, or a torch device.
+
+    Returns:
+        What the file holds: rows of ``name``, ``returns``, ``standard_errors``, and ``regrets`` by name of an optimum.
+
+    Raises:
+        OptionError: for numbers that cannot be used.
+        CheckpointError: for a folder without a good run.
+        EnvError: for a video of environments that have no picture.
+    """
+    if tasks < 2 or steps < 1:
+        raise OptionError(f"Expected tasks ≥ 2, for standard errors, and steps ≥ 1; got {tasks} and {steps}.")
+    folder = Path(folder)
+    setup, place = read_setup(folder), pick_device(device)
+    family = setup.family()
+    learner: Any = load_learner(folder, setup.learner(family, place))
+    points = None if setup.remembers else steps
+    if video is not None:  # first, since families without pictures say so here
+        few = setup.held_out(family, FILMED, split="test", seed=seed, device=place)
+        save_video(watch(learner, few, points=points, pictures=True), video)
+    held_out = setup.held_out(family, tasks, split="test", seed=seed, device=place)
+    known = held_out.tasks.to("cpu")
+    curve = learner.curve(held_out, points=points, generator=seed)
+    curve = curve.cpu()
+    others = references(family, known, setup.episodes or 1, seed=seed)
+    result = {
+        "settings": settings_text(setup),
+        "tasks": tasks,
+        "unit": curve.unit,
+        "iterations": learner_iterations(folder),
+        "rows": [_row(setup.method, curve, None), *(_row(r.name, r.curve, r.optimum) for r in others)],
+        "regrets": {r.name: _regret(r, curve) for r in others if _bounds(r, curve)},
+    }
+    print(table(result))
+    _write(out or folder / "evaluation.json", result)
+    _draw(setup, learner, family, points, seed, place, folder)
+    print(f"{out or folder / 'evaluation.json'}, {folder / 'trajectories.png'}" + (f", {video}" if video else ""))
+    return result
+
+
+def learner_iterations(folder: Path) -> int:
+    """Iterations that a folder's checkpoint has done."""
+    from bayesmeta.train import checkpoint
+
+    return int(checkpoint.load(folder / checkpoint.LAST)["step"])
+
+
+def _row(name: str, curve: AdaptationCurve, optimum: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name, "optimum": optimum, "returns": curve.mean(), "standard_errors": curve.standard_error(),
+    }  # fmt: skip
+    if curve.success is not None and curve.lengths is not None:
+        row["success"] = [float(x) for x in curve.success.mean(1)]
+        row["lengths"] = [float(x) for x in curve.lengths.mean(1)]
+    return row
+
+
+def _bounds(reference: Reference, curve: AdaptationCurve) -> bool:
+    """Whether there is a regret against it: who adapts by steps between episodes may pass one who plays a trial."""
+    return reference.optimum == "knows the task" or (reference.optimum is not None and curve.unit == "episode")
+
+
+def _regret(optimum: Reference, curve: AdaptationCurve) -> dict[str, list[float]]:
+    """Optimum less return, task by task, at each point.
+
+    An optimum by expectation over the prior has no spread of its own. One that knows the task is the same each time.
+    """
+    best = optimum.curve.returns
+    best = best if len(best) == len(curve.returns) else best[:1].expand(len(curve.returns), -1)
+    difference = best - curve.returns
+    return {"mean": [float(x) for x in difference.mean(1)], "standard_error": standard_error(difference)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text: a row a policy, a column a point of the adaptation."""
+    points = len(result["rows"][0]["returns"])
+    heads = [point_name(result["unit"], point) for point in range(points)]
+    names = [r["name"] + (f" ({r['optimum']})" if r["optimum"] else "") for r in result["rows"]]
+    regrets = [f"regret: {name}" for name in result["regrets"]]
+    width = max(len(name) for name in [*names, *regrets, "return"])
+    wide = max(18, *(len(head) + 2 for head in heads))
+    lines = [f"{result['settings']}; {result['iterations']} iterations; {result['tasks']} test tasks, mean ± s.e."]
+    lines.append("return".ljust(width) + "".join(head.rjust(wide) for head in heads))
+    for name, row in zip(names, result["rows"]):
+        cells = [_cell(*pair) for pair in zip(row["returns"], row["standard_errors"])]
+        lines.append(name.ljust(width) + "".join(cell.rjust(wide) for cell in cells))
+    for name, row in zip(regrets, result["regrets"].values()):
+        cells = [_cell(*pair) for pair in zip(row["mean"], row["standard_error"])]
+        lines.append(name.ljust(width) + "".join(cell.rjust(wide) for cell in cells))
+    for row in result["rows"]:
+        if "success" in row:
+            cells = [f"{s:.0%}, {n:.2f}" for s, n in zip(row["success"], row["lengths"])]
+            lines.append(f"success, length: {row['name']}".ljust(width) + "".join(cell.rjust(wide) for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(mean: float, error: float) -> str:
+    if not math.isfinite(error) or error < 1e-6:  # known, not measured
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise RunFolderError(f"{path} could not be written: {reason(error)}") from error
+
+
+def _draw(setup: Setup, learner: Any, family: Any, points: int | None, seed: int, device: Any, folder: Path) -> None:
+    from bayesmeta.diagnostics.plots import save_figure
+
+    few = setup.held_out(family, WATCHED, split="test", seed=seed, device=device)
+    seen = watch(learner, few, points=points)
+    save_figure(
+        plot_trajectories(seen, title=f"{setup.method} on {setup.env}: test tasks"), folder / "trajectories.png"
+    )

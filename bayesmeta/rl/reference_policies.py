@@ -1,0 +1,200 @@
+"""What stands beside a learner's returns: the optimum where a family ships one, and what classical policies reach.
+
+All play the same tasks. Where the best policy that does not know the task can be computed (few pulls of Bernoulli arms,
+the grid) it is here; else the best that knows the task, which no learner can reach in its first episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesmeta.ops.random import as_generator
+from bayesmeta.rl.baselines import bandits, mdps
+from bayesmeta.rl.envs import BeamSteering, BernoulliBandit, GaussianBandit, Grid, Maze, Navigation, SparsePointRobot
+from bayesmeta.rl.envs.tabular import TabularMDP
+from bayesmeta.rl.envs.vector import TensorVectorEnv
+from bayesmeta.rl.learner import AdaptationCurve
+from bayesmeta.rl.oracles.bandits import bayes_optimal_bandit_value
+from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
+from bayesmeta.rl.oracles.grid import bayes_optimal_grid
+from bayesmeta.rl.oracles.mdps import finite_horizon_values
+from bayesmeta.rl.protocols import Tensors
+from bayesmeta.rl.rl2 import trial_returns
+from bayesmeta.rl.rollout import Acted, Moment, collect
+
+#: Pulls up to which the Bayes-optimal value of a bandit is computed (seconds).
+MOST_PULLS = 12
+#: Cells and episodes up to which the Bayes-optimal walk is searched for.
+MOST_CELLS, MOST_EPISODES = 5, 4
+
+
+class Reference(NamedTuple):
+    """A policy to compare with.
+
+    Attributes:
+        name: what it is.
+        curve: its returns, episode by episode.
+        optimum: ``"knows the task"`` or ``"does not know the task"`` for what no policy of that kind can exceed; None
+            for the others.
+    """
+
+    name: str
+    curve: AdaptationCurve
+    optimum: str | None = None
+
+
+def references(family: Any, tasks: Tensors, episodes: int, *, seed: int = 0) -> list[Reference]:
+    """The references of a family, optima first.
+
+    Args:
+        family: of the environments.
+        tasks: ``n`` of them.
+        episodes: of a trial.
+        seed: of what is random.
+    """
+    for kind, make in _MAKERS:
+        if isinstance(family, kind):
+            found = make(family, tasks, episodes, seed)
+            return [*found, Reference("random", _acting(family, tasks, episodes, seed, _random(family)))]
+    return [Reference("random", _acting(family, tasks, episodes, seed, _random(family)))]
+
+
+def _exact(returns: Tensor, episodes: int) -> AdaptationCurve:
+    """A known value of each task, the same in each episode."""
+    return AdaptationCurve(returns.expand(episodes, -1).float(), "episode")
+
+
+# -- bandits and MDPs --------------------------------------------------------------------------------------------------
+
+
+def _bandit(family: Any, tasks: Any, episodes: int, seed: int) -> list[Reference]:
+    found = [
+        Reference("best arm", _exact(family.horizon * tasks.mean.amax(-1), 1), "knows the task"),
+    ]
+    bernoulli = isinstance(family, BernoulliBandit)
+    if bernoulli and family.horizon <= MOST_PULLS:
+        value = bayes_optimal_bandit_value(family.arms, family.horizon)
+        curve = _exact(torch.full_like(tasks.mean[:, 0], value), 1)
+        found.append(Reference("Bayes-optimal", curve, "does not know the task"))
+    known: dict[str, bandits.BanditBaseline] = {
+        "Thompson sampling": bandits.ThompsonSampling(),
+        "optimistic Thompson sampling": bandits.OptimisticThompsonSampling(),
+        "UCB1": bandits.UCB1(),
+        "greedy": bandits.Greedy(),
+    }
+    if bernoulli and family.horizon <= 200:
+        known = {"Gittins": bandits.Gittins(), **known}
+    if not bernoulli and (family.noise == 0 or family.spread == 0):
+        known = {}  # nothing needs to be explored twice
+    for name, baseline in known.items():
+        rewards = bandits.play_bandits(baseline, family, tasks, generator=_on(tasks, seed))
+        found.append(Reference(name, AdaptationCurve(rewards.sum(0, keepdim=True), "episode")))
+    return found
+
+
+def _mdp(family: TabularMDP, tasks: Any, episodes: int, seed: int) -> list[Reference]:
+    values, _ = finite_horizon_values(tasks.reward, tasks.transition, family.horizon)
+    found = [Reference("value iteration", _exact(values[0, :, 0], episodes), "knows the task")]
+    known: dict[str, mdps.MDPBaseline] = {
+        "PSRL": mdps.PSRL(), "OPSRL": mdps.OPSRL(), "UCRL2": mdps.UCRL2(), "BEB": mdps.BEB(),
+        "greedy": mdps.GreedyMDP(),
+    }  # fmt: skip
+    for name, baseline in known.items():
+        totals = mdps.play_mdps(baseline, family, tasks, episodes=episodes, generator=_on(tasks, seed))
+        found.append(Reference(name, AdaptationCurve(totals, "episode")))
+    return found
+
+
+# -- the plane, the grid, the beam -------------------------------------------------------------------------------------
+
+
+def _point(family: Navigation | SparsePointRobot, tasks: Any, episodes: int, seed: int) -> list[Reference]:
+    # each coordinate goes towards the goal as fast as it may, so that the distance is the least at every step
+    straight = _acting(family, tasks, episodes, seed, lambda moment, _: tasks.goal - moment.observation)
+    still = _acting(family, tasks, episodes, seed, lambda moment, _: torch.zeros_like(moment.observation))
+    return [Reference("straight to the goal", straight, "knows the task"), Reference("standing still", still)]
+
+
+def _grid(family: Grid, tasks: Any, episodes: int, seed: int) -> list[Reference]:
+    away = tasks.goal.sum(-1)
+    on_goal = (family.horizon - away + 1).clamp(min=0)
+    best = on_goal * family.goal_reward + (family.horizon - on_goal) * family.other_reward
+    found = [Reference("straight to the goal", _exact(best, episodes), "knows the task")]
+    reachable = 2 * (family.cells - 1) <= family.horizon and family.goal_reward > family.other_reward
+    if reachable and family.cells <= MOST_CELLS and episodes <= MOST_EPISODES:
+        value = bayes_optimal_grid(family, episodes).by_episode
+        curve = AdaptationCurve(torch.tensor(value)[:, None].expand(-1, len(tasks)), "episode")
+        found.append(Reference("Bayes-optimal", curve, "does not know the task"))
+    return found
+
+
+def _beam(family: BeamSteering, tasks: Any, episodes: int, seed: int) -> list[Reference]:
+    def least_squares(moment: Moment, generator: torch.Generator) -> Tensor:
+        return box_least_squares_actions(tasks.response, moment.observation)
+
+    def inverse(moment: Moment, generator: torch.Generator) -> Tensor:
+        return inverse_response_actions(tasks.response, moment.observation)
+
+    return [
+        Reference("least squares in the limits", _acting(family, tasks, episodes, seed, least_squares)),
+        Reference("inverse response", _acting(family, tasks, episodes, seed, inverse)),
+    ]
+
+
+def _none(family: Any, tasks: Any, episodes: int, seed: int) -> list[Reference]:
+    return []
+
+
+_MAKERS: tuple[tuple[Any, Callable[[Any, Any, int, int], list[Reference]]], ...] = (
+    ((BernoulliBandit, GaussianBandit), _bandit),
+    (TabularMDP, _mdp),
+    ((Navigation, SparsePointRobot), _point),
+    (Grid, _grid),
+    (BeamSteering, _beam),
+    (Maze, _none),
+)
+
+
+# -- playing -----------------------------------------------------------------------------------------------------------
+
+
+def _on(tasks: Tensors, seed: int) -> torch.Generator:
+    return as_generator(seed, next(iter(tasks.as_dict().values())).device, "references")
+
+
+def _random(family: Any) -> Callable[[Moment, torch.Generator], Tensor]:
+    """Uniform actions: any of a discrete space, any point of a box."""
+    space = family.action_space
+
+    def act(moment: Moment, generator: torch.Generator) -> Tensor:
+        device = moment.begins.device
+        if hasattr(space, "n"):
+            return torch.randint(int(space.n), moment.begins.shape, generator=generator, device=device)
+        low, high = (torch.as_tensor(end, device=device) for end in (space.low, space.high))
+        uniform = torch.rand(len(moment.begins), *space.shape, generator=generator, device=device)
+        return low + (high - low) * uniform
+
+    return act
+
+
+def _acting(
+    family: Any, tasks: Tensors, episodes: int, seed: int, act: Callable[[Moment, torch.Generator], Tensor]
+) -> AdaptationCurve:
+    """Returns of a policy that sees the running observation alone, one trial of each task."""
+    generator = _on(tasks, seed)
+    env = TensorVectorEnv(
+        family, len(tasks), tasks=tasks, episodes_per_trial=episodes, generator=seed, device=generator.device
+    )
+
+    def actor(moment: Moment, state: Any, generator: torch.Generator) -> Acted:
+        action = act(moment, generator)
+        return Acted(action, torch.zeros(len(action), device=action.device))
+
+    told = family.tells
+    found = trial_returns(collect(env, actor, family.horizon * episodes, generator=generator, keep=told), episodes)
+    success = found.extra["success"].T if "success" in told else None
+    return AdaptationCurve(found.episodes.T, "episode", success, found.lengths.T)

@@ -1,0 +1,223 @@
+"""Environments and learners by name, with settings to begin from: what the command line builds.
+
+The settings of ``bandit`` with ``rl2`` and ``snail`` are those of the benchmark; the others are a start and were not
+tuned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bayesmeta.errors import OptionError
+from bayesmeta.rl import envs
+from bayesmeta.rl.envs.vector import TensorVectorEnv
+from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.policies import ContextPolicy, TaskPolicy, head_for
+from bayesmeta.rl.protocols import num_features
+from bayesmeta.rl.rl2 import RL2
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvDefaults:
+    """What an environment's name stands for.
+
+    Attributes:
+        family: makes it from the options that its constructor knows.
+        options: names of those on the command line.
+        episodes: of a trial, for learners that remember.
+        trials: side by side, for learners that remember.
+        iterations: of learners that remember.
+        reward_shift, reward_scale: of what a memory reads.
+        std: first standard deviation of continuous actions.
+        horizon: steps of an episode; None is the family's own.
+        steps: of each rollout of learners that remember; None is one trial.
+    """
+
+    family: Callable[..., Any]
+    options: tuple[str, ...] = ("horizon",)
+    episodes: int = 1
+    trials: int = 512
+    iterations: int = 200
+    reward_shift: float = 0.0
+    reward_scale: float = 1.0
+    std: float = 1.0
+    horizon: int | None = None
+    steps: int | None = None
+
+
+def _beam(data: str | None = None, plane: str | None = None, **options: Any) -> envs.BeamSteering:
+    if data is None:
+        if plane is not None:
+            raise OptionError(f"plane={plane!r} is of a file of machines; give data=, or leave plane out.")
+        return envs.BeamSteering(**options)
+    return envs.BeamSteering(envs.Machines.load(Path(data), plane=plane or "H"), **options)
+
+
+#: Environments by their names on the command line.
+ENVIRONMENTS: dict[str, EnvDefaults] = {
+    "bandit": EnvDefaults(envs.BernoulliBandit, ("horizon", "arms"), 1, 4096, 110, 0.5, 0.5),
+    "gaussian-bandit": EnvDefaults(envs.GaussianBandit, ("horizon", "arms"), 1, 4096, 110),
+    "mdp": EnvDefaults(envs.TabularMDP, episodes=10, reward_shift=1.0),
+    "navigation": EnvDefaults(envs.Navigation, episodes=2, trials=128, reward_scale=0.2, std=0.1),
+    "sparse-navigation": EnvDefaults(
+        lambda **options: envs.Navigation(sparse=True, **options), episodes=4, trials=128, std=0.1, horizon=20
+    ),
+    "point-robot": EnvDefaults(envs.SparsePointRobot, episodes=4, trials=256, std=0.1),
+    "grid": EnvDefaults(envs.Grid, episodes=4),
+    "maze": EnvDefaults(envs.Maze, episodes=2, trials=128),
+    "beam": EnvDefaults(
+        _beam, ("horizon", "data", "plane"), episodes=2, trials=512, reward_scale=3.0, std=0.3, steps=24
+    ),
+}
+#: Learners by their names on the command line, and what they are.
+METHODS: dict[str, str] = {
+    "rl2": "RL²: a GRU that remembers its trial (Duan et al. 2016)",
+    "rl2-lstm": "RL² with an LSTM",
+    "snail": "SNAIL: attention and temporal convolutions (Mishra et al. 2018)",
+    "maml": "MAML-RL: policy-gradient steps (Finn et al. 2017)",
+    "fomaml": "MAML-RL without second derivatives",
+    "meta-sgd": "MAML-RL with learned rates (Li et al. 2017)",
+    "e-maml": "MAML-RL with credit for exploration (Stadie et al. 2018)",
+    "cavia": "CAVIA: steps on a context alone (Zintgraf et al. 2019)",
+    "joint": "one policy for all tasks, which takes policy-gradient steps on new ones: no meta-learning",
+}
+MEMORIES = {"rl2": "gru", "rl2-lstm": "lstm", "snail": "snail"}
+_INNER: dict[str, dict[str, Any]] = {
+    "maml": {}, "fomaml": {"first_order": True}, "meta-sgd": {"learn_rates": True},
+    "e-maml": {"exploration_credit": 1.0}, "cavia": {}, "joint": {"inner_steps": 0},
+}  # fmt: skip
+CONTEXT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run's settings; None is the default of environment and method, which :meth:`filled` puts in.
+
+    Attributes:
+        env, method: names, of :data:`ENVIRONMENTS` and :data:`METHODS`.
+        horizon: steps of an episode.
+        arms: of a bandit.
+        data, plane: file of machines and which of its planes, for beam steering.
+        episodes: of a trial, for methods that remember.
+        tasks: side by side in training.
+        copies: episodes of each task before and after adaptation, for methods that take steps.
+        units: width of the memory, or of each of two hidden layers.
+        iterations: of training.
+        inner_steps, inner_lr: of methods that take steps.
+        seed: of tasks, first weights and actions.
+
+    Raises:
+        OptionError: for unknown names, and options that do not belong to environment or method.
+    """
+
+    env: str
+    method: str
+    horizon: int | None = None
+    arms: int | None = None
+    data: str | None = None
+    plane: str | None = None
+    episodes: int | None = None
+    tasks: int | None = None
+    copies: int | None = None
+    units: int | None = None
+    iterations: int | None = None
+    inner_steps: int | None = None
+    inner_lr: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.env not in ENVIRONMENTS:
+            raise OptionError(f"Unknown environment {self.env!r}; expected one of {', '.join(ENVIRONMENTS)}.")
+        if self.method not in METHODS:
+            raise OptionError(f"Unknown method {self.method!r}; expected one of {', '.join(METHODS)}.")
+        known = ENVIRONMENTS[self.env].options
+        for name in ("horizon", "arms", "data", "plane"):
+            if getattr(self, name) is not None and name not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r} is not an option of {self.env}; leave it out.")
+        foreign = ("copies", "inner_steps", "inner_lr") if self.remembers else ("episodes",)
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise OptionError(f"{name}={getattr(self, name)!r} is not an option of {self.method}; leave it out.")
+        for name in ("horizon", "arms", "episodes", "tasks", "copies", "units", "iterations", "inner_steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}.")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the method adapts by a memory; else by gradient steps."""
+        return self.method in MEMORIES
+
+    def filled(self) -> Setup:
+        """With the defaults of environment and method in place of None."""
+        known = ENVIRONMENTS[self.env]
+        defaults: dict[str, Any] = {"horizon": known.horizon}
+        if self.remembers:
+            units = 64 if self.method != "snail" else 32
+            defaults |= {
+                "episodes": known.episodes, "tasks": known.trials, "units": units, "iterations": known.iterations,
+            }  # fmt: skip
+        else:
+            inner_lr = 1.0 if self.method == "cavia" else 0.1
+            defaults |= {
+                "tasks": 20, "copies": 20, "units": 64, "iterations": 100, "inner_steps": 1, "inner_lr": inner_lr,
+            }  # fmt: skip
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def family(self) -> Any:
+        """The family of environments."""
+        known = ENVIRONMENTS[self.env]
+        given = {name: getattr(self, name) for name in known.options if getattr(self, name) is not None}
+        return known.family(**given)
+
+    def held_out(self, family: Any, tasks: int, *, split: str, seed: int, device: Any = "cpu") -> TensorVectorEnv:
+        """Environments of held-out tasks, a trial of one for each task or, for methods that take steps, ``copies``."""
+        shape = {"episodes_per_trial": self.episodes or 1} if self.remembers else {"copies": self.copies or 1}
+        return TensorVectorEnv(family, tasks, split=split, generator=seed, device=device, **shape)  # type: ignore[arg-type]
+
+    def learner(self, family: Any, device: torch.device | str = "cpu") -> RL2 | MAMLRL:
+        """The learner with its environments; of settings that are :meth:`filled`."""
+        return self._remembering(family, device) if self.remembers else self._stepping(family, device)
+
+    def _remembering(self, family: Any, device: torch.device | str) -> RL2:
+        known = ENVIRONMENTS[self.env]
+        assert self.tasks
+        assert self.episodes
+        assert self.iterations
+        assert self.units
+        env = TensorVectorEnv(
+            family, self.tasks, new_tasks=True, episodes_per_trial=self.episodes, generator=self.seed, device=device
+        )
+        return RL2(
+            env, iterations=self.iterations, steps=known.steps, units=self.units, seed=self.seed,
+            memory_kind=MEMORIES[self.method], reward_shift=known.reward_shift, reward_scale=known.reward_scale,
+            log_std=math.log(known.std),
+        )  # fmt: skip
+
+    def _stepping(self, family: Any, device: torch.device | str) -> MAMLRL:
+        from bayesmeta.models.nets import mlp
+
+        assert self.tasks
+        assert self.copies
+        assert self.units
+        assert self.inner_steps
+        assert self.inner_lr is not None
+        env = TensorVectorEnv(family, self.tasks, copies=self.copies, generator=self.seed, device=device)
+        config = MAMLRLConfig(**{"inner_steps": self.inner_steps, "inner_lr": self.inner_lr, **_INNER[self.method]})
+        head = head_for(env.single_action_space, log_std=math.log(ENVIRONMENTS[self.env].std))
+        context = CONTEXT if self.method == "cavia" else 0
+        inputs = num_features(env.single_observation_space) + context
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            network = mlp(inputs, [self.units, self.units], head.outputs, activation="tanh")
+        for name, value in zip(("weight", "bias"), list(network.parameters())[-2:]):
+            value.data.mul_(0.01 if name == "weight" else 0.0)  # nearly 0 in all states to begin with
+        policy = ContextPolicy(network, head, context) if context else TaskPolicy(network, head)
+        return MAMLRL(env, policy.to(device), config, seed=self.seed)

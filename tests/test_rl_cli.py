@@ -1,0 +1,155 @@
+"""``bayesmeta rl train`` and ``bayesmeta rl evaluate``: what they leave, and what they refuse."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+
+from bayesmeta import cli, cli_rl, errors
+from bayesmeta.rl.command import read_setup, train_setup
+from bayesmeta.rl.evaluation import evaluate_folder, table
+from bayesmeta.rl.setups import ENVIRONMENTS, METHODS, Setup
+from bayesmeta.train import checkpoint
+
+TINY = ("--horizon", "4", "--tasks", "6", "--units", "4", "--iterations", "2", "--validation-tasks", "4")
+
+
+def rl(*arguments):
+    cli.main(["rl", *map(str, arguments)])
+
+
+def refused(capsys, *arguments):
+    """The message with which a command ends, status 2."""
+    with pytest.raises(SystemExit) as caught:
+        rl(*arguments)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rl") / "run"
+    rl("train", "--env", "navigation", "--out", out, *TINY, "--no-progress")
+    return out
+
+
+def test_the_names_on_the_command_line_are_those_that_are_built():
+    assert set(get_args(cli_rl.Env)) == set(ENVIRONMENTS)
+    assert set(get_args(cli_rl.MethodName)) == set(METHODS)
+
+
+def test_a_run_leaves_what_it_says(folder, capsys):
+    rl("evaluate", folder, "--tasks", 6, "--video", folder / "film.gif")
+    told = capsys.readouterr().out
+    names = ("config.json", "log.jsonl", "checkpoint.pt", "learning_curve.png", "evaluation.json", "trajectories.png")
+    for name in (*names, "film.gif"):
+        assert (folder / name).stat().st_size > 0
+    assert "regret: straight to the goal" in told
+    assert "standing still" in told
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["unit"] == "episode"
+    learner, best = found["rows"][0], found["rows"][1]
+    assert learner["name"] == "rl2"
+    assert len(learner["returns"]) == 2
+    regret = found["regrets"]["straight to the goal"]["mean"]
+    assert regret == pytest.approx([b - m for b, m in zip(best["returns"], learner["returns"])], rel=1e-5)
+    assert min(regret) >= 0  # none beats the one that knows the goal
+
+
+def test_what_is_evaluated_is_what_was_trained(folder, tmp_path):
+    """The same figures from the learner that a second, uninterrupted call trains; another seed's (control) differ."""
+    first = evaluate_folder(folder, tasks=5, seed=3, out=tmp_path / "a.json")
+    setup = read_setup(folder)
+    again = train_setup(setup, tmp_path / "again", validation_tasks=4, progress=False)
+    env = setup.held_out(setup.family(), 5, split="test", seed=3)
+    assert first["rows"][0]["returns"] == pytest.approx(again.learner.curve(env, generator=3).mean())
+    other = Setup(**{**vars(setup), "seed": 1}).learner(setup.family())
+    assert first["rows"][0]["returns"] != pytest.approx(other.curve(env, generator=3).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("rl2",)])
+@pytest.mark.parametrize("env", ["bandit", "navigation"])
+def test_every_method_trains_and_is_loaded_again(env, method, tmp_path, capsys):
+    setup = Setup(env, method, horizon=3, tasks=3, units=4, iterations=1)
+    result = train_setup(setup, tmp_path, validation_tasks=3, progress=False)
+    loaded = read_setup(tmp_path)
+    assert loaded == setup.filled()
+    first = evaluate_folder(tmp_path, tasks=3, steps=2)
+    assert len(first["rows"][0]["returns"]) == (loaded.episodes if loaded.remembers else 3)
+    assert result.iterations == 1
+
+
+@pytest.mark.parametrize("env", [name for name in ENVIRONMENTS if name not in ("bandit", "navigation")])
+def test_every_environment_trains_and_is_scored(env, tmp_path, capsys):
+    setup = Setup(env, "rl2", horizon=6, episodes=2, tasks=3, units=4, iterations=1)
+    train_setup(setup, tmp_path, validation_tasks=2, progress=False)
+    found = evaluate_folder(tmp_path, tasks=3)
+    assert found["rows"][-1]["name"] == "random"
+    assert all(torch.isfinite(torch.tensor(row["returns"])).all() for row in found["rows"])
+    for row in found["rows"]:  # none is above what knows the task
+        if row["optimum"] == "knows the task" and env in ("grid", "point-robot", "sparse-navigation"):
+            assert max(found["rows"][-1]["returns"]) <= max(row["returns"]) + 1e-5
+
+
+def test_a_run_is_resumed_with_its_own_options_alone(folder, tmp_path, capsys):
+    def train(*options):
+        rl("train", "--env", "navigation", "--method", "maml", "--out", tmp_path / "run", *options, "--no-progress")
+
+    tiny = (*TINY, "--copies", "2")
+    train(*tiny)
+    assert "already holds a run" in refused(
+        capsys, "train", "--env", "navigation", "--method", "maml", "--out", tmp_path / "run", *tiny
+    )
+    told = refused(
+        capsys, "train", "--env", "navigation", "--method", "maml", "--out", tmp_path / "run", *tiny, "--seed", 4,
+        "--resume",
+    )  # fmt: skip
+    assert "seed=4" in told
+    assert "seed=0" in told
+    train(*tiny[:6], "--iterations", "3", *tiny[8:], "--resume")  # may go on for longer
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def test_what_cannot_be_used_is_refused(folder, tmp_path, capsys):
+    for arguments, message in (
+        (("train", "--env", "bandits", "--out", tmp_path), "invalid choice 'bandits'"),
+        (("train", "--env", "bandit", "--method", "sac", "--out", tmp_path), "invalid choice 'sac'"),
+        (("train", "--env", "grid", "--arms", 3, "--out", tmp_path), "arms=3 is not an option of grid"),
+        (("train", "--env", "grid", "--inner-lr", 1, "--out", tmp_path), "inner_lr=1.0 is not an option of rl2"),
+        (("train", "--env", "grid", "--method", "maml", "--episodes", 2, "--out", tmp_path), "not an option of maml"),
+        (("train", "--env", "grid", "--iterations", 0, "--out", tmp_path), "iterations must be"),
+        (("train", "--env", "grid", "--validation-tasks", 1, "--out", tmp_path), "validation_tasks"),
+        (("train", "--env", "beam", "--plane", "H", "--out", tmp_path), "plane='H' is of a file"),
+        (("train", "--env", "grid", "--out", tmp_path / "none", "--resume"), "no run to resume"),
+        (("train", "--env", "grid", "--out", tmp_path, "--device", "toaster"), "toaster"),
+        (("evaluate", tmp_path / "none"), "holds no run"),
+        (("evaluate", folder, "--tasks", 1), "tasks ≥ 2"),
+        (("evaluate", folder, "--video", tmp_path / "film.mp4"), ".gif"),
+    ):
+        assert message in refused(capsys, *arguments).replace("\n", " ").replace("│ │", " "), arguments
+    (tmp_path / "config.json").write_text("{}")
+    assert "is not of a run" in refused(capsys, "evaluate", tmp_path)
+    for names in (("bandits", "rl2"), ("bandit", "sac")):
+        with pytest.raises(errors.OptionError, match="expected one of"):
+            Setup(*names)
+
+
+def test_a_video_of_what_has_no_picture_is_refused(tmp_path, capsys):
+    train_setup(Setup("bandit", "rl2", tasks=3, units=4, iterations=1), tmp_path, validation_tasks=2, progress=False)
+    capsys.readouterr()
+    assert "no picture" in refused(capsys, "evaluate", tmp_path, "--tasks", 3, "--video", tmp_path / "film.gif")
+
+
+def test_the_table_has_a_row_a_policy_and_a_column_a_point():
+    row = {"name": "rl2", "optimum": None, "returns": [1.0, 2.5], "standard_errors": [0.1, float("nan")]}
+    best = {"name": "best", "optimum": "knows the task", "returns": [3.0, 3.0], "standard_errors": [0.0, 0.0]}
+    text = table(
+        {"settings": "env x", "iterations": 5, "tasks": 7, "unit": "episode", "rows": [row, best], "regrets": {}}
+    )
+    lines = text.splitlines()
+    assert lines[1].split() == ["return", "episode", "1", "episode", "2"]
+    assert lines[2].split() == ["rl2", "1.000", "±", "0.100", "2.500"]
+    assert lines[3].split() == ["best", "(knows", "the", "task)", "3.000", "3.000"]

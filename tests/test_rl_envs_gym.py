@@ -1,0 +1,205 @@
+"""Ordinary gymnasium environments behind the interface of the tensor environments, and what happens when one fails."""
+
+import os
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from bayesmeta import errors
+from bayesmeta.rl import envs
+from bayesmeta.rl.envs.cheetah import VelocityReward, cheetah_direction, sample_velocities
+from bayesmeta.rl.envs.grid import CellTasks
+from bayesmeta.rl.envs.gym import GymVectorEnv, require_horizon
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps; may crash, end, or return a strange reward, as its task says."""
+
+    observation_space = gymnasium.spaces.Box(-100, 100, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, task):
+        self.task = task
+        if "space" in task:
+            self.action_space = task["space"]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.offset = 0, float(self.np_random.random())
+        return self.seen(), {}
+
+    def seen(self):
+        return np.array([self.count + self.offset], dtype=np.float32)
+
+    def step(self, action):
+        self.count += 1
+        if self.count == self.task.get("raises"):
+            raise ZeroDivisionError("the joint broke")
+        if self.count == self.task.get("dies"):
+            os._exit(3)
+        reward = float("nan") if self.count == self.task.get("nan") else float(np.sum(action))
+        return self.seen(), reward, self.count == self.task.get("ends"), self.count == 4, {}
+
+
+def make(task):
+    return Counter(task)
+
+
+def grid(task):
+    return envs.Grid(horizon=4).plain(task={"goal": task})
+
+
+# -- the same interface ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_plain_environments_behind_it_equal_tensor_environments(workers):
+    goals = [(0.0, 2.0), (3.0, 0.0)]
+    ours = envs.Grid(horizon=4).vector(
+        2, copies=2, tasks=CellTasks(torch.tensor(goals)), episodes_per_trial=2, generator=0
+    )
+    theirs = GymVectorEnv(grid, goals, copies=2, episodes_per_trial=2, workers=workers)
+    assert (theirs.horizon, theirs.num_envs) == (4, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(ours.reset()[0], theirs.reset()[0])
+    for _ in range(11):
+        actions = torch.randint(5, (4,), generator=generator)
+        left, right = ours.step(actions), theirs.step(actions)
+        for a, b in zip((*left[:4], *left[4].values()), (*right[:4], *(right[4][key] for key in left[4]))):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+        assert torch.equal(ours.clock, theirs.clock)
+        assert torch.equal(ours.episode, theirs.episode)
+    theirs.close()
+
+
+def test_ends_and_limits_stay_apart_and_final_observations_are_kept():
+    env = GymVectorEnv(make, [{"ends": 2}, {}, {"ends": 4}], horizon=4)
+    start, _ = env.reset(seed=0)
+    for step in range(1, 5):
+        observation, reward, terminated, truncated, info = env.step(torch.full((3, 2), 0.25))
+        assert reward.tolist() == [0.5] * 3
+        assert terminated.tolist() == [step in (2, 4), False, step == 4]
+        assert truncated.tolist() == [False, step == 4, False]  # the last is an end and a limit at once: an end
+        assert info["trial_ended"].tolist() == (terminated | truncated).tolist()
+        if step == 2:
+            # s′ is of the old episode, the observation of the new one.
+            assert float(info["final_obs"][0] - start[0]) == pytest.approx(2, abs=1e-5)
+            assert float(observation[0]) < 1
+            assert torch.equal(observation[1:], info["final_obs"][1:])
+    env.close()
+
+
+def test_a_run_goes_on_from_a_trial():
+    def trials(env, number):
+        out = []
+        for _ in range(number):
+            out.append(env.reset()[0])
+            out += [env.step(torch.zeros(2, 2))[0] for _ in range(5)]
+        return torch.stack(out)
+
+    env = GymVectorEnv(make, [{}, {}], generator=3)
+    trials(env, 2)
+    state = env.state_dict()
+    rest = trials(env, 2)
+    again = GymVectorEnv(make, [{}, {}], generator=8)
+    assert not torch.equal(trials(again, 2), rest)
+    again.load_state_dict(state)
+    with pytest.raises(errors.EnvError, match="call reset"):
+        again.step(torch.zeros(2, 2))
+    assert torch.equal(trials(again, 2), rest)
+    with pytest.raises(errors.CheckpointError, match="2 environments; these are 1"):
+        GymVectorEnv(make, [{}]).load_state_dict(state)
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"raises": 2}, "task 1 failed in step: ZeroDivisionError: the joint broke"),
+        ({"nan": 2}, "task 1 returned the reward nan"),
+    ],
+)
+def test_a_crash_says_which_task(workers, fault, message):
+    env = GymVectorEnv(make, [{}, fault, {}], copies=2, workers=workers)
+    env.reset(seed=0)
+    env.step(torch.zeros(6, 2))
+    with pytest.raises(errors.EnvCrashError, match=message) as caught:
+        env.step(torch.zeros(6, 2))
+    assert caught.value.task == 1
+    with pytest.raises(errors.EnvError, match="call reset"):
+        env.step(torch.zeros(6, 2))
+
+
+def test_a_process_that_dies_says_which_task():
+    env = GymVectorEnv(make, [{}, {"dies": 2}], workers=True)
+    env.reset(seed=0)
+    env.step(torch.zeros(2, 2))
+    with pytest.raises(errors.EnvCrashError, match="task 1 died") as caught:
+        env.step(torch.zeros(2, 2))
+    assert caught.value.task == 1
+
+
+def test_environments_that_do_not_fit_are_refused():
+    discrete = gymnasium.spaces.Discrete(2)
+    with pytest.raises(errors.SpaceError, match="task 1 has the action_space Discrete"):
+        GymVectorEnv(make, [{}, {"space": discrete}])
+    with pytest.raises(errors.SpaceError, match="expected Discrete or Box"):
+        GymVectorEnv(make, [{"space": gymnasium.spaces.MultiBinary(2)}])
+    limit = lambda steps: gymnasium.wrappers.TimeLimit(Counter({}), steps)  # noqa: E731
+    with pytest.raises(errors.HorizonError, match="task 1 ends after"):
+        GymVectorEnv(lambda steps: envs.Grid(horizon=steps).plain(), [3, 5])
+    assert GymVectorEnv(limit, [2, 3], horizon=3).horizon == 3
+    with pytest.raises(errors.HorizonError, match="no fixed horizon"):
+        require_horizon(GymVectorEnv(make, [{}]))
+    assert require_horizon(envs.Grid().vector(1)) == 15
+    with pytest.raises(errors.OptionError, match="no tasks"):
+        GymVectorEnv(make, [])
+    env = GymVectorEnv(make, [{}])
+    env.reset()
+    for wrong in (torch.zeros(1, dtype=torch.int64), torch.zeros(2, 2), [0.0, 0.0]):
+        with pytest.raises(errors.ShapeError, match=r"expected a tensor \[1, 2\] of floating"):
+            env.step(wrong)
+    with pytest.raises(errors.OptionError, match="unknown options of reset: mass"):
+        env.reset(options={"mass": 1})
+
+
+# -- half-cheetah ------------------------------------------------------------------------------------------------------
+
+
+class Runner(Counter):
+    """What the cheetah's wrapper needs of one."""
+
+    def step(self, action):
+        observation, _, terminated, truncated, _ = super().step(action)
+        return observation, 99.0, terminated, truncated, {"x_velocity": 1.5, "reward_ctrl": -0.2}
+
+
+def test_rewards_of_velocities():
+    for options, reward in (({"direction": -1.0}, -1.7), ({"velocity": 2.0}, -0.7), ({"velocity": 0.0}, -1.7)):
+        env = VelocityReward(Runner({}), **options)
+        env.reset(seed=0)
+        assert env.step(np.zeros(2))[1] == pytest.approx(reward)
+    velocities = sample_velocities(1000, generator=0)
+    assert 0 <= float(velocities.min()) < 0.05 < 1.95 < float(velocities.max()) <= 2
+    assert not torch.equal(velocities, sample_velocities(1000, generator=0, split="test"))
+
+
+def test_the_cheetah_runs_or_says_what_it_needs():
+    try:
+        import mujoco  # noqa: F401
+    except ImportError:
+        with pytest.raises(errors.UnsupportedError, match=r"bayesmeta\[mujoco\]"):
+            cheetah_direction(1.0)
+        return
+    env = GymVectorEnv(cheetah_direction, [1.0, -1.0], generator=0)
+    assert env.horizon == 200
+    env.reset(seed=0)
+    *_, info = env.step(torch.zeros(2, 6))
+    assert info["final_obs"].shape == (2, 17)
+    env.close()
