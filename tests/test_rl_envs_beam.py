@@ -244,20 +244,22 @@ def test_a_file_without_the_plane_is_refused(tmp_path):
 
 
 def test_copies_share_one_product():
-    tasks = envs.BeamSteering().sample_tasks(3, generator=0)
+    tasks = BeamSteering().sample_tasks(3, generator=0)
     repeated, kicks = tasks.repeat(4), 1e-4 * torch.randn(12, 10, generator=torch.Generator().manual_seed(1))
-    each = envs.BeamSteering.task_type(repeated.row, repeated.response).readings(kicks)
+    each = BeamTasks(repeated.row, repeated.response).readings(kicks)
     torch.testing.assert_close(repeated.readings(kicks), each)
     rows = torch.tensor([7, 2])
     torch.testing.assert_close(repeated[rows].readings(kicks[rows]), each[rows])
-    assert tasks.shared is None and repeated[rows].shared is None
+    assert tasks.shared is None
+    assert repeated[rows].shared is None
 
 
 def test_a_saved_state_is_not_moved_by_later_steps():
     """Clocks count in place."""
-    env = envs.BeamSteering().vector(4, generator=0)
+    env = BeamSteering().vector(4, generator=0)
     env.reset()
     saved = env.state_dict()
     env.load_state_dict(saved)
     env.step(torch.zeros(4, 10))
-    assert saved["clock"].tolist() == [0] * 4 and env.clock.tolist() == [1] * 4
+    assert saved["clock"].tolist() == [0] * 4
+    assert env.clock.tolist() == [1] * 4
