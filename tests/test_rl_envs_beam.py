@@ -241,3 +241,25 @@ def test_a_file_without_the_plane_is_refused(tmp_path):
     np.savez(tmp_path / "tasks.npz", responseH=np.ones((3, 2, 2)))
     with pytest.raises(errors.DataError, match="responseX"):
         Machines.load(tmp_path / "tasks.npz", plane="X")
+
+
+def test_copies_share_one_product():
+    tasks = BeamSteering().sample_tasks(3, generator=0)
+    repeated, kicks = tasks.repeat(4), 1e-4 * torch.randn(12, 10, generator=torch.Generator().manual_seed(1))
+    each = BeamTasks(repeated.row, repeated.response).readings(kicks)
+    torch.testing.assert_close(repeated.readings(kicks), each)
+    rows = torch.tensor([7, 2])
+    torch.testing.assert_close(repeated[rows].readings(kicks[rows]), each[rows])
+    assert tasks.shared is None
+    assert repeated[rows].shared is None
+
+
+def test_a_saved_state_is_not_moved_by_later_steps():
+    """Clocks count in place."""
+    env = BeamSteering().vector(4, generator=0)
+    env.reset()
+    saved = env.state_dict()
+    env.load_state_dict(saved)
+    env.step(torch.zeros(4, 10))
+    assert saved["clock"].tolist() == [0] * 4
+    assert env.clock.tolist() == [1] * 4

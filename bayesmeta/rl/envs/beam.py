@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -39,9 +39,21 @@ class BeamTasks(Tensors):
     row: Tensor
     response: Tensor
 
+    #: Responses before :meth:`repeat`, so that there is one product for all copies of a task.
+    shared: ClassVar[Tensor | None] = None
+
     def readings(self, kicks: Tensor) -> Tensor:
         """Of kicks ``[tasks, correctors]``, ``[tasks, monitors]``."""
-        return UNITS * torch.bmm(self.response, kicks[..., None]).squeeze(-1)
+        if self.shared is None:
+            return torch.bmm(self.response, kicks[..., None]).squeeze(-1).mul_(UNITS)
+        each = kicks.unflatten(0, (len(self.shared), -1))
+        return torch.bmm(self.shared, each.mT).mT.flatten(0, 1).mul_(UNITS)  # in this order the faster product
+
+    def repeat(self, copies: int) -> BeamTasks:
+        """``copies`` of each, task-major, which remember that they are copies."""
+        repeated = super().repeat(copies)
+        object.__setattr__(repeated, "shared", self.response)  # of this object alone; it is frozen
+        return repeated
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class BeamSteering(Family[BeamTasks, BeamState]):
         hit = readings.abs().amax(-1) >= 1
         rows = hit.nonzero().squeeze(-1)
         if len(rows):
-            readings = readings.index_copy(0, rows, _behind_the_wall(readings[rows]))
+            readings.index_copy_(0, rows, _behind_the_wall(readings[rows]))
         rms = torch.linalg.vector_norm(readings, dim=-1).mul_(readings.shape[-1] ** -0.5)
         success = (rms < GOAL) & ~hit
         return BeamState(kicks, readings), -10 * rms, success | hit, {"success": success}

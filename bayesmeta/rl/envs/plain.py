@@ -6,6 +6,7 @@ action and random numbers, both must agree.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -116,7 +117,7 @@ class PlainEnv(gymnasium.Env[Any, Any], ABC):
         return values
 
     def _set_task(self, task: Mapping[str, Any]) -> None:
-        names = list(self.family.task_type.__dataclass_fields__)
+        names = [field.name for field in dataclasses.fields(self.family.task_type)]
         if sorted(task) != sorted(names):
             raise OptionError(f"a task with {', '.join(task)} was given; expected {', '.join(names)}.")
         self.task = {name: np.asarray(task[name]) for name in names}

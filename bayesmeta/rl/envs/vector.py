@@ -87,7 +87,8 @@ class TensorVectorEnv(VectorEnv):
         self._action_shape = torch.Size((self.num_envs, *(self.single_action_space.shape or ())))
         self._together = family.fixed_length
         self._steps = self._episodes = 0  # of environments that keep time together
-        self._clock = self._episode = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        self._clock = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        self._episode = torch.zeros_like(self._clock)
         self._state: Tensors | None = None
         self._over: Tensor | None = None  # with Disabled: which episodes have ended
         self._tasks: Tensors | None = None
@@ -262,32 +263,35 @@ class TensorVectorEnv(VectorEnv):
         self, reward: Tensor, ended: Tensor | None, info: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """The end of a step where episodes may end at different times."""
-        self._clock = self._clock + 1
+        self._clock += 1
         timeout = self._clock >= self.horizon
         terminated = torch.zeros_like(timeout) if ended is None else ended
         if self.family.horizon_terminates:
             terminated, truncated = terminated | timeout, torch.zeros_like(timeout)
         else:
-            truncated = timeout & ~terminated
-        over = terminated | truncated
+            truncated = timeout > terminated  # of truth values: and not
+        over = terminated | timeout
         observation = info["final_obs"] = self._see(self._params, self._state)
-        info["trial_ended"] = over & (self._episode + 1 == self.episodes_per_trial)
-        if bool(over.any()):
+        one = self.episodes_per_trial == 1
+        info["trial_ended"] = over if one else over & (self._episode + 1 == self.episodes_per_trial)
+        rows = over.nonzero().squeeze(-1)
+        if len(rows):
             if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
-                self._over = over
+                self._over = over.clone()
             else:
-                observation = self._restart(over, observation)
+                observation = self._restart(rows, observation)
         return observation, reward, terminated, truncated, info
 
-    def _restart(self, over: Tensor, observation: Tensor, noise: Noise | None = None) -> Tensor:
-        """Begin the next episode of some environments; those whose trial is over get new tasks if tasks are drawn."""
-        self._episode = torch.where(over, self._episode + 1, self._episode)
-        trial = over & (self._episode == self.episodes_per_trial)
-        self._episode = torch.where(trial, 0, self._episode)
-        self._clock = torch.where(over, 0, self._clock)
-        if self.new_tasks and bool(trial.any()):  # copies == 1
+    def _restart(self, rows: Tensor, observation: Tensor, noise: Noise | None = None) -> Tensor:
+        """Begin the next episode of the environments ``rows``; if tasks are drawn, those whose trial is over get new
+        ones.
+        """
+        episode = (self._episode[rows] + 1) % self.episodes_per_trial
+        self._episode.index_copy_(0, rows, episode)
+        self._clock.index_fill_(0, rows, 0)
+        if self.new_tasks and not bool(episode.all()):  # copies == 1
+            trial = torch.zeros_like(self._clock, dtype=torch.bool).index_copy_(0, rows, episode == 0)
             self._set_tasks(self._draw_tasks().to(dtype=self.dtype).where(trial, self.tasks))
-        rows = over.nonzero().squeeze(-1)
         if noise is None:
             noise = self.family.reset_noise(len(rows), self.generator, self.dtype)
         else:
@@ -306,7 +310,7 @@ class TensorVectorEnv(VectorEnv):
             raise EnvError("reset_mask was given before the first reset; call reset() first.")
         if not self._together:
             self._over = None if self._over is None else self._over & ~mask
-            return self._restart(mask, self._see(self._params, self._state), noise), {}
+            return self._restart(mask.nonzero().squeeze(-1), self._see(self._params, self._state), noise), {}
         if bool(mask.all()):
             self._over = None
             return self._next_episode(), {}
@@ -356,7 +360,8 @@ class TensorVectorEnv(VectorEnv):
             self._set_tasks(self.family.task_type(**tasks))
         self._state = None if at is None else self.family.state_type(**at).to(self.device).map(torch.clone)
         self._steps, self._episodes = int(state["steps"]), int(state["episodes"])
-        self._clock, self._episode = state["clock"].to(self.device), state["episode"].to(self.device)
+        # copies: steps count in place
+        self._clock, self._episode = (state[name].to(self.device, copy=True) for name in ("clock", "episode"))
         self._over = None if state["over"] is None else state["over"].to(self.device)
         self.generator.set_state(state["generator"].cpu())
 
