@@ -87,8 +87,9 @@ def profile(
     counts and bytes are told.
 
     Args:
-        method, tasks, tasks_per_step, support, query, accumulate, chunk, memory, checkpoint_inner, optimizer, schedule,
-            clip, seed, device, dtype, precision: as in :func:`~bayesmeta.fit`. ``optimizer`` must use the parameters
+        method, tasks: as in :func:`~bayesmeta.fit`.
+        tasks_per_step, support, query, accumulate, chunk, memory, checkpoint_inner: as in ``fit``.
+        optimizer, schedule, clip, seed, device, dtype, precision: as in ``fit``; ``optimizer`` must use the parameters
             that it is given.
         steps: that are timed, without clocks and with; about three times as many are made in all.
         compile: ``"off"``, or a mode of ``fit`` but for ``"auto"``: to measure compiled steps beside eager ones. It
