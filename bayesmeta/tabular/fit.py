@@ -35,7 +35,7 @@ from bayesmeta.tasks.table import TableTasks
 from bayesmeta.train.bounded import as_bytes
 from bayesmeta.train.compiling import Compile, check_mode
 from bayesmeta.train.distributed import count_ranks, is_first
-from bayesmeta.train.fit import FitResult, _check_counts, fit, pick_device
+from bayesmeta.train.fit import FitResult, check_counts, fit, pick_device
 from bayesmeta.train.precision import Precision, check_precision, check_usable
 from bayesmeta.train.schedules import cosine
 from bayesmeta.train.sharding import too_many_tasks
@@ -295,8 +295,8 @@ def _check_step(
     device: torch.device,
 ) -> None:
     """Refuse what ``fit`` would refuse, before anything of an old run is removed."""
-    _check_counts(checkpoint_every=checkpoint_every)
-    _check_counts(optional=True, tasks_per_step=tasks_per_step, chunk=chunk)
+    check_counts(checkpoint_every=checkpoint_every)
+    check_counts(optional=True, tasks_per_step=tasks_per_step, chunk=chunk)
     check_precision(precision)
     if precision == "tf32":
         check_usable(precision, device, [])

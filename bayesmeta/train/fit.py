@@ -201,7 +201,7 @@ def fit(
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
         DataError, ModelError and their kinds: when data and model do not fit.
     """
-    _check_counts(
+    check_counts(
         steps=steps,
         tasks_per_step=tasks_per_step,
         accumulate=accumulate,
@@ -209,8 +209,8 @@ def fit(
         log_every=log_every,
         validate_every=validate_every,
     )
-    _check_counts(optional=True, chunk=chunk, validation_chunk=validation_chunk, patience=patience)
-    _check_kinds(method, tasks, optimizer, clip)
+    check_counts(optional=True, chunk=chunk, validation_chunk=validation_chunk, patience=patience)
+    check_kinds(method, tasks, optimizer, clip)
     _check_choices(nan_policy, resume, out)
     check_mode(compile)
     check_precision(precision)
@@ -317,7 +317,8 @@ def _take(ranks: Ranks, stack: ExitStack, out: str | Path, *, overwrite: bool, r
     return held[0] if held else None
 
 
-def _check_counts(*, optional: bool = False, **counts: Any) -> None:
+def check_counts(*, optional: bool = False, **counts: Any) -> None:
+    """Refuse what is no whole number of at least 1; None too, unless it is optional."""
     for name, value in counts.items():
         if optional and value is None:
             continue
@@ -334,7 +335,8 @@ def _check_choices(nan_policy: Any, resume: Any, out: Any) -> None:
         raise OptionError("resume=True needs out=, the folder of the run to go on with.")
 
 
-def _check_kinds(method: Any, tasks: Any, optimizer: Any, clip: float | None) -> None:
+def check_kinds(method: Any, tasks: Any, optimizer: Any, clip: float | None) -> None:
+    """Refuse a method, tasks, an optimizer or a clip of another kind."""
     if not (hasattr(method, "loss") and hasattr(method, "prepare")):
         raise OptionError(f"method is a {type(method).__name__}; expected one with loss and prepare, such as MAML.")
     if not isinstance(tasks, TaskDistribution):

@@ -22,7 +22,7 @@ from bayesmeta.ops.files import reason
 from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train.bounded import bound_memory
 from bayesmeta.train.compiling import Compile, Compiler
-from bayesmeta.train.fit import _check_counts, _check_kinds, adam, pick_device
+from bayesmeta.train.fit import adam, check_counts, check_kinds, pick_device
 from bayesmeta.train.loop import Loop, OptimizerFactory, Plan, ScheduleFactory
 from bayesmeta.train.memory import recomputing
 from bayesmeta.train.precision import Precision, check_precision, check_usable, in_precision
@@ -109,9 +109,9 @@ def profile(
         RunFolderError: when the trace cannot be written.
         BayesMetaError: its kinds, for what ``fit`` refuses too.
     """
-    _check_counts(steps=steps, tasks_per_step=tasks_per_step, accumulate=accumulate, validate_every=validate_every)
-    _check_counts(optional=True, chunk=chunk, validation_chunk=validation_chunk)
-    _check_kinds(method, tasks, optimizer, clip)
+    check_counts(steps=steps, tasks_per_step=tasks_per_step, accumulate=accumulate, validate_every=validate_every)
+    check_counts(optional=True, chunk=chunk, validation_chunk=validation_chunk)
+    check_kinds(method, tasks, optimizer, clip)
     _check_options(compile, checkpoint_inner, others)
     check_precision(precision)
     if memory is not None and chunk is not None:
