@@ -107,8 +107,8 @@ _NAMES = {
     "ProcessMethod": "bayesmeta.adapt.processes",
     "ProcessModel": "bayesmeta.models.process_model",
     "ProcessPosterior": "bayesmeta.posteriors.process",
-    "profile": "bayesmeta.train.profile",
-    "Profile": "bayesmeta.train.profiled",
+    "profile": "bayesmeta.train.profiling.profile",
+    "Profile": "bayesmeta.train.profiling.profiled",
     "psis": "bayesmeta.diagnostics.pareto",
     "PSIS": "bayesmeta.diagnostics.pareto",
     "recalibrate": "bayesmeta.diagnostics.recalibration",
@@ -260,6 +260,6 @@ if TYPE_CHECKING:
     from bayesmeta.train.fit import FitResult, fit
     from bayesmeta.train.lookahead import Lookahead
     from bayesmeta.train.meta_svi import MetaSVI
-    from bayesmeta.train.profile import profile
-    from bayesmeta.train.profiled import Profile
+    from bayesmeta.train.profiling.profile import profile
+    from bayesmeta.train.profiling.profiled import Profile
     from bayesmeta.train.simulated import SimulatedTasks

@@ -28,7 +28,7 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta.ops.peak import PeakMemory
-from bayesmeta.train.compiling import Compiler
+from bayesmeta.train.compilation.compiling import Compiler
 from bayesmeta.train.loop import Loop, Plan
 from bayesmeta.train.memory import recomputing
 from bayesmeta.train.validation import Validation

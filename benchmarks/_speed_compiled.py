@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import TaskBatch
-from bayesmeta.train.compiling import Compiler
+from bayesmeta.train.compilation.compiling import Compiler
 from bayesmeta.train.loop import Loop, Plan
 from bayesmeta.train.validation import Validation
 from benchmarks._peers import Peer

@@ -47,7 +47,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 import bayesmeta as bm
-from bayesmeta.train.compiled_svi import BLOCK, LEAST
+from bayesmeta.train.compilation.compiled_svi import BLOCK, LEAST
 from benchmarks._peers import Peer, one_core
 from benchmarks._speed_compiled import take_turns
 from benchmarks.harness import Row, at_least, at_most, main

@@ -9,9 +9,9 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta.errors import CompileWarning, UnsupportedError
-from bayesmeta.train import buckets as room
-from bayesmeta.train.buckets import Buckets, Shape, choose, difference, fitting, pad_tasks
-from bayesmeta.train.compiling import MOST_GRAPHS
+from bayesmeta.train.compilation import buckets as room
+from bayesmeta.train.compilation.buckets import Buckets, Shape, choose, difference, fitting, pad_tasks
+from bayesmeta.train.compilation.compiling import MOST_GRAPHS
 from tests.test_compile import off
 from tests.test_contract import METHODS, on_network, ragged_batch, sinusoids, stir
 
@@ -21,7 +21,7 @@ F64 = torch.float64
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The captured graph as it is: all but the compiler, in a hundredth of its time."""
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
 
 
 # -- which buckets ------------------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def test_a_ragged_run_is_that_of_eager_steps_with_few_graphs(case, compilers, un
 
 def test_without_buckets_the_same_run_is_mostly_eager(compilers, uncompiled, monkeypatch):
     """The control of the test above: the shapes do differ."""
-    monkeypatch.setattr("bayesmeta.train.compiling.learn", lambda *given: (Buckets(), None))
-    monkeypatch.setattr("bayesmeta.train.compiling.MOST_GRAPHS", 2)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiling.learn", lambda *given: (Buckets(), None))
+    monkeypatch.setattr("bayesmeta.train.compilation.compiling.MOST_GRAPHS", 2)
     run("maml", Ragged(), compile="inductor")
     assert len(compilers[0].graphs) == 2
     assert compilers[0]._made < 8

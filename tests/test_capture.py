@@ -7,7 +7,7 @@ import torch
 
 from bayesmeta.errors import CaptureError
 from bayesmeta.ops.random import as_generator, forked_rng, normal_like
-from bayesmeta.train.capture import capture
+from bayesmeta.train.compilation.capture import capture
 
 F64 = torch.float64
 

@@ -137,7 +137,7 @@ def test_fit_says_what_was_read_and_what_comes_next(table):
 
 def test_fit_compiled_learns_the_same(table, capsys, monkeypatch, tmp_path):
     """The captured graph as it is, without the compiler; beside the folder of the same run, eager."""
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
     place, _ = table
     out = tmp_path / "run"
     status, text, error = command(

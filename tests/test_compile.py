@@ -8,9 +8,9 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta.errors import CaptureError, CompileWarning, OptionError
-from bayesmeta.train.compiled import CompiledStep
-from bayesmeta.train.compiling import flatten, rebuild
-from bayesmeta.train.updates import Update
+from bayesmeta.train.compilation.compiled import CompiledStep
+from bayesmeta.train.compilation.compiling import flatten, rebuild
+from bayesmeta.train.compilation.updates import Update
 from tests.test_contract import METHODS, on_network, on_program, ragged_batch, sinusoids, stir
 
 F32, F64 = torch.float32, torch.float64
@@ -26,7 +26,7 @@ each = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) fo
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The captured graph as it is: all but the compiler, in a hundredth of its time."""
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
 
 
 def adam(parameters):
@@ -343,7 +343,7 @@ def test_auto_compiles_long_runs_alone(uncompiled, monkeypatch):
         assert "would not win back" in found.compiled
         assert torch.equal(ours, run(steps=14)[1])
         for name in ("SECONDS", "SECONDS_A_NODE", "TIMES_CAPTURE"):
-            monkeypatch.setattr(f"bayesmeta.train.compiling.{name}", 0.0)
+            monkeypatch.setattr(f"bayesmeta.train.compilation.compiling.{name}", 0.0)
         found, ours = run(compile="auto", steps=20)
     assert found.compiled.startswith("compiled at step 12")
     assert off(ours, run(steps=20)[1]) < 1e-12

@@ -15,7 +15,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 import bayesmeta as bm
-from bayesmeta.train.compiling import Compiler
+from bayesmeta.train.compilation.compiling import Compiler
 made = []
 build = Compiler._build
 def noted(self, key, step):

@@ -13,9 +13,9 @@ from torch import nn
 
 import bayesmeta as bm
 from bayesmeta.errors import CaptureError, CompileWarning
-from bayesmeta.train.compiled import CompiledStep
-from bayesmeta.train.updates import Update
-from bayesmeta.train.watching import CHECK_EVERY, ChanceError, OutdatedError, next_check
+from bayesmeta.train.compilation.compiled import CompiledStep
+from bayesmeta.train.compilation.updates import Update
+from bayesmeta.train.compilation.watching import CHECK_EVERY, ChanceError, OutdatedError, next_check
 
 F64 = torch.float64
 
@@ -23,8 +23,8 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """The captured graph as it is."""
-    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 5)
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled_svi.LEAST", 5)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
 
 
 def adam(parameters):
@@ -87,7 +87,7 @@ def annealed(scale):
 
 def test_a_number_that_changes_later_is_found_by_comparing(monkeypatch):
     """A weight of the prior that the user's loop sets: 1e-6 off is seen at the next comparison, and told."""
-    monkeypatch.setattr("bayesmeta.train.watching.CHECKS", (2, 8, 1000))
+    monkeypatch.setattr("bayesmeta.train.compilation.watching.CHECKS", (2, 8, 1000))
 
     def make():
         weight = [0.5]
@@ -518,7 +518,7 @@ def test_a_graph_that_differs_is_refused(monkeypatch):
     def wrong(graph, inputs):
         return lambda *given: [1.01 * t if t.is_floating_point() else t for t in graph(*given)]
 
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", wrong)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", wrong)
     with pytest.warns(CompileWarning, match="differs from the step itself by 0.01"):
         _, svi, _ = train("inductor")
     assert svi.compiled.startswith("not compiled")

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import bayesmeta as bm
 from bayesmeta.errors import CompileWarning, OptionError
-from bayesmeta.train.compiled_svi import LEAST
+from bayesmeta.train.compilation.compiled_svi import LEAST
 from tests.programs import batch_of
 
 F64 = torch.float64
@@ -20,8 +20,8 @@ F64 = torch.float64
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The captured graph as it is, and several in one however few there are to make."""
-    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 5)
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled_svi.LEAST", 5)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
 
 
 def hierarchy(x, y=None, mask=None):
@@ -192,7 +192,7 @@ def test_auto_waits_until_compiling_may_pay(uncompiled, monkeypatch):
         warnings.simplefilter("error")
         _, _, svi = train("auto", Trace_ELBO(), steps=4)
         assert svi.compiled.startswith("not compiled")
-        monkeypatch.setattr("bayesmeta.train.compiled_svi.SECONDS", 0.0)
+        monkeypatch.setattr("bayesmeta.train.compilation.compiled_svi.SECONDS", 0.0)
         losses, _, svi = train("auto", Trace_ELBO())
     assert svi.compiled.startswith("compiled at step 3")
     assert torch.allclose(losses, train("off", Trace_ELBO())[0], rtol=1e-11)
@@ -303,8 +303,8 @@ def test_a_state_that_is_loaded_is_the_one_that_goes_on(uncompiled):
 
 
 def test_few_steps_do_not_wait_for_several_in_one_graph(monkeypatch):
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
-    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 20)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled_svi.LEAST", 20)
     *_, svi = pair("inductor", steps=20)
     assert "compiled at step 2" in svi.compiled
     assert "steps in one graph" not in svi.compiled  # 19 are left after the first
@@ -321,7 +321,7 @@ def test_auto_decides_by_the_steps_that_run_is_asked_for(uncompiled, monkeypatch
         spent[0] += 0.1  # of a step
         return spent[0]
 
-    monkeypatch.setattr("bayesmeta.train.compiled_svi.time.perf_counter", clock)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled_svi.time.perf_counter", clock)
     *_, svi = pair("auto", steps=300)  # 30 seconds of eager steps: less than twice what compiling takes
     assert not svi._compiler.graphs
     *_, svi = pair("auto", steps=700)
@@ -332,7 +332,7 @@ def test_auto_decides_by_the_steps_that_run_is_asked_for(uncompiled, monkeypatch
 
 
 def test_the_first_shape_without_a_graph_is_told(uncompiled):
-    from bayesmeta.train.compiling import MOST_GRAPHS
+    from bayesmeta.train.compilation.compiling import MOST_GRAPHS
 
     batches = [data(tasks=tasks) for tasks in range(2, 5 + MOST_GRAPHS)]
     with pytest.warns(CompileWarning, match="shapes .* and 4 graphs have been made.*Pad the shots") as caught:
@@ -360,7 +360,7 @@ def mean_guide(model):
 
 @pytest.mark.slow
 def test_inductor_on_several_steps(monkeypatch):
-    monkeypatch.setattr("bayesmeta.train.compiled_svi.LEAST", 5)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled_svi.LEAST", 5)
     check_same(pair("inductor"), pair("off"))
 
 

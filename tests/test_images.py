@@ -238,7 +238,7 @@ def test_a_conv_net_trains(name):
 
 def test_drawing_is_part_of_a_compiled_step(monkeypatch):
     """Numbers of the captured graph equal those of eager steps, and tasks are fresh in each."""
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
     tasks = bm.tasks.ImageClasses(quarters(), ways=3, rotations=True)
     losses = []
     for mode in ("inductor", "off"):

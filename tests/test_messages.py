@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
+from bayesmeta.train.compilation.quiet import without_shim_messages
 from bayesmeta.train.distributed import _in_short
-from bayesmeta.train.quiet import without_shim_messages
 
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:12345. This "

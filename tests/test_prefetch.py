@@ -180,7 +180,7 @@ def test_a_run_does_not_go_on_without(tmp_path):
 
 
 def test_compiled_steps_take_what_was_drawn_ahead(monkeypatch):
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs: graph)
     tasks = bm.tasks.Sinusoid(noise=0.1)
     with Prefetch(tasks, workers=1) as ahead:
         result, ours = run(ahead, compile="inductor", dtype=torch.float64)

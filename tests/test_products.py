@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bayesmeta.train.products import Products
+from bayesmeta.train.compilation.products import Products
 
 F64 = torch.float64
 aten = torch.ops.aten

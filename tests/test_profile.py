@@ -12,8 +12,8 @@ import torch
 import bayesmeta as bm
 from bayesmeta import cli, errors
 from bayesmeta.train.loop import Loop
-from bayesmeta.train.profile import NOT_OF_A_STEP
-from bayesmeta.train.stages import Stages
+from bayesmeta.train.profiling.profile import NOT_OF_A_STEP
+from bayesmeta.train.profiling.stages import Stages
 from tests.programs import TwoSites
 
 TASKS = bm.tasks.Sinusoid(noise=0.1)
@@ -330,7 +330,7 @@ def test_a_method_that_cannot_be_copied_is_refused():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The captured graph as it is: all but the compiler, in a hundredth of its time."""
-    monkeypatch.setattr("bayesmeta.train.compiled._inductor", lambda graph, inputs, *rest, **options: graph)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled._inductor", lambda graph, inputs, *rest, **options: graph)
 
 
 @pytest.mark.usefixtures("uncompiled")

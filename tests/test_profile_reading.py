@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from bayesmeta.train.profile_advice import advise
-from bayesmeta.train.profiled import Profile, Stage, StepProfile, duration
-from bayesmeta.train.stages import PREFIX
-from bayesmeta.train.trace import Operation, Trace, read, without_noise
+from bayesmeta.train.profiling.advice import advise
+from bayesmeta.train.profiling.profiled import Profile, Stage, StepProfile, duration
+from bayesmeta.train.profiling.stages import PREFIX
+from bayesmeta.train.profiling.trace import Operation, Trace, read, without_noise
 
 # -- reading a trace --------------------------------------------------------------------------------------------------
 

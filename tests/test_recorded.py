@@ -5,8 +5,8 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta.errors import CaptureError, OptionError
-from bayesmeta.train import compiled_svi
-from bayesmeta.train.recorded import Recorded, record_step
+from bayesmeta.train.compilation import compiled_svi
+from bayesmeta.train.compilation.recorded import Recorded, record_step
 from tests.test_compile import run
 from tests.test_compile_svi import check_same, pair
 
@@ -31,11 +31,11 @@ def played_back(fn):
 @pytest.fixture
 def fake(monkeypatch):
     """Recordings of Python calls on the CPU."""
-    monkeypatch.setattr("bayesmeta.train.recorded._record_on_cuda", played_back)
-    monkeypatch.setattr("bayesmeta.train.compiled.record_step", Recorded)
+    monkeypatch.setattr("bayesmeta.train.compilation.recorded._record_on_cuda", played_back)
+    monkeypatch.setattr("bayesmeta.train.compilation.compiled.record_step", Recorded)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for module in ("compiling", "compiled_svi"):
-        monkeypatch.setattr(f"bayesmeta.train.{module}.check_cuda", lambda device: None)
+        monkeypatch.setattr(f"bayesmeta.train.compilation.{module}.check_cuda", lambda device: None)
 
 
 def test_memory_of_a_recording():

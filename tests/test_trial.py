@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayesmeta.errors import CaptureError
-from bayesmeta.train.trial import can_try, try_in_child
+from bayesmeta.train.compilation.trial import can_try, try_in_child
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Whether the code that runs is being recorded as one graph (:mod:`bayesmeta.train.capture`)."""
+"""Whether the code that runs is being recorded as one graph (:mod:`bayesmeta.train.compilation.capture`)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.schema import TableSchema
 from bayesmeta.tasks.table import TableTasks
 from bayesmeta.train.bounded import as_bytes
-from bayesmeta.train.compiling import Compile, check_mode
+from bayesmeta.train.compilation.compiling import Compile, check_mode
 from bayesmeta.train.distributed import count_ranks, is_first
 from bayesmeta.train.fit import FitResult, check_counts, fit, pick_device
 from bayesmeta.train.precision import Precision, check_precision, check_usable

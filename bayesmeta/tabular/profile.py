@@ -15,11 +15,11 @@ from bayesmeta.tasks.gp import GPTasks
 from bayesmeta.tasks.schema import TableSchema, did_you_mean
 from bayesmeta.tasks.sine_or_line import SineOrLine
 from bayesmeta.tasks.sinusoid import Sinusoid
-from bayesmeta.train.compiling import Compile
+from bayesmeta.train.compilation.compiling import Compile
 from bayesmeta.train.fit import pick_device
 from bayesmeta.train.precision import Precision
-from bayesmeta.train.profile import profile
-from bayesmeta.train.profiled import Profile
+from bayesmeta.train.profiling.profile import profile
+from bayesmeta.train.profiling.profiled import Profile
 
 #: Families that can be profiled instead of a file, each with noise.
 FAMILIES: dict[str, Callable[[], Any]] = {

@@ -17,7 +17,7 @@ from bayesmeta.errors import OptionError
 from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train import events, restart, sharding
 from bayesmeta.train.bounded import as_bytes, bound_memory
-from bayesmeta.train.compiling import Compile, Compiler, check_mode
+from bayesmeta.train.compilation.compiling import Compile, Compiler, check_mode
 from bayesmeta.train.distributed import Distributed, Ranks, join
 from bayesmeta.train.folder import claim, has_checkpoint
 from bayesmeta.train.lock import Lock

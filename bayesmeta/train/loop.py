@@ -20,7 +20,7 @@ from bayesmeta.errors import CheckpointError, EmptyTaskError, NonFiniteLossError
 from bayesmeta.ops.random import forked_rng
 from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train import checkpoint, sharding
-from bayesmeta.train.compiling import Compiler
+from bayesmeta.train.compilation.compiling import Compiler
 from bayesmeta.train.distributed import Ranks
 from bayesmeta.train.memory import memory_for
 from bayesmeta.train.precision import Precision

@@ -26,8 +26,8 @@ from bayesmeta.ops.random import Seed
 from bayesmeta.posteriors.samples import SamplesPosterior
 from bayesmeta.train import checkpoint
 from bayesmeta.train.arguments import as_observations
-from bayesmeta.train.compiled_svi import SVICompiler
-from bayesmeta.train.compiling import Compile, check_mode
+from bayesmeta.train.compilation.compiled_svi import SVICompiler
+from bayesmeta.train.compilation.compiling import Compile, check_mode
 from bayesmeta.train.known_tasks import GuideTasks
 from bayesmeta.train.loop import MAX_SKIPPED, NanPolicy
 from bayesmeta.train.precision import Precision, check_precision, check_usable, in_precision

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayesmeta.train.stages import PREFIX, STAGES, STEP
+from bayesmeta.train.profiling.stages import PREFIX, STAGES, STEP
 
 #: What runs on a GPU, by the profiler's categories.
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -62,7 +62,7 @@ class Trace:
 
 
 def read(path: Path, *, quiet: Sequence[bool], cuda: bool = False) -> Trace:
-    """Read the trace of steps that :class:`~bayesmeta.train.stages.Stages` has annotated.
+    """Read the trace of steps that :class:`~bayesmeta.train.profiling.stages.Stages` has annotated.
 
     The first step is left out: in it the profiler starts, and it frees what the profiler has not seen come.
 

@@ -21,15 +21,15 @@ from bayesmeta.errors import OptionError, RunFolderError, UnsupportedError
 from bayesmeta.ops.files import reason
 from bayesmeta.protocols import TaskDistribution
 from bayesmeta.train.bounded import bound_memory
-from bayesmeta.train.compiling import Compile, Compiler
+from bayesmeta.train.compilation.compiling import Compile, Compiler
 from bayesmeta.train.fit import adam, check_counts, check_kinds, pick_device
 from bayesmeta.train.loop import Loop, OptimizerFactory, Plan, ScheduleFactory
 from bayesmeta.train.memory import recomputing
 from bayesmeta.train.precision import Precision, check_precision, check_usable, in_precision
-from bayesmeta.train.profile_advice import advise
-from bayesmeta.train.profiled import Profile, Stage, StepProfile
-from bayesmeta.train.stages import STAGES, Stages, switches
-from bayesmeta.train.trace import read, trace_file, without_noise
+from bayesmeta.train.profiling.advice import advise
+from bayesmeta.train.profiling.profiled import Profile, Stage, StepProfile
+from bayesmeta.train.profiling.stages import STAGES, Stages, switches
+from bayesmeta.train.profiling.trace import read, trace_file, without_noise
 from bayesmeta.train.validation import Score, Validation
 
 #: Options of :func:`~bayesmeta.fit` that change no step; they are taken and do nothing here.
@@ -82,9 +82,9 @@ def profile(
     method, torch's, numpy's and Python's generators, the number of threads; no run folder is opened.
 
     Three things are measured, each on steps of its own: the time of a step without any clock inside; the time of each
-    stage (:class:`~bayesmeta.train.profiled.Stage`; on a GPU each is waited for); and, by torch's profiler, operations
-    and memory. The profiler makes a step of many small operations several times as slow, so that of it only shares,
-    counts and bytes are told.
+    stage (:class:`~bayesmeta.train.profiling.profiled.Stage`; on a GPU each is waited for); and, by torch's profiler,
+    operations and memory. The profiler makes a step of many small operations several times as slow, so that of it only
+    shares, counts and bytes are told.
 
     Args:
         method, tasks: as in :func:`~bayesmeta.fit`.

@@ -27,12 +27,12 @@ from torch.utils import _pytree as pytree
 
 from bayesmeta.errors import CaptureError, CompileWarning
 from bayesmeta.train.arguments import as_observations
-from bayesmeta.train.compiled import CompiledStep
-from bayesmeta.train.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, SPEED_UP, TIMED, Compile, counts
-from bayesmeta.train.recorded import check_cuda
-from bayesmeta.train.several import SeveralSteps
+from bayesmeta.train.compilation.compiled import CompiledStep
+from bayesmeta.train.compilation.compiling import MOST_BROKEN, MOST_GRAPHS, SECONDS, SPEED_UP, TIMED, Compile, counts
+from bayesmeta.train.compilation.recorded import check_cuda
+from bayesmeta.train.compilation.several import SeveralSteps
+from bayesmeta.train.compilation.watching import MOST_REBUILT, MOST_TRIES, ChanceError, OutdatedError
 from bayesmeta.train.svi_state import owners
-from bayesmeta.train.watching import MOST_REBUILT, MOST_TRIES, ChanceError, OutdatedError
 
 #: Steps in one graph in :meth:`~bayesmeta.MetaSVI.run`. Compiling takes as many times as long as for one step.
 BLOCK = 5

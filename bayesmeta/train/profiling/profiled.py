@@ -10,8 +10,8 @@ from typing import Any
 from bayesmeta.errors import RunFolderError
 from bayesmeta.ops.files import reason
 from bayesmeta.train.bounded import in_words
-from bayesmeta.train.stages import STAGES
-from bayesmeta.train.trace import Operation
+from bayesmeta.train.profiling.stages import STAGES
+from bayesmeta.train.profiling.trace import Operation
 
 #: Operations that the table shows.
 SHOWN = 10

@@ -1,8 +1,8 @@
 """The end of a captured step: what it makes of parameters and states, written into them, inside the graph.
 
 The last thing that a graph does is to put the new values in the place of the old ones, where the loss and the norm of
-its gradient are finite and the conditions of :mod:`~bayesmeta.train.capture` hold; else everything stays as it was.
-Nothing is then left to do around the call, and several steps may follow each other in one graph.
+its gradient are finite and the conditions of :mod:`~bayesmeta.train.compilation.capture` hold; else everything stays as
+it was. Nothing is then left to do around the call, and several steps may follow each other in one graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from bayesmeta.train.capture import Captured, Draw, Source
+from bayesmeta.train.compilation.capture import Captured, Draw, Source
 
 aten = torch.ops.aten
 #: marks the node that says whether the steps before were made

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.errors import CaptureError
-from bayesmeta.train.capture import Captured, capture
-from bayesmeta.train.in_place import write_in_place
-from bayesmeta.train.quiet import without_shim_messages
-from bayesmeta.train.recorded import record_step
-from bayesmeta.train.trial import can_try, try_in_child
-from bayesmeta.train.updates import Update
-from bayesmeta.train.watching import ChanceError, OutdatedError, Watch, next_check, no_factor, rounding
+from bayesmeta.train.compilation.capture import Captured, capture
+from bayesmeta.train.compilation.in_place import write_in_place
+from bayesmeta.train.compilation.quiet import without_shim_messages
+from bayesmeta.train.compilation.recorded import record_step
+from bayesmeta.train.compilation.trial import can_try, try_in_child
+from bayesmeta.train.compilation.updates import Update
+from bayesmeta.train.compilation.watching import ChanceError, OutdatedError, Watch, next_check, no_factor, rounding
 
 #: what a step minimises: its value, and what its gradient is taken of
 Objective = Callable[..., tuple[Tensor, Tensor]]
@@ -339,7 +339,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        from bayesmeta.train.products import Products
+        from bayesmeta.train.compilation.products import Products
 
         # options are patched while it compiles, and are then as they were; shapes are those that it is made for
         options: dict[str, Any] = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bayesmeta.errors import CaptureError
-from bayesmeta.train.compiled import CompiledStep
-from bayesmeta.train.in_place import repeat
+from bayesmeta.train.compilation.compiled import CompiledStep
+from bayesmeta.train.compilation.in_place import repeat
 
 
 class SeveralSteps:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bayesmeta.data import Observations, TaskBatch
 from bayesmeta.errors import CaptureError, CompileWarning, OptionError
-from bayesmeta.train.buckets import Buckets, learn
-from bayesmeta.train.compiled import CompiledStep, Objective
-from bayesmeta.train.recorded import check_cuda
-from bayesmeta.train.watching import MOST_REBUILT, MOST_TRIES, ChanceError, OutdatedError
+from bayesmeta.train.compilation.buckets import Buckets, learn
+from bayesmeta.train.compilation.compiled import CompiledStep, Objective
+from bayesmeta.train.compilation.recorded import check_cuda
+from bayesmeta.train.compilation.watching import MOST_REBUILT, MOST_TRIES, ChanceError, OutdatedError
 
 Compile = Literal["off", "auto", "inductor", "cudagraphs"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bayesmeta.train.bounded import in_words
-from bayesmeta.train.profiled import Profile, duration
-from bayesmeta.train.stages import STAGES
+from bayesmeta.train.profiling.profiled import Profile, duration
+from bayesmeta.train.profiling.stages import STAGES
 
 #: Shares of a step from which on a stage, or what a single task costs too, is spoken of.
 MUCH = {"draw": 0.3, "update": 0.3, "rest": 0.2}
