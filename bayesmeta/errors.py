@@ -25,6 +25,10 @@ class EmptyTaskError(DataError):
     """A task has neither support nor query, or fewer observations than were asked for."""
 
 
+class ContextError(DataError):
+    """A context of transitions is not of the family, the widths or the length that a latent context was made for."""
+
+
 class DeviceMismatchError(DataError):
     """Tensors that must meet live on different devices or have different floating dtypes."""
 
@@ -139,6 +143,10 @@ class RankError(BayesMetaError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
         return type(self), (str(self), self.rank)  # so that it comes back from a worker process
+
+
+class ReplayError(BayesMetaError):
+    """A replay buffer has nothing to draw of a task, or is given what it does not hold."""
 
 
 class CheckpointError(BayesMetaError):

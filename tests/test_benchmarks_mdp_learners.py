@@ -51,22 +51,3 @@ def test_a_run_keeps_the_curve_beside_the_rows(monkeypatch):
     args.learners = ["rl2_n10"]
     assert tabular_mdps.run(args)[-1] is row
     assert args._curves == {"rl2_n10": ["curve"]}
-
-
-def test_the_memory_reads_two_inputs_and_forgets_both_where_a_trial_begins():
-    memory = learners.TransitionMemory(3, 4)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 2, 3, generator=generator)
-    begins = torch.zeros(5, 2, dtype=torch.bool)
-    begins[0], begins[3, 1] = True, True
-    hidden, last = memory.unroll(x, memory.first(2), begins)
-    assert hidden.shape == (5, 2, 4)
-    # by hand: a GRU on [x_t, x_{t-1}], zeros before the first
-    expected = torch.zeros(2, 4)
-    for t in range(3):
-        before = x[t - 1] if t else torch.zeros(2, 3)
-        expected = memory.gru.cell(torch.cat([x[t], before], -1), expected)
-        assert torch.allclose(hidden[t], expected, atol=1e-6)
-    alone, _ = memory.unroll(x[3:, 1:], memory.first(1), begins[3:, 1:])
-    assert torch.equal(hidden[3:, 1:], alone)  # nothing of the trial before
-    assert torch.equal(last[:, 4:], x[-1])

@@ -1,5 +1,6 @@
 """Ordinary gymnasium environments behind the interface of the tensor environments, and what happens when one fails."""
 
+import importlib.util
 import os
 
 import gymnasium
@@ -9,9 +10,9 @@ import torch
 
 from bayesmeta import errors
 from bayesmeta.rl import envs
-from bayesmeta.rl.envs.cheetah import VelocityReward, cheetah_direction, sample_velocities
+from bayesmeta.rl.envs.cheetah import VelocityReward, cheetah_direction, cheetah_directions, cheetah_velocities
 from bayesmeta.rl.envs.grid import CellTasks
-from bayesmeta.rl.envs.gym import GymVectorEnv, require_horizon
+from bayesmeta.rl.envs.gym import GymVectorEnv
 
 
 class Counter(gymnasium.Env):
@@ -92,28 +93,6 @@ def test_ends_and_limits_stay_apart_and_final_observations_are_kept():
     env.close()
 
 
-def test_a_run_goes_on_from_a_trial():
-    def trials(env, number):
-        out = []
-        for _ in range(number):
-            out.append(env.reset()[0])
-            out += [env.step(torch.zeros(2, 2))[0] for _ in range(5)]
-        return torch.stack(out)
-
-    env = GymVectorEnv(make, [{}, {}], generator=3)
-    trials(env, 2)
-    state = env.state_dict()
-    rest = trials(env, 2)
-    again = GymVectorEnv(make, [{}, {}], generator=8)
-    assert not torch.equal(trials(again, 2), rest)
-    again.load_state_dict(state)
-    with pytest.raises(errors.EnvError, match="call reset"):
-        again.step(torch.zeros(2, 2))
-    assert torch.equal(trials(again, 2), rest)
-    with pytest.raises(errors.CheckpointError, match="2 environments; these are 1"):
-        GymVectorEnv(make, [{}]).load_state_dict(state)
-
-
 # -- failures -------------------------------------------------------------------------------------------------------
 
 
@@ -155,9 +134,6 @@ def test_environments_that_do_not_fit_are_refused():
     with pytest.raises(errors.HorizonError, match="task 1 ends after"):
         GymVectorEnv(lambda steps: envs.Grid(horizon=steps).plain(), [3, 5])
     assert GymVectorEnv(limit, [2, 3], horizon=3).horizon == 3
-    with pytest.raises(errors.HorizonError, match="no fixed horizon"):
-        require_horizon(GymVectorEnv(make, [{}]))
-    assert require_horizon(envs.Grid().vector(1)) == 15
     with pytest.raises(errors.OptionError, match="no tasks"):
         GymVectorEnv(make, [])
     env = GymVectorEnv(make, [{}])
@@ -185,21 +161,57 @@ def test_rewards_of_velocities():
         env = VelocityReward(Runner({}), **options)
         env.reset(seed=0)
         assert env.step(np.zeros(2))[1] == pytest.approx(reward)
-    velocities = sample_velocities(1000, generator=0)
-    assert 0 <= float(velocities.min()) < 0.05 < 1.95 < float(velocities.max()) <= 2
-    assert not torch.equal(velocities, sample_velocities(1000, generator=0, split="test"))
 
 
-def test_the_cheetah_runs_or_says_what_it_needs():
-    try:
-        import mujoco  # noqa: F401
-    except ImportError:
-        with pytest.raises(errors.UnsupportedError, match=r"bayesmeta\[mujoco\]"):
-            cheetah_direction(1.0)
-        return
-    env = GymVectorEnv(cheetah_direction, [1.0, -1.0], generator=0)
-    assert env.horizon == 200
-    env.reset(seed=0)
-    *_, info = env.step(torch.zeros(2, 6))
-    assert info["final_obs"].shape == (2, 17)
-    env.close()
+def mujoco_is_here():
+    return importlib.util.find_spec("mujoco") is not None
+
+
+@pytest.mark.skipif(mujoco_is_here(), reason="is about its absence")
+def test_the_cheetah_says_what_it_needs():
+    for make in (lambda: cheetah_direction(1.0), cheetah_directions, cheetah_velocities):
+        with pytest.raises(errors.UnsupportedError, match=r"install bayesmeta\[mujoco\]\. \(No module named 'mujoco'\)"):
+            make()
+
+
+@pytest.mark.skipif(not mujoco_is_here(), reason="needs MuJoCo")
+def test_the_cheetah_is_rewarded_as_its_task_says(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    rewards = []
+    for family, tasks in ((cheetah_directions(horizon=5), [1.0, -1.0]), (cheetah_velocities(), [0.0, 1.5])):
+        env = family.vector(2, tasks=tasks, generator=0)
+        assert env.horizon == (5 if family.name.endswith("direction") else 200)
+        generator = torch.Generator().manual_seed(1)
+        for change in (tasks, tasks[::-1]):  # the same seeds and actions under the tasks exchanged
+            first, _ = env.reset(seed=3, options={"tasks": change})
+            assert first.shape == (2, 17)
+            actions = (torch.rand(5, 1, 6, generator=generator.manual_seed(1)) * 2 - 1).expand(5, 2, 6)
+            rewards.append(torch.stack([env.step(action)[1] for action in actions]))
+        env.close()
+    forward, exchanged, slow, fast = rewards
+    control = -0.1 * (torch.rand(5, 1, 6, generator=generator.manual_seed(1)) * 2 - 1).square().sum(-1)
+    assert torch.allclose(forward - control, -(exchanged - control), atol=1e-5)
+    assert float((forward - control).abs().min()) > 1e-3
+    # row 0 of the first run stands still by its task, row 0 of the second wants 1.5 m/s
+    speed = forward[:, 0] - control[:, 0]
+    assert torch.allclose(slow[:, 0] - control[:, 0], -speed.abs(), atol=1e-5)
+    assert torch.allclose(fast[:, 0] - control[:, 0], -(speed - 1.5).abs(), atol=1e-5)
+    assert not list(tmp_path.iterdir())  # MuJoCo would write a log of warnings
+    assert "deprecated" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not mujoco_is_here(), reason="needs MuJoCo")
+def test_the_cheetah_goes_back_to_a_state():
+    family = cheetah_velocities(horizon=6)
+    env = family.vector(2, new_tasks=True, generator=0)
+    env.reset()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(9):
+        env.step(torch.randn(2, 6, generator=generator))
+    state, action = env.state_dict(), torch.randn(2, 6, generator=generator)
+    expected = env.step(action)
+    again = family.vector(2, new_tasks=True, generator=5)
+    again.load_state_dict(state)
+    found = again.step(action)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

@@ -104,10 +104,37 @@ class EncoderRecipe:
         outputs = 1 if observations.y.dim() == 2 else observations.y.shape[-1]
         with torch.no_grad():
             features = program.embed(observations).num_features
+        return self.build(
+            features, outputs, observations.x, size=size, latent=latent, given=given, full=full,
+            **encoder_targets(program, theta, observations),
+        )  # fmt: skip
+
+    def build(
+        self,
+        features: int,
+        outputs: int,
+        like: Tensor,
+        *,
+        size: int | None = None,
+        latent: int = 1,
+        given: int = 0,
+        full: bool = False,
+        **targets: Any,
+    ) -> nn.Module:
+        """The encoder of these widths, in the dtype and on the device of ``like``.
+
+        Args:
+            features, outputs: widths of x and y.
+            like: a floating tensor.
+            size, latent, given, full: as in :meth:`make`.
+            targets: how y is read, ``classes`` or ``counts`` of an :class:`~bayesmeta.models.encoders.Encoder`.
+        """
+        if self._own is not None:
+            return self._own.to(like)
         widths, hidden = (features, outputs), (self.width, self.width)
         size = self.width if size is None else size
-        options: dict[str, Any] = {"max_shots": self.max_shots, **encoder_targets(program, theta, observations)}
-        with forked_rng(as_generator(self.seed, observations.device, "encoder")):
+        options: dict[str, Any] = {"max_shots": self.max_shots, **targets}
+        with forked_rng(as_generator(self.seed, like.device, "encoder")):
             encoder: nn.Module
             if self.name == "product":
                 covariance: Any = "full" if full else "diagonal"
@@ -119,7 +146,7 @@ class EncoderRecipe:
                 attends = self.name in ("attention", "transformer")
                 options |= {"blocks": 2, "block": self.name} if attends else {"pool": self.name}
                 encoder = PooledEncoder(*widths, size, hidden=hidden, **options)
-        return encoder.to(observations.x)
+        return encoder.to(like)
 
 
 def encoder_targets(program: TaskProgram, theta: Tensor | None, observations: Observations) -> dict[str, Any]:

@@ -133,9 +133,17 @@ class Recognition(nn.Module):
         if given is not None and self.given:
             lead = torch.broadcast_shapes(r.shape[:-1], given.shape[:-1])
             r = torch.cat([r.expand(*lead, -1), given.expand(*lead, -1)], -1)
+        return self.read(r, observations.full_mask().any(-1, keepdim=True))
+
+    def read(self, r: Tensor, some: Tensor) -> Recognised:
+        """q by the head from what it reads.
+
+        Args:
+            r: ``[…, tasks, R]``, what the encoder gave and what else is known beside it.
+            some: whether there is any observation, ``[…, tasks, 1]``; q is the prior where there is none.
+        """
         assert self.head is not None
         # without observations the offsets are 0, and so q is the prior
-        some = observations.full_mask().any(-1, keepdim=True)
         out = torch.where(some, self.head(r), 0.0)
         loc, log_scale, rest = out.tensor_split([self.latent, 2 * self.latent], -1)
         scale = log_scale.exp()

@@ -32,6 +32,8 @@ class Moment:
         begins: whether a trial begins here: nothing is known yet, and a memory is cleared.
         clock: steps taken in the running episode.
         episode: which episode of its trial is running, from 0.
+        successor: the observation that the action before led to, before any reset (``observation`` where a trial
+            begins); None in moments that were saved without it.
     """
 
     observation: Tensor
@@ -41,15 +43,17 @@ class Moment:
     begins: Tensor
     clock: Tensor
     episode: Tensor
+    successor: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with ``function`` applied to each tensor."""
-        return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return type(self)(**{name: None if value is None else function(value) for name, value in vars(self).items()})
 
     @classmethod
     def stack(cls, moments: Sequence[Moment]) -> Self:
         """Steps to a rollout, time first."""
-        return cls(**{f.name: torch.stack([getattr(m, f.name) for m in moments]) for f in dataclasses.fields(cls)})
+        names = [name for name, value in vars(moments[0]).items() if all(vars(m)[name] is not None for m in moments)]
+        return cls(**{name: torch.stack([getattr(m, name) for m in moments]) for name in names})
 
 
 class Acted(NamedTuple):
@@ -145,6 +149,7 @@ def begin(env: TaskVectorEnv, options: dict[str, Any] | None = None) -> Moment:
         begins=torch.ones(n, dtype=torch.bool, device=device),
         clock=env.clock.clone(),
         episode=env.episode.clone(),
+        successor=observation,
     )
 
 
@@ -223,7 +228,7 @@ def _next(
 ) -> Moment:
     """The moment after a step. Where a trial ended, nothing of it is told to the next."""
     begins = info["trial_ended"]
-    fresh = begins.view(-1, *[1] * (action.dim() - 1))
+    fresh, new = (begins.view(-1, *[1] * (x.dim() - 1)) for x in (action, observation))
     return Moment(
         observation=observation,
         action=torch.where(fresh, torch.zeros_like(action), action),
@@ -232,6 +237,7 @@ def _next(
         begins=begins,
         clock=env.clock.clone(),
         episode=env.episode.clone(),
+        successor=torch.where(new, observation, info["final_obs"]),
     )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from bayesmeta.errors import OptionError
-from bayesmeta.rl import envs
-from bayesmeta.rl.envs.vector import TensorVectorEnv
+from bayesmeta.rl import envs, own
+from bayesmeta.rl.envs import cheetah
+from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import ContextPolicy, TaskPolicy, head_for
 from bayesmeta.rl.protocols import num_features
@@ -74,7 +75,11 @@ ENVIRONMENTS: dict[str, EnvDefaults] = {
     "beam": EnvDefaults(
         _beam, ("horizon", "data", "plane"), episodes=2, trials=512, reward_scale=3.0, std=0.3, steps=24
     ),
+    "half-cheetah-direction": EnvDefaults(cheetah.cheetah_directions, episodes=2, trials=20, std=0.5),
+    "half-cheetah-velocity": EnvDefaults(cheetah.cheetah_velocities, episodes=2, trials=20, std=0.5),
 }
+#: Of environments of one's own, ``module:attribute``.
+OWN = EnvDefaults(own.load_family, ("horizon", "task_values", "task_range"), episodes=2, trials=20)
 #: Learners by their names on the command line, and what they are.
 METHODS: dict[str, str] = {
     "rl2": "RL²: a GRU that remembers its trial (Duan et al. 2016)",
@@ -100,10 +105,13 @@ class Setup:
     """A run's settings; None is the default of environment and method, which :meth:`filled` puts in.
 
     Attributes:
-        env, method: names, of :data:`ENVIRONMENTS` and :data:`METHODS`.
+        env, method: names, of :data:`ENVIRONMENTS` and :data:`METHODS`; an environment of one's own is
+            ``module:attribute``, see :func:`bayesmeta.rl.own.load_family`.
         horizon: steps of an episode.
         arms: of a bandit.
         data, plane: file of machines and which of its planes, for beam steering.
+        task_values, task_range: tasks of an environment of one's own: some numbers, or two to draw between.
+        workers: run environments that do not step as tensors in a process each.
         episodes: of a trial, for methods that remember.
         tasks: side by side in training.
         copies: episodes of each task before and after adaptation, for methods that take steps.
@@ -122,6 +130,9 @@ class Setup:
     arms: int | None = None
     data: str | None = None
     plane: str | None = None
+    task_values: tuple[float, ...] | None = None
+    task_range: tuple[float, ...] | None = None
+    workers: bool = False
     episodes: int | None = None
     tasks: int | None = None
     copies: int | None = None
@@ -132,12 +143,20 @@ class Setup:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.env not in ENVIRONMENTS:
-            raise OptionError(f"Unknown environment {self.env!r}; expected one of {', '.join(ENVIRONMENTS)}.")
+        if self.env not in ENVIRONMENTS and not own.is_path(self.env):
+            raise OptionError(
+                f"Unknown environment {self.env!r}; expected one of {', '.join(ENVIRONMENTS)}, or module:attribute for "
+                "one of your own."
+            )
         if self.method not in METHODS:
             raise OptionError(f"Unknown method {self.method!r}; expected one of {', '.join(METHODS)}.")
-        known = ENVIRONMENTS[self.env].options
-        for name in ("horizon", "arms", "data", "plane"):
+        known = self.defaults.options
+        for name in ("task_values", "task_range"):  # files hold lists
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.task_range is not None and len(self.task_range) != 2:
+            raise OptionError(f"task_range is two numbers to draw between; got {self.task_range}.")
+        for name in ("horizon", "arms", "data", "plane", "task_values", "task_range"):
             if getattr(self, name) is not None and name not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is not an option of {self.env}; leave it out.")
         foreign = ("copies", "inner_steps", "inner_lr") if self.remembers else ("episodes",)
@@ -148,6 +167,11 @@ class Setup:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}.")
+
+    @property
+    def defaults(self) -> EnvDefaults:
+        """What the environment's name stands for."""
+        return OWN if own.is_path(self.env) else ENVIRONMENTS[self.env]
 
     @property
     def remembers(self) -> bool:

@@ -131,15 +131,15 @@ class BeamSteering(Family[BeamTasks, BeamState]):
         self, tasks: BeamTasks, state: BeamState, actions: Tensor, noise: Noise
     ) -> tuple[BeamState, Tensor, Tensor, dict[str, Tensor]]:
         """Change the correctors, and read the monitors."""
-        scaled = actions / actions.abs().amax(-1, keepdim=True).clamp(min=1.0)
+        scaled = actions / _largest(actions).clamp_(min=1.0)[:, None]
         kicks = torch.add(state.kicks, scaled, alpha=STEP)
         readings = tasks.readings(kicks)
-        hit = readings.abs().amax(-1) >= 1
+        hit = _largest(readings) >= 1
         rows = hit.nonzero().squeeze(-1)
         if len(rows):
-            readings.index_copy_(0, rows, _behind_the_wall(readings[rows]))
+            readings.index_copy_(0, rows, _behind_the_wall(readings.index_select(0, rows)))
         rms = torch.linalg.vector_norm(readings, dim=-1).mul_(readings.shape[-1] ** -0.5)
-        success = (rms < GOAL) & ~hit
+        success = (rms < GOAL) > hit  # of truth values: and not
         return BeamState(kicks, readings), -10 * rms, success | hit, {"success": success}
 
     def observe(self, tasks: BeamTasks, state: BeamState) -> Tensor:
@@ -158,6 +158,13 @@ class BeamSteering(Family[BeamTasks, BeamState]):
     def plain(self, **options: Any) -> BeamSteeringEnv:
         """As one plain gymnasium environment."""
         return BeamSteeringEnv(self, **options)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest absolute value of each row, ``[n, width]`` to ``[n]``: what ``abs().amax(-1)`` is, but for short rows in a
+    third of its time on a CPU.
+    """
+    return torch.max_pool1d(values.abs().reshape(1, 1, -1), values.shape[-1]).flatten()
 
 
 def _behind_the_wall(readings: Tensor) -> Tensor:

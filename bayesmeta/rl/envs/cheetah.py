@@ -1,8 +1,8 @@
 """Half-cheetah that runs in a direction or at a speed (Finn et al. 2017, https://arxiv.org/abs/1703.03400, section
 5.3).
 
-Functions from a task to an environment, for :class:`~bayesmeta.rl.envs.gym.GymVectorEnv`; they need the extra
-``mujoco``. The reward is that of gymnasium's HalfCheetah-v5 with its forward part replaced: by the velocity in the
+Families of gymnasium environments, and the functions from a task to an environment that they are made of; they need
+the extra ``mujoco``. The reward is that of gymnasium's HalfCheetah-v5 with its forward part replaced: by the velocity in the
 task's direction, ±1, or by minus the distance of the velocity from the task's, which the paper draws from U(0, 2)
 (PEARL from U(0, 3)). The control cost is gymnasium's, 0.1 of the squared action (the papers': 0.05 and more). Episodes
 last 200 steps.
@@ -10,15 +10,17 @@ last 200 steps.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import gymnasium
-import torch
-from torch import Tensor
 
 from bayesmeta.errors import UnsupportedError
-from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.envs.family import check_at_least, check_split
+from bayesmeta.rl.envs.family import check_at_least
+from bayesmeta.rl.envs.gym_family import GymFamily
 
 HORIZON = 200
 
@@ -50,37 +52,78 @@ class VelocityReward(gymnasium.Wrapper[Any, Any, Any, Any]):
         return observation, reward + float(info["reward_ctrl"]), terminated, truncated, info
 
 
-def cheetah_direction(direction: float) -> gymnasium.Env[Any, Any]:
+def cheetah_direction(
+    direction: float, *, horizon: int = HORIZON, render_mode: str | None = None
+) -> gymnasium.Env[Any, Any]:
     """Half-cheetah that is to run forward (1) or backward (−1).
 
     Raises:
         UnsupportedError: without the extra ``mujoco``.
     """
-    return VelocityReward(_cheetah(), direction=float(direction))
+    return VelocityReward(_cheetah(horizon, render_mode), direction=float(direction))
 
 
-def cheetah_velocity(velocity: float) -> gymnasium.Env[Any, Any]:
+def cheetah_velocity(
+    velocity: float, *, horizon: int = HORIZON, render_mode: str | None = None
+) -> gymnasium.Env[Any, Any]:
     """Half-cheetah that is to run at a velocity, in metres a second.
 
     Raises:
         UnsupportedError: without the extra ``mujoco``.
     """
-    return VelocityReward(_cheetah(), velocity=float(velocity))
+    return VelocityReward(_cheetah(horizon, render_mode), velocity=float(velocity))
 
 
-def sample_velocities(num_tasks: int, *, highest: float = 2.0, generator: Seed = None, split: str = "train") -> Tensor:
-    """Velocities ~ U(0, ``highest``), ``[num_tasks]``; a seed gives other tasks to each split.
+def cheetah_directions(*, horizon: int = HORIZON) -> GymFamily[float]:
+    """The family of both directions; held-out tasks are the same two.
 
     Raises:
-        OptionError: for fewer than 1, or an unknown split.
+        UnsupportedError: without the extra ``mujoco``.
     """
-    check_at_least(1, num_tasks=num_tasks)
-    check_split(split)
-    return highest * torch.rand(num_tasks, generator=as_generator(generator, stream=f"tasks {split}"))
+
+    def set_direction(env: Any, direction: float) -> None:
+        env.direction = float(direction)
+
+    make = partial(cheetah_direction, horizon=horizon)
+    return GymFamily(make, [1.0, -1.0], name="half-cheetah-direction", set_task=set_direction)
 
 
-def _cheetah() -> gymnasium.Env[Any, Any]:
+def cheetah_velocities(*, horizon: int = HORIZON, highest: float = 2.0) -> GymFamily[float]:
+    """The family of velocities ~ U(0, ``highest``).
+
+    Raises:
+        UnsupportedError: without the extra ``mujoco``.
+    """
+
+    def set_velocity(env: Any, velocity: float) -> None:
+        env.velocity = float(velocity)
+
+    make = partial(cheetah_velocity, horizon=horizon)
+    return GymFamily.uniform(make, 0.0, highest, name="half-cheetah-velocity", set_task=set_velocity)
+
+
+def _cheetah(horizon: int, render_mode: str | None) -> gymnasium.Env[Any, Any]:
+    check_at_least(1, horizon=horizon)
     try:
-        return gymnasium.make("HalfCheetah-v5", max_episode_steps=HORIZON)
+        with _quiet():
+            return gymnasium.make("HalfCheetah-v5", max_episode_steps=horizon, render_mode=render_mode)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise UnsupportedError("half-cheetah needs MuJoCo; install bayesmeta[mujoco].") from error
+        reason = error.__cause__ or error
+        raise UnsupportedError(f"half-cheetah needs MuJoCo; install bayesmeta[mujoco]. ({reason})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without MuJoCo's word, on the screen and in a file of the working folder, that gymnasium's model file is old."""
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    told: list[str] = []
+    mujoco.set_mju_user_warning(told.append)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+    for message in told:
+        if "deprecated" not in message:
+            warnings.warn(message, stacklevel=3)

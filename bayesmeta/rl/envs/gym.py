@@ -1,13 +1,12 @@
 """Any ordinary gymnasium environments as tasks: a function from a task to an environment, behind the same interface.
 
 The environments run one after the other (gymnasium's ``SyncVectorEnv``) or in processes of their own
-(``AsyncVectorEnv``). An error in one is reported with its task. Their states cannot be saved, so a run goes on from the
-beginning of a trial: each ``reset`` seeds all environments from the generator, whose state is saved.
+(``AsyncVectorEnv``). An error in one is reported with its task. Their states cannot be saved. But what they do follows
+from task, seed and actions, so a state has those since each trial began, and is gone back to by repeating them.
 """
 
 from __future__ import annotations
 
-import math
 import multiprocessing.connection
 import re
 import warnings
@@ -20,48 +19,22 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
-from bayesmeta.errors import CheckpointError, EnvCrashError, EnvError, HorizonError, OptionError, ShapeError, SpaceError
+from bayesmeta.errors import CheckpointError, EnvCrashError, EnvError, HorizonError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.envs.family import check_at_least
+from bayesmeta.rl.envs.family import check_at_least, check_split
+from bayesmeta.rl.envs.gym_family import GymFamily, as_list, check_alike, packed, unpacked
+from bayesmeta.rl.envs.gym_worker import ORDERS, Guarded, Order
 
 TaskT = TypeVar("TaskT")
 _ECHO = r"(?s).*(Received the following error from Worker|Traceback|Raising the last exception)"
 _MARK = re.compile(r"environment of task (\d+)\b")
 
 
-class Guarded(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """An environment whose errors say which task it belongs to, and which refuses rewards that are not finite.
-
-    Args:
-        env: the environment.
-        task: index of its task.
-    """
-
-    def __init__(self, env: gymnasium.Env[Any, Any], task: int) -> None:
-        super().__init__(env)
-        self.task_index = task
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset; an error names the task."""
-        return self._call("reset", lambda: self.env.reset(seed=seed, options=options))
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step; an error names the task."""
-        result = self._call("step", lambda: self.env.step(action))
-        if not math.isfinite(float(result[1])):
-            raise RuntimeError(f"the environment of task {self.task_index} returned the reward {float(result[1])}")
-        return result
-
-    def _call(self, what: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception as error:
-            message = f"the environment of task {self.task_index} failed in {what}: {type(error).__name__}: {error}"
-            raise RuntimeError(message) from error
-
-
 class GymVectorEnv(Generic[TaskT]):
     """Ordinary gymnasium environments, one task after the other, with the interface of a tensor environment.
+
+    A trial begins with a reset under a seed from the generator; the episodes behind it go on with the environment's
+    own randomness. Actions outside of a bounded ``Box`` are clipped to it.
 
     Args:
         make: a function from a task to an environment.
@@ -70,18 +43,21 @@ class GymVectorEnv(Generic[TaskT]):
         workers: each environment in a process of its own.
         horizon: steps after which an episode ends at the latest; None asks the environments' specification.
         episodes_per_trial: episodes that share a task before a trial ends.
-        generator: a seed, or a generator on the CPU, for the environments' seeds.
+        generator: a seed, or a generator on the CPU, for the environments' seeds and new tasks.
         device: where the tensors live.
         dtype: of floating tensors.
+        family: that they belong to; see :class:`~bayesmeta.rl.envs.gym_family.GymFamily`.
+        new_tasks: draw new tasks of the family whenever a trial ends; else they stay what they are.
+        split: which of the family's tasks are drawn.
+        set_task: a function ``(environment, task)`` that gives an environment another task; None makes a new one.
+        replays: whether a state is gone back to by repeating the actions of the running trials, for which the same
+            seed and actions must lead to the same states. Without it, what follows on a loaded state are new trials.
 
     Raises:
-        OptionError: without tasks, or for numbers below 1.
-        SpaceError: if spaces are neither ``Discrete`` nor ``Box``, or differ between tasks.
+        OptionError: without tasks, for numbers below 1, new tasks without a family or for several copies of each.
+        SpaceError: if spaces are neither ``Discrete`` (of actions 0, 1, …) nor ``Box``, or differ between tasks.
         HorizonError: if environments have different horizons.
     """
-
-    #: Whether a loaded state goes on in the middle of a trial.
-    restores_state = False
 
     def __init__(
         self,
@@ -95,22 +71,29 @@ class GymVectorEnv(Generic[TaskT]):
         generator: Seed = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        family: GymFamily[TaskT] | None = None,
+        new_tasks: bool = False,
+        split: str = "train",
+        set_task: Callable[[Any, TaskT], None] | None = None,
+        replays: bool = True,
     ) -> None:
         check_at_least(1, copies=copies, episodes_per_trial=episodes_per_trial)
+        check_split(split)
         if not len(tasks):
             raise OptionError("no tasks were given; give at least one.")
-        self.tasks, self.num_tasks, self.copies, self.num_envs = tasks, len(tasks), copies, len(tasks) * copies
+        if new_tasks and (family is None or copies > 1):
+            raise OptionError(
+                f"new_tasks=True with {'no family' if family is None else f'copies={copies}'}; make such environments "
+                "by GymFamily(…).vector(tasks, new_tasks=True), with one copy of each task."
+            )
+        self.family, self.new_tasks, self.split, self.replays = family, new_tasks, split, replays
+        self.tasks: list[TaskT] = as_list(tasks)
+        self.num_tasks, self.copies, self.num_envs = len(tasks), copies, len(tasks) * copies
         self.episodes_per_trial, self.device, self.dtype = episodes_per_trial, torch.device(device), dtype
-        self.generator = as_generator(generator, "cpu", "environments")
-        found = _check_alike([make(task) for task in tasks], horizon)
+        self.generator = as_generator(generator, "cpu", f"environments {split}")
+        found = check_alike([make(task) for task in self.tasks], horizon)
         self.horizon = found if horizon is None else horizon
-        makers = [
-            lambda task=task, index=index: Guarded(make(task), index)
-            for index, task in enumerate(tasks)
-            for _ in range(copies)
-        ]
-        kind = AsyncVectorEnv if workers else SyncVectorEnv
-        self._envs = kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        self._envs = self._vector(make, set_task, workers)
         self.single_observation_space = self._envs.single_observation_space
         self.single_action_space = self._envs.single_action_space
         self.observation_space, self.action_space = self._envs.observation_space, self._envs.action_space
@@ -119,6 +102,27 @@ class GymVectorEnv(Generic[TaskT]):
         self._clock = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         self._episode = torch.zeros_like(self._clock)
         self._ready = False
+        self._changed = self._tell = False  # tasks other than those made with; such as the environments do not know yet
+        self._seen = np.zeros(0)  # what the environments showed last
+        self._seeds = [0] * self.num_envs  # of the running trials
+        self._moves: list[np.ndarray] = []  # since the oldest running trial began
+        self._since = np.zeros(self.num_envs, dtype=np.int64)  # where among them each trial began
+
+    def _vector(
+        self, make: Callable[[TaskT], Any], set_task: Callable[[Any, TaskT], None] | None, workers: bool
+    ) -> SyncVectorEnv | AsyncVectorEnv:
+        tasks, copies = list(self.tasks), self.copies  # what is sent to a worker cannot take this object with it
+        makers = [
+            lambda row=row: Guarded(make, tasks[row // copies], row // copies, row, set_task)
+            for row in range(self.num_envs)
+        ]
+        # resets are ours, so that a trial begins under a seed that is known
+        return (AsyncVectorEnv if workers else SyncVectorEnv)(makers, autoreset_mode=AutoresetMode.DISABLED)
+
+    @property
+    def restores_state(self) -> bool:
+        """Whether a loaded state goes on in the middle of a trial."""
+        return self.replays
 
     @property
     def clock(self) -> Tensor:
@@ -130,26 +134,68 @@ class GymVectorEnv(Generic[TaskT]):
         """Which episode of its trial is running, from 0, ``[num_envs]`` int64."""
         return self._episode.clone()
 
+    # -- trials -------------------------------------------------------------------------------------------------------
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Begin a new trial everywhere, under new seeds from the generator.
 
         Args:
             seed: of everything random from now on; None goes on with the generator.
-            options: none are known: tasks are fixed, and each environment resets itself when its episode ends.
+            options: ``tasks`` for this trial and, without ``new_tasks``, later ones.
 
         Raises:
-            OptionError: for any options.
-            EnvCrashError: if an environment fails.
+            OptionError: for other options.
+            ShapeError: for another number of tasks.
+            EnvCrashError: if an environment fails, or one of another task has other spaces.
         """
+        options = dict(options or {})
+        tasks = options.pop("tasks", None)
         if options:
-            raise OptionError(f"unknown options of reset: {', '.join(options)}; these environments take none.")
+            raise OptionError(
+                f"unknown options of reset: {', '.join(options)}; expected tasks. Each environment resets itself when "
+                "its episode ends."
+            )
         if seed is not None:
-            self.generator = as_generator(seed, "cpu", "environments")
-        seeds = torch.randint(2**31 - 1, (self.num_envs,), generator=self.generator).tolist()
-        observation, _ = self._guarded(lambda: self._envs.reset(seed=seeds))
+            self.generator = as_generator(seed, "cpu", f"environments {self.split}")
+        if tasks is None and self.new_tasks:
+            tasks = self._draw(self.num_tasks)
+        elif tasks is None and self._tell:
+            tasks = self.tasks
+        if tasks is not None and len(tasks) != self.num_tasks:
+            raise ShapeError(f"{len(tasks)} tasks were given to environments of {self.num_tasks}; give as many.")
+        self._moves.clear()
+        self._seen = self._begin(np.arange(self.num_envs), None if tasks is None else as_list(tasks))
         self._clock, self._episode = torch.zeros_like(self._clock), torch.zeros_like(self._episode)
-        self._ready = True
-        return self._observation(observation), {}
+        self._ready, self._tell = True, False
+        return self._observation(self._seen), {}
+
+    def _draw(self, number: int) -> list[TaskT]:
+        assert self.family is not None
+        return self.family.sample_tasks(number, generator=self.generator, split=self.split)
+
+    def _begin(self, rows: np.ndarray, tasks: list[TaskT] | None) -> Any:
+        """Begin trials in some environments; ``tasks`` are those of the tasks that the rows belong to."""
+        orders = {}
+        if tasks is not None:
+            indices = sorted({int(row) // self.copies for row in rows})
+            for index, task in zip(indices, tasks, strict=True):
+                self.tasks[index] = task
+            orders = {int(row): Order(task=(self.tasks[int(row) // self.copies],)) for row in rows}
+            self._changed = True
+        seeds = torch.randint(2**31 - 1, (len(rows),), generator=self.generator).tolist()
+        for row, seed in zip(rows, seeds):
+            self._seeds[row] = seed
+        self._since[rows] = len(self._moves)
+        return self._reset(rows, orders, {int(row): seed for row, seed in zip(rows, seeds)})
+
+    def _reset(self, rows: np.ndarray, orders: dict[int, Order], seeds: dict[int, int]) -> Any:
+        """Reset some environments; what all of them show."""
+        mask = np.zeros(self.num_envs, dtype=np.bool_)
+        mask[rows] = True
+        seed = [seeds.get(row) for row in range(self.num_envs)]
+        options: dict[str, Any] = {ORDERS: orders}
+        options |= {} if mask.all() else {"reset_mask": mask}
+        return self._guarded(lambda: self._envs.reset(seed=seed, options=options))[0]
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """One step of every environment; see :mod:`bayesmeta.rl.protocols`. Infos of the environments are left out.
@@ -158,26 +204,57 @@ class GymVectorEnv(Generic[TaskT]):
             EnvError: before the first reset.
             ShapeError: for actions of another shape or kind.
             EnvCrashError: if an environment fails, or returns a reward that is not finite. All are closed then.
+            HorizonError: if an episode goes on behind the horizon.
         """
         if not self._ready:
             raise EnvError("the environments have no state yet; call reset() first.")
         self._check(actions)
-        moves = actions.detach().cpu().numpy()
-        if not self._discrete:
-            moves = moves.astype(self.single_action_space.dtype)
-        seen, rewards, ended, cut, infos = self._guarded(lambda: self._envs.step(moves))
+        moves = self._as_moves(actions)
+        seen, rewards, ended, cut, _ = self._guarded(lambda: self._envs.step(moves))
+        if self.replays:
+            self._moves.append(moves)
         terminated, truncated = (torch.as_tensor(flags, device=self.device) for flags in (ended, cut))
         truncated = truncated & ~terminated
         over = terminated | truncated
-        final = np.array(seen)
-        for index in over.nonzero().squeeze(-1).tolist():
-            final[index] = infos["final_obs"][index]
+        final = self._observation(seen)
         last = over & (self._episode + 1 == self.episodes_per_trial)
         self._clock = torch.where(over, 0, self._clock + 1)
+        self._check_time()
         self._episode = torch.where(last, 0, self._episode + over)
-        info = {"final_obs": self._observation(final), "trial_ended": last}
+        self._seen = self._restart(over.cpu().numpy(), last.cpu().numpy(), seen)
+        info = {"final_obs": final, "trial_ended": last}
         reward = torch.as_tensor(rewards, device=self.device).to(self.dtype)
-        return self._observation(seen), reward, terminated, truncated, info
+        return self._observation(self._seen), reward, terminated, truncated, info
+
+    def _as_moves(self, actions: Tensor) -> np.ndarray:
+        moves = actions.detach().cpu().numpy()
+        space = self.single_action_space
+        if isinstance(space, gymnasium.spaces.Box):
+            return np.clip(moves, space.low, space.high).astype(space.dtype)
+        return moves.copy()
+
+    def _restart(self, over: np.ndarray, last: np.ndarray, seen: Any) -> Any:
+        """Begin the next episodes where one has ended, and new trials behind the last."""
+        within = over & ~last
+        if within.any():
+            seen = self._reset(within.nonzero()[0], {}, {})
+        if last.any():
+            rows = last.nonzero()[0]
+            seen = self._begin(rows, self._draw(len(rows)) if self.new_tasks else None)
+            begun = int(self._since.min())
+            del self._moves[:begun]
+            self._since -= begun
+        return seen
+
+    def _check_time(self) -> None:
+        if self.horizon is not None and bool((self._clock >= self.horizon).any()):
+            row = int((self._clock >= self.horizon).nonzero()[0])
+            self.close()
+            self._ready = False
+            raise HorizonError(
+                f"the episode of task {row // self.copies} goes on behind the horizon of {self.horizon} steps. Give "
+                "the right horizon=, or end episodes by gymnasium.wrappers.TimeLimit."
+            )
 
     def _check(self, actions: Tensor) -> None:
         shape = torch.Size((self.num_envs, *(self.single_action_space.shape or ())))
@@ -191,6 +268,21 @@ class GymVectorEnv(Generic[TaskT]):
     def _observation(self, value: Any) -> Tensor:
         tensor = torch.as_tensor(np.array(value), device=self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def pictures(self) -> list[np.ndarray]:
+        """What the first environment of each task looks like, ``[height, width, 3]`` uint8 each.
+
+        Raises:
+            EnvError: if they were made without ``render_mode="rgb_array"``.
+        """
+        if self._envs.render_mode != "rgb_array":
+            raise EnvError(
+                f"the environments have no picture: their render_mode is {self._envs.render_mode!r}. Make them with "
+                '"rgb_array": GymFamily(…).vector(…, render_mode="rgb_array"), whose make takes a render_mode.'
+            )
+        return list(self._guarded(lambda: self._envs.call("render"))[:: self.copies])
+
+    # -- failures -----------------------------------------------------------------------------------------------------
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """A call whose failure closes everything and says which task it was."""
@@ -222,23 +314,6 @@ class GymVectorEnv(Generic[TaskT]):
         rows = [index for index, process in enumerate(processes) if process.sentinel in ended]
         return rows[0] // self.copies if rows else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the generator of seeds; environments begin a new trial when it is loaded."""
-        return {"num_envs": self.num_envs, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state with a new trial: call ``reset()`` next.
-
-        Raises:
-            CheckpointError: if it belongs to another number of environments.
-        """
-        if state["num_envs"] != self.num_envs:
-            raise CheckpointError(
-                f"the state belongs to {state['num_envs']} environments; these are {self.num_envs}. Make as many."
-            )
-        self.generator.set_state(state["generator"].cpu())
-        self._ready = False
-
     def close(self) -> None:
         """Close the environments."""
         if not self._envs.closed:
@@ -256,50 +331,62 @@ class GymVectorEnv(Generic[TaskT]):
             self._envs.closed = True
         self.close()
 
+    # -- going on later -----------------------------------------------------------------------------------------------
 
-def _check_alike(examples: Sequence[gymnasium.Env[Any, Any]], horizon: int | None) -> int | None:
-    """The horizon that all environments share, None if they name none; they are closed."""
-    kinds = gymnasium.spaces.Discrete, gymnasium.spaces.Box
-    horizons = [_horizon(env) for env in examples]
-    first = examples[0]
-    for index, env in enumerate(examples):
-        for what in ("observation_space", "action_space"):
-            space, other = getattr(env, what), getattr(first, what)
-            if not isinstance(space, kinds):
-                raise SpaceError(
-                    f"task {index} has the {what} {space}; expected Discrete or Box. Wrap the environment "
-                    "(gymnasium.wrappers.FlattenObservation, TransformObservation)."
-                )
-            if space != other:
-                raise SpaceError(
-                    f"task {index} has the {what} {space}, task 0 has {other}; expected the same for all tasks."
-                )
-        if horizon is None and horizons[index] != horizons[0]:
-            raise HorizonError(
-                f"task {index} ends after {horizons[index]} steps, task 0 after {horizons[0]}; expected the same. Give "
-                "horizon=, or make them alike (gymnasium.wrappers.TimeLimit)."
+    def state_dict(self) -> dict[str, Any]:
+        """The generator of seeds and tasks and, of the running trials, tasks, seeds and actions: tensors and plain
+        values.
+
+        Raises:
+            OptionError: for tasks that were drawn or set and that a checkpoint cannot hold.
+        """
+        going = self._ready and self.replays
+        shape = self.num_envs, *(self.single_action_space.shape or ())
+        moves = np.array(self._moves, dtype=self.single_action_space.dtype).reshape(-1, *shape)
+        return {
+            "num_envs": self.num_envs,
+            "generator": self.generator.get_state(),
+            "tasks": [packed(task) for task in self.tasks] if self._changed else None,
+            "seeds": list(self._seeds) if going else None,
+            "moves": torch.from_numpy(moves) if going else None,
+            "since": self._since.tolist(),
+            "clock": self._clock.clone(),
+            "episode": self._episode.clone(),
+            "seen": self._observation(self._seen) if going else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: bit for bit by repeating the actions of the running trials, or with new trials.
+
+        Raises:
+            CheckpointError: if it belongs to another number of environments, or they do not come back to the state.
+            EnvCrashError: if an environment fails.
+        """
+        if state["num_envs"] != self.num_envs:
+            raise CheckpointError(
+                f"the state belongs to {state['num_envs']} environments; these are {self.num_envs}. Make as many."
             )
-    for env in examples:
-        env.close()
-    return horizons[0]
+        self.generator.set_state(state["generator"].cpu())
+        self._ready = False
+        self._tell = state["tasks"] is not None
+        if self._tell:
+            self.tasks, self._changed = [unpacked(task) for task in state["tasks"]], True
+        if state["seeds"] is not None and self.replays:
+            self._replay(state)
 
-
-def _horizon(env: gymnasium.Env[Any, Any]) -> int | None:
-    """What a time limit or the specification says."""
-    found = env.spec.max_episode_steps if env.spec is not None else None
-    return found if found is not None else getattr(env, "horizon", None)
-
-
-def require_horizon(env: Any) -> int:
-    """Steps of an episode, for algorithms that need a fixed horizon.
-
-    Raises:
-        HorizonError: if the environments have none.
-    """
-    horizon = getattr(env, "horizon", None)
-    if horizon is None:
-        raise HorizonError(
-            "the environments have no fixed horizon, and one is needed here. Give horizon=, or wrap them in "
-            "gymnasium.wrappers.TimeLimit."
-        )
-    return int(horizon)
+    def _replay(self, state: Mapping[str, Any]) -> None:
+        moves, since = state["moves"].numpy(), np.array(state["since"], dtype=np.int64)
+        orders = {
+            row: Order((self.tasks[row // self.copies],) if self._changed else None, moves[since[row] :, row])
+            for row in range(self.num_envs)
+        }
+        seeds = dict(enumerate(state["seeds"]))
+        seen = self._reset(np.arange(self.num_envs), orders, seeds)
+        if not torch.equal(self._observation(seen), state["seen"].to(self.device)):
+            raise CheckpointError(
+                "the environments did not come back to the state: the same tasks, seeds and actions led elsewhere. "
+                "Make them the same and reproducible, or take replays=False to go on with new trials."
+            )
+        self._seen, self._seeds, self._moves, self._since = seen, list(state["seeds"]), list(moves), since
+        self._clock, self._episode = (state[name].to(self.device, copy=True) for name in ("clock", "episode"))
+        self._ready, self._tell = True, False

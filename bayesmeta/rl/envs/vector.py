@@ -286,17 +286,20 @@ class TensorVectorEnv(VectorEnv):
         """Begin the next episode of the environments ``rows``; if tasks are drawn, those whose trial is over get new
         ones.
         """
-        episode = (self._episode[rows] + 1) % self.episodes_per_trial
-        self._episode.index_copy_(0, rows, episode)
         self._clock.index_fill_(0, rows, 0)
-        if self.new_tasks and not bool(episode.all()):  # copies == 1
-            trial = torch.zeros_like(self._clock, dtype=torch.bool).index_copy_(0, rows, episode == 0)
+        ended = rows  # whose trial is over
+        if self.episodes_per_trial > 1:
+            episode = (self._episode.index_select(0, rows) + 1) % self.episodes_per_trial
+            self._episode.index_copy_(0, rows, episode)
+            ended = rows[episode == 0] if self.new_tasks else rows
+        if self.new_tasks and len(ended):  # copies == 1
+            trial = torch.zeros_like(self._clock, dtype=torch.bool).index_fill_(0, ended, True)
             self._set_tasks(self._draw_tasks().to(dtype=self.dtype).where(trial, self.tasks))
         if noise is None:
             noise = self.family.reset_noise(len(rows), self.generator, self.dtype)
         else:
             noise = tuple(numbers[rows] for numbers in noise)
-        params = self._params[rows]
+        params = self._params.map(lambda value: value.index_select(0, rows))
         fresh = self.family.initial(params, noise)
         self._state = self.state.replace_rows(rows, fresh)
         return observation.index_copy(0, rows, self._see(params, fresh))

@@ -1,0 +1,1 @@
+"""Latent contexts: a task is a vector z that a guide infers from what happened, and a belief over it is a posterior."""

@@ -1,0 +1,490 @@
+"""MAESN: a latent for each episode explores, and policy-gradient steps on where latents come from adapt.
+
+Source: A. Gupta, R. Mendonca, Y. Liu, P. Abbeel, S. Levine, "Meta-Reinforcement Learning of Structured Exploration
+Strategies", NeurIPS 2018, https://arxiv.org/abs/1802.07245, section 4 and algorithm 1. Each training task has its own
+ω_i = (μ_i, log σ_i); z ~ Normal(μ_i, σ_i) is drawn once an episode and held through it, so that noise has structure.
+
+    φ_i = ω_i + α ∘ ∇ J_i(ω_i)            from episodes of π_θ(a | s, z), z ~ q_{ω_i}; θ may take a step too
+    θ, ω_i, α  ← up Σ_i J_i(φ_i) − w KL(q_{ω_i} ‖ p), with mean KL(old ‖ new) of the adapted policies ≤ δ
+
+A new task has no ω of its own and begins at the prior p = Normal(0, 1). As in the authors' program, the inner gradient
+is that of the latent's density (``gradient="score"``), the outer one goes through the latent into the actions, and all
+of θ, ω_i and α take one TRPO step.
+
+**Which rewards?** An inner step reads ``inner_reward``, the outer objective ``train_reward``: names of what the
+environment tells in ``info``, None is its own reward. The paper trains on dense rewards inside and outside, and adapts
+on sparse ones at test time. :meth:`MAESN.evaluate` and :meth:`MAESN.curve` adapt on the environment's own reward always.
+
+Departures: α is positive, learned by its logarithm; the inner estimator's second derivative counts that latents were
+drawn (``Estimation(estimator="policy_gradient")`` leaves that out, as the authors' program does; a test shows what it
+costs); the baseline of the actions reads the latent; ``prior_share`` lets some tasks of each iteration begin at the
+prior, as a new task does (0 is the paper's).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from bayesmeta.errors import CheckpointError, OptionError
+from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.rl.inner import Estimation, first_copies
+from bayesmeta.rl.learner import AdaptationCurve, horizon_of
+from bayesmeta.rl.maesn_inner import Credit, Gradient, LatentSteps, latent_episodes, latent_step, split_phi
+from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution, latents, prior_omega
+from bayesmeta.rl.objectives import average, likelihood_ratio
+from bayesmeta.rl.policies import detached, kl
+from bayesmeta.rl.protocols import TaskVectorEnv
+from bayesmeta.rl.trpo import Product, gradient, trust_region_step
+
+
+@dataclasses.dataclass(frozen=True)
+class MAESNConfig:
+    """Settings of MAESN.
+
+    Attributes:
+        inner_steps: policy-gradient steps on each task; at least 1.
+        inner_lr: where the step sizes α of μ and log σ begin.
+        learn_rates: learn α, a number for each dimension.
+        gradient: of ω inside, see :mod:`bayesmeta.rl.maesn_inner`.
+        credit: of latents inside, see :func:`~bayesmeta.rl.maesn_inner.episode_credit`.
+        policy_lr: where the step sizes of θ inside begin; 0 leaves θ as it is, and is the paper's default.
+        later_rates: what is left of a rate in each further step beyond ``inner_steps`` (a half in the authors' program).
+        kl_weight: w, of KL(q_{ω_i} ‖ p) in the outer objective, in the units of a step's standardised advantage.
+        kl_ramp: iterations over which w rises from 0.
+        prior_share: share of an iteration's tasks that begin at the prior instead of at their ω_i.
+        inner_reward, train_reward: which reward each reads, see the head of this module.
+        first_order: leave out the second derivative.
+        max_kl: bound of an outer step, in nats.
+        cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
+        curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
+        curvature_episodes: of each task, how many episodes the direction's curvature is taken from; None is all.
+        estimation: of advantages, and of second derivatives.
+
+    Raises:
+        OptionError: for settings outside their range.
+    """
+
+    inner_steps: int = 1
+    inner_lr: float = 1.0
+    learn_rates: bool = True
+    gradient: Gradient = "score"
+    credit: Credit = "standardised"
+    policy_lr: float = 0.0
+    later_rates: float = 0.5
+    kl_weight: float = 0.1
+    kl_ramp: int = 0
+    prior_share: float = 0.0
+    omega_lr: float = 0.0
+    inner_reward: str | None = None
+    train_reward: str | None = None
+    first_order: bool = False
+    max_kl: float = 0.01
+    cg_steps: int = 10
+    damping: float = 1e-3
+    product: Product = "double_backward"
+    curvature_share: float = 1.0
+    curvature_episodes: int | None = None
+    estimation: Estimation = dataclasses.field(default_factory=Estimation)
+
+    def __post_init__(self) -> None:
+        if self.inner_steps < 1 or not 0 < self.inner_lr < math.inf or not 0 <= self.policy_lr < math.inf:
+            raise OptionError(
+                f"Expected inner_steps ≥ 1, inner_lr > 0 and policy_lr ≥ 0; got {self.inner_steps}, {self.inner_lr} "
+                f"and {self.policy_lr}."
+            )
+        for name, choices in (("gradient", Gradient), ("credit", Credit)):
+            if getattr(self, name) not in get_args(choices):
+                raise OptionError(
+                    f"Unknown {name} {getattr(self, name)!r}; expected one of {', '.join(get_args(choices))}."
+                )
+        if not 0 <= self.kl_weight < math.inf or self.kl_ramp < 0 or not 0 <= self.prior_share <= 1:
+            raise OptionError(
+                f"Expected kl_weight ≥ 0, kl_ramp ≥ 0 and prior_share in [0, 1]; got {self.kl_weight}, {self.kl_ramp} "
+                f"and {self.prior_share}."
+            )
+        if not 0 < self.later_rates <= 1 or not 0 < self.curvature_share <= 1:
+            raise OptionError(
+                f"Expected later_rates and curvature_share in (0, 1]; got {self.later_rates} and "
+                f"{self.curvature_share}."
+            )
+        if self.curvature_episodes is not None and self.curvature_episodes < 1:
+            raise OptionError(f"Expected curvature_episodes of at least 1, or None; got {self.curvature_episodes}.")
+
+
+class MAESN:
+    """Trains θ, the step sizes α, and an ω for each training task.
+
+    Args:
+        env: ``tasks × copies`` environments whose tasks can be set: the tasks of an iteration, and the episodes that
+            each adapts on.
+        policy: π(a | s, z).
+        config: settings.
+        tasks: the training tasks, at least ``env.num_tasks``. They are fixed, since each has an ω. None draws ``env
+            .num_tasks`` from the training split of the environment's family.
+        seed: of tasks, latents and actions.
+
+    Attributes:
+        theta: θ and the logarithms of α, one flat vector; ``policy.theta`` follows it.
+        omega: (μ_i, log σ_i) of each training task, ``[tasks, 2 × latent]``; 0 to begin with, the prior.
+        iteration: outer steps done.
+        history: one dict an iteration: mean return before and after adaptation, KL of ω to the prior, and what the
+            outer step did.
+
+    Raises:
+        HorizonError: for an environment without a horizon.
+        OptionError: for fewer tasks than an iteration takes, or environments whose tasks cannot be set.
+    """
+
+    def __init__(
+        self,
+        env: TaskVectorEnv,
+        policy: LatentPolicy,
+        config: MAESNConfig | None = None,
+        *,
+        tasks: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.env, self.policy, self.config = env, policy, MAESNConfig() if config is None else config
+        self.horizon = horizon_of(env, "MAESN adapts on whole episodes")
+        self.generator = as_generator(seed, env.device, "maesn")
+        self.tasks = _training_tasks(env, tasks, seed)
+        if self.config.credit != "raw" and env.copies < 2:
+            raise OptionError(
+                f"credit={self.config.credit!r} compares a task's episodes, and the environment has copies=1; give it "
+                'more, or take credit="raw".'
+            )
+        start = policy.theta.detach().clone()
+        self._split = start.numel()
+        rates = start.new_full((2 * policy.latent,), math.log(self.config.inner_lr))
+        if self.config.policy_lr > 0:
+            rates = torch.cat([rates, start.new_full((self._split,), math.log(self.config.policy_lr))])
+        self._fixed_rates = rates
+        self.theta = torch.cat([start, rates]) if self.config.learn_rates else start
+        self.omega = prior_omega(len(self.tasks), policy.latent, start)
+        self.iteration = 0
+        self.history: list[dict[str, float]] = []
+
+    # -- adaptation -----------------------------------------------------------------------------------------------
+
+    def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's θ, and the step sizes α of φ, positive."""
+        rates = theta[self._split :] if self.config.learn_rates else self._fixed_rates
+        return theta[: self._split], rates.exp()
+
+    def begin(self, theta: Tensor, omega: Tensor) -> Tensor:
+        """Where φ begins: ω ``[tasks, 2 × latent]``, and θ beside it where that adapts too."""
+        if self.config.policy_lr == 0:
+            return omega
+        return torch.cat([omega, self.parts(theta)[0].expand(len(omega), -1)], -1)
+
+    def step(self, theta: Tensor, phi: Tensor, episodes: LatentSteps, *, create_graph: bool, share: float = 1) -> Tensor:
+        """φ after one more step, at a share of the rates.
+
+        Args:
+            theta: as :attr:`theta`.
+            phi: ``[tasks, …]``, as :meth:`begin` makes it.
+            episodes: of φ, for an inner step.
+            create_graph: keep what an outer gradient needs.
+            share: of α.
+        """
+        shared, rate = self.parts(theta)
+        second = create_graph and not self.config.first_order
+        found = latent_step(
+            self.policy, phi, shared, episodes, share * rate, self.config.estimation, self.config.gradient,
+            create_graph=second,
+        )  # fmt: skip
+        return found if create_graph else found.detach()
+
+    def path(self, theta: Tensor, omega: Tensor, before: list[LatentSteps], *, create_graph: bool) -> Tensor:
+        """φ after the inner steps on episodes that are given, from ω, ``[tasks, …]``."""
+        phi = self.begin(theta, omega)
+        for episodes in before:
+            phi = self.step(theta, phi, episodes, create_graph=create_graph)
+        return phi
+
+    def episodes(
+        self,
+        env: TaskVectorEnv,
+        phi: Tensor,
+        generator: torch.Generator,
+        *,
+        inner: bool,
+        reward: str | None = None,
+        greedy: bool = False,
+    ) -> LatentSteps:
+        """One episode in each environment under each task's φ, each with a fresh latent that it holds.
+
+        Args:
+            env: begins anew.
+            phi: ``[tasks, …]``.
+            generator: of latents and actions.
+            inner: for an inner step; else for the outer objective.
+            reward: that is learned from; None is the environment's own.
+            greedy: act by the mean of latent and action.
+        """
+        omega, theta = split_phi(phi, self.parts(self.theta)[0], self.policy.latent)
+        return latent_episodes(
+            env, self.policy, theta, omega, generator, horizon=int(env.horizon or self.horizon), reward=reward,
+            estimation=self.config.estimation, credit=self.config.credit, inner=inner, greedy=greedy,
+        )  # fmt: skip
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def train(self, iterations: int, on_iteration: Callable[[MAESN], None] | None = None) -> list[dict[str, float]]:
+        """Take outer steps.
+
+        Args:
+            iterations: how many.
+            on_iteration: called after each, with this object.
+
+        Returns:
+            The history of this call.
+        """
+        first = len(self.history)
+        for _ in range(iterations):
+            self.history.append(self._iterate())
+            self.iteration += 1
+            if on_iteration is not None:
+                on_iteration(self)
+        return self.history[first:]
+
+    def _iterate(self) -> dict[str, float]:
+        env, config = self.env, self.config
+        rows = torch.randperm(len(self.tasks), generator=self.generator, device=self.generator.device)[: env.num_tasks]
+        env.reset(options={"tasks": self.tasks[rows]})
+        chosen = torch.rand(len(rows), generator=self.generator, device=self.generator.device) >= config.prior_share
+        own = chosen.to(self.omega).unsqueeze(-1)
+        omega = own * self.omega[rows]
+        before: list[LatentSteps] = []
+        for _ in range(config.inner_steps):
+            phi = self.path(self.theta, omega, before, create_graph=False)
+            before.append(self.episodes(env, phi, self.generator, inner=True, reward=config.inner_reward))
+        phi = self.path(self.theta, omega, before, create_graph=False)
+        after = self.episodes(env, phi, self.generator, inner=False, reward=config.train_reward)
+        surrogate, divergence = self.objectives(rows, own, before, after)
+        cheap = None
+        if config.curvature_episodes is not None and config.curvature_episodes < env.copies:
+            few = partial(_first, number=config.curvature_episodes)
+            cheap = self.objectives(rows, own, before, few(after))[1]
+        point = torch.cat([self.theta, self.omega.flatten()])
+        if config.omega_lr > 0:
+            omega = self._ascend(surrogate, point)
+            point = torch.cat([self.theta, omega])
+            surrogate, divergence = (partial(self._held, f, omega) for f in (surrogate, divergence))
+            cheap = None if cheap is None else partial(self._held, cheap, omega)
+            point = self.theta
+        step = trust_region_step(
+            point, surrogate, divergence, curvature=cheap, max_kl=config.max_kl, cg_steps=config.cg_steps,
+            damping=config.damping, product=config.product,
+        )  # fmt: skip
+        self._move(step.theta if config.omega_lr == 0 else torch.cat([step.theta, omega]))
+        return {
+            "before": before[0].steps.returns.mean().item(),
+            "after": after.steps.returns.mean().item(),
+            "prior_kl": self.prior_kl(self.omega).mean().item(),
+            "kl": step.divergence,
+            "improvement": step.improvement,
+            "accepted": float(step.accepted),
+            "backtracks": float(step.backtracks),
+        }
+
+    def kl_weight(self) -> float:
+        """w in this iteration."""
+        ramp = self.config.kl_ramp
+        return self.config.kl_weight * (min(1.0, self.iteration / ramp) if ramp else 1.0)
+
+    def prior_kl(self, omega: Tensor) -> Tensor:
+        """KL(q_ω ‖ p) of each task, ``[tasks]``, in nats."""
+        prior = latent_distribution(torch.zeros_like(omega))
+        return torch.distributions.kl_divergence(latent_distribution(omega), prior)
+
+    def objectives(
+        self, rows: Tensor, own: Tensor, before: list[LatentSteps], after: LatentSteps
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The outer surrogate and the divergence of the adapted policies, as functions of θ, log α and all ω.
+
+        Both run through the adaptation on the episodes ``before``, and through the latents of the episodes ``after``.
+
+        Args:
+            rows: which training tasks, ``[tasks]``.
+            own: 1 for those that begin at their ω, 0 for those that begin at the prior, ``[tasks, 1]``.
+            before: of each inner step.
+            after: of the adapted policies.
+        """
+        steps, weight = after.steps, self.kl_weight()
+        every = max(1, round(1 / self.config.curvature_share))
+
+        def parts(point: Tensor) -> tuple[Tensor, Tensor]:
+            size = self.theta.numel()
+            return point[:size], point[size:].unflatten(0, self.omega.shape)[rows]
+
+        def adapted(point: Tensor, features: Tensor, create_graph: bool = True) -> Any:
+            theta, omega = parts(point)
+            phi = self.path(theta, own * omega, before, create_graph=create_graph)
+            found, acting = split_phi(phi, self.parts(theta)[0], self.policy.latent)
+            return self.policy.distribution(acting, features, latents(found, after.noise))
+
+        with torch.no_grad():
+            here = torch.cat([self.theta, self.omega.flatten()])
+            old = detached(adapted(here, steps.features[::every], create_graph=False))
+
+        def surrogate(point: Tensor) -> Tensor:
+            log_prob = adapted(point, steps.features).log_prob(steps.action)
+            value = average(likelihood_ratio(log_prob, steps.log_prob, steps.advantage), steps.mask)
+            return value - weight * self.prior_kl(parts(point)[1]).mean() if weight > 0 else value
+
+        def divergence(point: Tensor) -> Tensor:
+            return average(kl(old, adapted(point, steps.features[::every])), steps.mask[::every])
+
+        return surrogate, divergence
+
+    def _ascend(self, surrogate: Any, point: Tensor) -> Tensor:
+        slope = gradient(surrogate, point)[self.theta.numel() :]
+        return self.omega.flatten() + self.config.omega_lr * self.env.num_tasks * slope
+
+    def _held(self, function: Any, omega: Tensor, theta: Tensor) -> Tensor:
+        # TRPO at the old omega
+        return function(torch.cat([theta, self.omega.flatten()]))
+
+    def _move(self, point: Tensor) -> None:
+        theta, omega = point.detach().split([self.theta.numel(), self.omega.numel()])
+        self.theta, self.omega = theta.clone(), omega.view_as(self.omega).clone()
+        self._follow()
+
+    def _follow(self) -> None:
+        with torch.no_grad():
+            self.policy.theta.copy_(self.parts(self.theta)[0])
+
+    # -- what was learned -----------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        env: TaskVectorEnv,
+        *,
+        inner_steps: int | None = None,
+        shares: Sequence[float] | None = None,
+        greedy: bool = False,
+        generator: Seed = None,
+    ) -> Tensor:
+        """Mean return of each task after 0, 1, … inner steps from the prior, ``[inner_steps + 1, tasks]``.
+
+        A step consumes one episode in each copy, and reads the environment's own reward. Returns are those of the
+        episodes that the next step would read.
+
+        Args:
+            env: of held-out tasks; its copies are the episodes of each step.
+            inner_steps: how many; None is as trained.
+            shares: of the step sizes in each step; None is 1 for as many as trained with, and then ``later_rates`` of
+                the one before.
+            greedy: the returns are those of further episodes, played by the mean of latent and action, that no step
+                reads.
+            generator: of latents and actions; None means seed 0.
+
+        Raises:
+            OptionError: for shares that are not one for each step.
+        """
+        steps = self.config.inner_steps if inner_steps is None else inner_steps
+        if shares is None:
+            shares = [self.config.later_rates ** max(0, k + 1 - self.config.inner_steps) for k in range(steps)]
+        if len(shares) != steps:
+            raise OptionError(f"Expected a share for each of {steps} steps; got {list(shares)}.")
+        generator = as_generator(generator, env.device, "evaluation")
+        phi = self.begin(self.theta, prior_omega(env.num_tasks, self.policy.latent, self.theta)).detach()
+        found = []
+        for k in range(steps + 1):
+            episodes = self.episodes(env, phi, generator, inner=True)
+            shown = self.episodes(env, phi, generator, inner=True, greedy=True) if greedy else episodes
+            found.append(shown.steps.returns.mean(1))
+            if k < steps:
+                phi = self.step(self.theta, phi, episodes, create_graph=False, share=shares[k])
+        return torch.stack(found)
+
+    def curve(self, env: TaskVectorEnv, *, points: int | None = None, generator: Seed = None) -> AdaptationCurve:
+        """Returns after 0, 1, … inner steps from the prior; see :meth:`evaluate`.
+
+        Args:
+            env: of held-out tasks.
+            points: inner steps; None is as trained.
+            generator: of latents and actions; None means seed 0.
+        """
+        return AdaptationCurve(self.evaluate(env, inner_steps=points, generator=generator), "step")
+
+    # -- going on later -------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """The options that change what it learns, as plain values."""
+        kind = f"{type(self.policy).__name__} with {type(self.policy.head).__name__}"
+        return {"learner": type(self).__name__, "policy": kind, **dataclasses.asdict(self.config)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
+        return {
+            "theta": self.theta.clone(),
+            "policy": {"omega": self.omega.clone()},
+            "tasks": {name: value.clone() for name, value in self.tasks.as_dict().items()},
+            "generator": self.generator.get_state(),
+            "env": self.env.state_dict(),
+            "iteration": self.iteration,
+            "history": [dict(row) for row in self.history],
+        }
+
+    def load_learned(self, state: Mapping[str, Any]) -> None:
+        """Take θ and the step sizes of a state alone: what a new task adapts with. It has no ω.
+
+        Raises:
+            CheckpointError: when it belongs to a policy of another size.
+        """
+        if state["theta"].shape != self.theta.shape:
+            raise CheckpointError(
+                f"The state has {state['theta'].numel()} meta-parameters; expected {self.theta.numel()}. Build the "
+                "policy and its options as in that run."
+            )
+        self.theta = state["theta"].to(self.theta, copy=True)
+        self._follow()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, bit for bit.
+
+        Raises:
+            CheckpointError: when it belongs to a policy of another size, to other tasks or to other environments.
+        """
+        omega = state["policy"]["omega"]
+        if omega.shape != self.omega.shape:
+            raise CheckpointError(
+                f"The state has ω of {list(omega.shape)}; expected [tasks, 2 × latent] = {list(self.omega.shape)}. Give "
+                "the tasks and the latent of that run."
+            )
+        self.load_learned(state)
+        self.env.load_state_dict(state["env"])
+        self.omega = omega.to(self.omega, copy=True)
+        self.tasks = type(self.tasks)(**{n: v.to(self.env.device, copy=True) for n, v in state["tasks"].items()})
+        self.generator.set_state(state["generator"].cpu())
+        self.iteration, self.history = state["iteration"], [dict(row) for row in state["history"]]
+
+
+def _first(episodes: LatentSteps, number: int) -> LatentSteps:
+    """The first episodes of each task."""
+    kept = {name: value[:, :number] for name, value in episodes._asdict().items() if name != "steps"}
+    return LatentSteps(first_copies(episodes.steps, number), **kept)
+
+
+def _training_tasks(env: Any, tasks: Any, seed: int) -> Any:
+    if getattr(env, "new_tasks", False):
+        raise OptionError("MAESN sets the tasks of its environments: make them with new_tasks=False.")
+    if tasks is None:
+        family = getattr(env, "family", None)
+        if family is None:
+            raise OptionError("These environments have no family to draw training tasks from; give tasks.")
+        tasks = family.sample_tasks(env.num_tasks, generator=as_generator(seed, env.device, "maesn tasks"))
+    if len(tasks) < env.num_tasks:
+        raise OptionError(
+            f"{len(tasks)} training tasks were given to environments of {env.num_tasks}; give as many at least."
+        )
+    return tasks.to(env.device)
