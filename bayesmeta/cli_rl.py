@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 Env = Literal[
-    "bandit", "gaussian-bandit", "mdp", "navigation", "sparse-navigation", "point-robot", "grid", "maze", "beam"
+    "bandit",
+    "gaussian-bandit",
+    "mdp",
+    "navigation",
+    "sparse-navigation",
+    "point-robot",
+    "grid",
+    "maze",
+    "beam",
+    "half-cheetah-direction",
+    "half-cheetah-velocity",
 ]
 MethodName = Literal["rl2", "rl2-lstm", "snail", "maml", "fomaml", "meta-sgd", "e-maml", "cavia", "joint"]
 
@@ -18,9 +28,10 @@ MethodName = Literal["rl2", "rl2-lstm", "snail", "maml", "fomaml", "meta-sgd", "
 class Train:
     """Meta-train a policy on a family of environments; what is not given takes a default of environment and method."""
 
-    env: Env
+    env: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(get_args(Env)) + ",MODULE:ATTRIBUTE}")]
     """The family: bandits, random MDPs, points that look for a goal in the plane, a grid with a hidden goal, a maze
-    seen from within, a beam to be steered."""
+    seen from within, a beam to be steered, half-cheetahs (the extra mujoco). Or one of your own, MODULE:ATTRIBUTE: a
+    family, or a function from a task to an environment of gymnasium."""
 
     out: Path
     """Folder for what is learned."""
@@ -40,6 +51,15 @@ class Train:
 
     plane: Literal["H", "V"] | None = None
     """Of beam: which plane of the file."""
+
+    task_values: tuple[float, ...] | None = None
+    """Of your own function from a task to an environment: its tasks."""
+
+    task_range: tuple[float, float] | None = None
+    """Instead: tasks are drawn between two numbers."""
+
+    workers: bool = False
+    """Run gymnasium's environments in a process each."""
 
     episodes: int | None = None
     """Episodes of a trial, for methods that remember."""

@@ -11,7 +11,8 @@ is held to our own long simulation. ``optimistic_thompson`` has no bar: the publ
 row. ``bayes_optimal_n10_…`` are exact.
 
 Rows ``rl2_…`` and ``snail_…`` are policies trained here (see ``benchmarks/_bandit_learners.py``), greedy on the same
-test tasks; ``seconds`` is their training.
+test tasks; ``seconds`` is the CPU time of their training. ``maml_rl_…`` takes one policy-gradient step between its
+pulls, and has no bar: it is the papers' negative result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import torch
 
 from benchmarks._bandit_baselines import SIZES, TABLE, baseline_rows
-from benchmarks._bandit_learners import LEARNERS, learner_row
+from benchmarks._bandit_learners import NAMES, learner_row
 from benchmarks.harness import Row, main
 from benchmarks.runs import refuse_unknown
 
@@ -29,7 +30,7 @@ from benchmarks.runs import refuse_unknown
 def run(args: argparse.Namespace) -> list[Row]:
     """All rows that were asked for."""
     refuse_unknown(args.baselines, TABLE, "baseline")
-    refuse_unknown(args.learners, LEARNERS, "learner")
+    refuse_unknown(args.learners, NAMES, "learner")
     torch.set_num_threads(args.threads)
     sizes = [(n, k) for n, k in SIZES if n in args.pulls]
     if args.quick:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     parser.add_argument("--baselines", nargs="*", default=list(TABLE), help="which algorithms (default: all)")
-    parser.add_argument("--learners", nargs="*", default=list(LEARNERS), help="which learned policies (default: all)")
+    parser.add_argument("--learners", nargs="*", default=list(NAMES), help="which learned policies (default: all)")
     parser.add_argument("--pulls", nargs="+", type=int, default=[10, 100, 500], help="which numbers of pulls")
     parser.add_argument("--instances", type=int, default=20_000, help="test tasks (default: 20000)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,37 @@ def test_stages_train_one_policy(name):
     assert run.iteration == run.iterations == len(stages)
     assert run.policy.trial_steps == stages[-1].pulls == learners.LEARNERS[name].pulls
     assert all(stage.pulls * stage.trials > 40_000 for stage in stages)
+
+
+def test_maml_rl_before_training_is_a_softmax_of_what_its_first_pulls_brought(monkeypatch):
+    """From a uniform policy one step has a closed form; simulated apart. Pulls of the first policy alone (the control)
+    bring half of what they could.
+    """
+    instances, learner = 20_000, learners.STEP_LEARNERS["maml_rl_n10_k5"]
+    monkeypatch.setitem(learners.STEP_LEARNERS, "untrained", learner._replace(iterations=0))
+    row = learners.learner_row("untrained", instances, 3, False)
+    rng = np.random.default_rng(0)
+    mean = rng.random((instances, learner.arms))
+    pulled = np.eye(learner.arms)[rng.integers(learner.arms, size=(instances, learner.before))]
+    reward = rng.random((instances, learner.before)) < np.einsum("nba,na->nb", pulled, mean)
+    better = reward - reward.mean(1, keepdims=True)
+    # weight and bias both move by rate × mean of advantage × (pulled − 1 / arms), and the observation is 1
+    logits = 2 * learner.rate * np.einsum("nb,nba->na", better, pulled - 1 / learner.arms) / learner.before
+    chosen = np.exp(logits - logits.max(1, keepdims=True))
+    worth = (mean * chosen / chosen.sum(1, keepdims=True)).sum(1)
+    expected = learner.before / 2 + (learner.pulls - learner.before) * worth.mean()
+    spread = (learner.pulls - learner.before) * worth.std() / instances**0.5
+    assert row.ours == pytest.approx(expected, abs=4 * (row.standard_error**2 + spread**2) ** 0.5)
+    assert row.ours > learner.pulls / 2 + 10 * row.standard_error
+    assert (row.bar, row.reference) == (None, None)
+
+
+def test_maml_rl_is_judged_on_the_test_tasks():
+    run = learners.stepping(learners.STEP_LEARNERS["maml_rl_n10_k5"], 0, True)
+    assert run.iteration == 2
+    assert run.env.copies == 4
+    assert bool(run.theta.isfinite().all())
+    assert learners.learner_row("maml_rl_n10_k5", 500, 0, True).ours > 5.3
 
 
 def test_unknown_learners_are_refused():

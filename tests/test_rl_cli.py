@@ -82,7 +82,9 @@ def test_every_method_trains_and_is_loaded_again(env, method, tmp_path, capsys):
     assert result.iterations == 1
 
 
-@pytest.mark.parametrize("env", [name for name in ENVIRONMENTS if name not in ("bandit", "navigation")])
+@pytest.mark.parametrize(
+    "env", [name for name in ENVIRONMENTS if name not in ("bandit", "navigation") and "cheetah" not in name]
+)
 def test_every_environment_trains_and_is_scored(env, tmp_path, capsys):
     setup = Setup(env, "rl2", horizon=6, episodes=2, tasks=3, units=4, iterations=1)
     train_setup(setup, tmp_path, validation_tasks=2, progress=False)
@@ -115,7 +117,7 @@ def test_a_run_is_resumed_with_its_own_options_alone(folder, tmp_path, capsys):
 
 def test_what_cannot_be_used_is_refused(folder, tmp_path, capsys):
     for arguments, message in (
-        (("train", "--env", "bandits", "--out", tmp_path), "invalid choice 'bandits'"),
+        (("train", "--env", "bandits", "--out", tmp_path), "Unknown environment 'bandits'"),
         (("train", "--env", "bandit", "--method", "sac", "--out", tmp_path), "invalid choice 'sac'"),
         (("train", "--env", "grid", "--arms", 3, "--out", tmp_path), "arms=3 is not an option of grid"),
         (("train", "--env", "grid", "--inner-lr", 1, "--out", tmp_path), "inner_lr=1.0 is not an option of rl2"),

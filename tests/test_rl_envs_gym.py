@@ -170,7 +170,7 @@ def mujoco_is_here():
 @pytest.mark.skipif(mujoco_is_here(), reason="is about its absence")
 def test_the_cheetah_says_what_it_needs():
     for make in (lambda: cheetah_direction(1.0), cheetah_directions, cheetah_velocities):
-        with pytest.raises(errors.UnsupportedError, match=r"install bayesmeta\[mujoco\]\. \(No module named 'mujoco'\)"):
+        with pytest.raises(errors.UnsupportedError, match=r"bayesmeta\[mujoco\]\. \(No module named 'mujoco'\)"):
             make()
 
 

@@ -12,7 +12,7 @@ from test_rl_envs_gym import Counter
 import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.rl.envs.gym import GymVectorEnv
-from bayesmeta.rl.envs.gym_family import GymFamily
+from bayesmeta.rl.envs.gym_family import GymFamily, env_horizon
 
 
 class Walk(gymnasium.Env):
@@ -65,7 +65,7 @@ def saved(state):
     return torch.load(file, weights_only=True)
 
 
-# -- where tasks come from ----------------------------------------------------------------------------------------------
+# -- where tasks come from ------------------------------------------------------------------------------
 
 
 def test_tasks_of_a_sequence_are_drawn_equally_often_and_in_another_order_each_time():
@@ -94,7 +94,7 @@ def test_a_familys_bad_input_is_refused():
         GymFamily(walk, [])
     with pytest.raises(errors.OptionError, match="lower end first"):
         GymFamily.uniform(walk, 2, 1)
-    with pytest.raises(errors.OptionError, match="3 tasks were asked for.*gave 1"):
+    with pytest.raises(errors.OptionError, match=r"3 tasks were asked for.*gave 1"):
         GymFamily(walk, lambda number, generator, split: [0.0] * min(number, 1)).sample_tasks(3)
     with pytest.raises(errors.OptionError, match="split 'exam'"):
         GymFamily(walk, [1.0]).sample_tasks(3, split="exam")
@@ -111,7 +111,16 @@ def test_a_familys_bad_input_is_refused():
         GymVectorEnv(lambda task: Counter({"space": gymnasium.spaces.Discrete(2, start=1)}), [0])
 
 
-# -- tasks at each trial ---------------------------------------------------------------------------------------------
+def test_the_horizon_is_the_least_that_is_said():
+    limit = gymnasium.wrappers.TimeLimit
+    assert env_horizon(Counter({})) is None
+    assert env_horizon(limit(Counter({}), 7)) == 7  # without a specification
+    assert env_horizon(gymnasium.wrappers.ClipAction(limit(limit(Walk(0.0), 9), 8))) == 5  # Walk's own
+    assert env_horizon(limit(Walk(0.0), 3)) == 3
+    assert env_horizon(gymnasium.make("CartPole-v1", max_episode_steps=30)) == 30
+
+
+# -- tasks at each trial --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -152,9 +161,9 @@ def test_tasks_can_be_set(how):
     assert env.reset(options={"tasks": torch.tensor([0.5, 1.5])})[0][:, 1].tolist() == [0.5, 0.5, 1.5, 1.5]
     assert env.reset()[0][:, 1].tolist() == [0.5, 0.5, 1.5, 1.5]  # for later trials too
     assert len(made) - before == (0 if how == "set" else 4)
-    with pytest.raises(errors.ShapeError, match="3 tasks were given to environments of 2"):
+    with pytest.raises(errors.ShapeError, match=r"3 tasks were given to environments of 2"):
         env.reset(options={"tasks": [1.0, 2.0, 3.0]})
-    with pytest.raises(errors.EnvCrashError, match="task 1 failed in taking another task.*could not convert"):
+    with pytest.raises(errors.EnvCrashError, match=r"task 1 failed in taking another task.*could not convert"):
         env.reset(options={"tasks": [1.0, "far"]})
 
 
@@ -174,9 +183,9 @@ def test_actions_beyond_a_box_are_clipped_to_it():
 def test_an_episode_that_goes_on_behind_its_horizon_is_refused():
     env = GymVectorEnv(walk, [0.0, 0.0], horizon=3, generator=3)
     env.reset()
+    played(env, 2, torch.Generator().manual_seed(0))
     with pytest.raises(errors.HorizonError, match="task 0 goes on behind the horizon of 3 steps"):
-        for _ in range(3):
-            env.step(torch.zeros(2, 1))
+        env.step(torch.zeros(2, 1))
 
 
 def test_pictures_are_of_the_first_environment_of_each_task():
@@ -187,7 +196,7 @@ def test_pictures_are_of_the_first_environment_of_each_task():
         GymVectorEnv(lambda task: Counter(task), [{}]).pictures()
 
 
-# -- going on later -----------------------------------------------------------------------------------------------------
+# -- going on later -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -236,7 +245,7 @@ def test_what_does_not_come_back_is_refused_and_new_trials_can_be_asked_for():
     with pytest.raises(errors.EnvError, match="call reset"):
         again.step(torch.zeros(2, 1))
     assert torch.equal(again.reset()[0], env.reset()[0])  # the seeds that follow are those of the run
-    with pytest.raises(errors.CheckpointError, match="2 environments; these are 1"):
+    with pytest.raises(errors.CheckpointError, match=r"'num_tasks': 2.*these are .*'num_tasks': 1"):
         GymVectorEnv(walk, [0.0]).load_state_dict(env.state_dict())
 
 
@@ -263,7 +272,7 @@ def test_tasks_of_all_plain_kinds_can_be_saved_and_others_are_refused():
         env.state_dict()
 
 
-# -- learners -----------------------------------------------------------------------------------------------------------
+# -- learners -------------------------------------------------------------------------------------------
 
 
 def memory_learner(seed=0):

@@ -7,7 +7,9 @@ from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs import TabularMDP, TensorVectorEnv
 from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.pair_memory import PairMemory
+from bayesmeta.rl.recurrent import LSTMMemory
 from bayesmeta.rl.rollout import collect
+from bayesmeta.rl.setups import Setup
 
 STATES, ACTIONS, INPUTS = 3, 2, 9
 
@@ -85,6 +87,16 @@ def test_it_reads_the_states_and_actions_of_a_policy():
         distribution, value = policy.unroll(rollout.moments, None)
     torch.testing.assert_close(distribution.log_prob(rollout.action), rollout.log_prob)
     torch.testing.assert_close(value, rollout.value)
+
+
+def test_it_is_the_memory_of_mdps_on_the_command_line():
+    for method, kind, units in (("rl2", PairMemory, 128), ("rl2-lstm", LSTMMemory, 128)):
+        setup = Setup("mdp", method, tasks=2, iterations=1).filled()
+        learner = setup.learner(setup.family())
+        assert type(learner.policy.memory) is kind
+        assert setup.units == units
+        assert learner.config.minibatches == 8
+    assert Setup("bandit", "rl2").filled().units == 64
 
 
 def test_numbers_that_cannot_be_are_refused():

@@ -192,7 +192,7 @@ def calibration(
     if posterior.target_kind == "class":
         return _of_classes(predictor, batch, valid, alpha, num_bins)
     pit = _pit(predictor, batch, valid, generator)
-    return _of_numbers(pit, valid, grid, alpha, posterior.target_kind)
+    return calibration_of_pit(pit, valid, grid, alpha, posterior.target_kind)
 
 
 def _pit(predictor: Predictor, batch: TaskBatch, valid: Tensor, generator: Seed) -> Tensor:
@@ -207,7 +207,18 @@ def _pit(predictor: Predictor, batch: TaskBatch, valid: Tensor, generator: Seed)
     return torch.where(keep, forecast.pit(y, uniform), math.nan)
 
 
-def _of_numbers(pit: Tensor, valid: Tensor, levels: Tensor, alpha: float, kind: TargetKind) -> Calibration:
+def calibration_of_pit(
+    pit: Tensor, valid: Tensor, levels: Tensor | None = None, alpha: float = 0.01, kind: TargetKind = "real"
+) -> Calibration:
+    """The judgement of :func:`calibration` on PIT values that are known: uniform, if the forecasts are calibrated.
+
+    Args:
+        pit: ``[tasks, points]``, or ``[tasks, points, outputs]``, float64.
+        valid: which points count, ``[tasks, points]``.
+        levels: of the coverage curve, increasing, in (0, 1), float64; None: :data:`LEVELS`.
+        alpha, kind: as :func:`calibration` has them; ``kind`` is what the targets are, for the verdict's words.
+    """
+    levels = torch.as_tensor(LEVELS, dtype=torch.float64, device=pit.device) if levels is None else levels
     counts = valid.any(-1)
 
     def per_task(value: Tensor) -> Tensor:

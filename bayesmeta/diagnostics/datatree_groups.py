@@ -259,11 +259,17 @@ def _task_labels(export: Export) -> np.ndarray:
     return np.arange(len(keep))
 
 
-def _attributes(export: Export, groups: Groups) -> dict[str, dict[str, Any]]:
-    posterior = export.predictor.posterior
+def library_attributes() -> dict[str, Any]:
+    """What every group says of where it comes from."""
     general: dict[str, Any] = {"inference_library": "bayesmeta"}
     with contextlib.suppress(metadata.PackageNotFoundError):
         general["inference_library_version"] = metadata.version("bayesmeta")
+    return general
+
+
+def _attributes(export: Export, groups: Groups) -> dict[str, dict[str, Any]]:
+    posterior = export.predictor.posterior
+    general = library_attributes()
     raw = export.standardizer is not None or export.batch.standardizer is None
     root = general | {
         "posterior_kind": type(posterior).__name__,

@@ -25,6 +25,7 @@ _NAMES = {
     "GaussianBandit": "bayesmeta.rl.envs",
     "GaussianHead": "bayesmeta.rl.policies",
     "Grid": "bayesmeta.rl.envs",
+    "GymFamily": "bayesmeta.rl.envs.gym_family",
     "GymVectorEnv": "bayesmeta.rl.envs.gym",
     "Learner": "bayesmeta.rl.learner",
     "load_learner": "bayesmeta.rl.runs",
@@ -34,6 +35,7 @@ _NAMES = {
     "Maze": "bayesmeta.rl.envs",
     "MemoryPolicy": "bayesmeta.rl.memory_policy",
     "Navigation": "bayesmeta.rl.envs",
+    "PairMemory": "bayesmeta.rl.pair_memory",
     "plot_learning_curve": "bayesmeta.rl.drawings",
     "plot_trajectories": "bayesmeta.rl.drawings",
     "PPOConfig": "bayesmeta.rl.ppo",
@@ -82,10 +84,12 @@ if TYPE_CHECKING:
         TensorVectorEnv,
     )
     from bayesmeta.rl.envs.gym import GymVectorEnv
+    from bayesmeta.rl.envs.gym_family import GymFamily
     from bayesmeta.rl.inner import Estimation
     from bayesmeta.rl.learner import AdaptationCurve, Learner
     from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
     from bayesmeta.rl.memory_policy import MemoryPolicy
+    from bayesmeta.rl.pair_memory import PairMemory
     from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, SquashedGaussianHead, TaskPolicy
     from bayesmeta.rl.ppo import PPOConfig
     from bayesmeta.rl.reference_policies import Reference, references

@@ -11,7 +11,9 @@ from bayesmeta.errors import OptionError, RunFolderError
 from bayesmeta.ops.files import reason
 from bayesmeta.rl.command import POINTS, read_setup, settings_text
 from bayesmeta.rl.drawings import plot_trajectories, point_name
+from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.learner import AdaptationCurve, standard_error
+from bayesmeta.rl.protocols import Tensors
 from bayesmeta.rl.reference_policies import Reference, references
 from bayesmeta.rl.runs import load_learner
 from bayesmeta.rl.setups import Setup
@@ -60,10 +62,11 @@ def evaluate_folder(
     learner: Any = load_learner(folder, setup.learner(family, place))
     points = None if setup.remembers else steps
     if video is not None:  # first, since families without pictures say so here
-        few = setup.held_out(family, FILMED, split="test", seed=seed, device=place)
+        pictures = {"render_mode": "rgb_array"} if isinstance(family, GymFamily) else {}
+        few = setup.held_out(family, FILMED, split="test", seed=seed, device=place, **pictures)
         save_video(watch(learner, few, points=points, pictures=True), video)
     held_out = setup.held_out(family, tasks, split="test", seed=seed, device=place)
-    known = held_out.tasks.to("cpu")
+    known = held_out.tasks.to("cpu") if isinstance(held_out.tasks, Tensors) else held_out.tasks
     curve = learner.curve(held_out, points=points, generator=seed)
     curve = curve.cpu()
     others = references(family, known, setup.episodes or 1, seed=seed)

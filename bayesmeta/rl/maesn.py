@@ -288,6 +288,7 @@ class MAESN:
         return {
             "before": before[0].steps.returns.mean().item(),
             "after": after.steps.returns.mean().item(),
+            "learned": after.learned.mean().item(),
             "prior_kl": self.prior_kl(self.omega).mean().item(),
             "kl": step.divergence,
             "improvement": step.improvement,

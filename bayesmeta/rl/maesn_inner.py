@@ -37,6 +37,7 @@ class LatentSteps(NamedTuple):
         z: the latents, of that shape.
         log_q: their density under the ω that they were drawn from, ``[tasks, copies]``.
         credit: how good each episode was, ``[tasks, copies]``.
+        learned: undiscounted sum of the reward that is learned from, ``[tasks, copies]``.
     """
 
     steps: TaskSteps
@@ -44,17 +45,7 @@ class LatentSteps(NamedTuple):
     z: Tensor
     log_q: Tensor
     credit: Tensor
-
-
-class _BesideLatent:
-    """A baseline that sees the latent too: it is drawn before the actions, and so takes nothing from their gradient."""
-
-    def __init__(self, baseline: LinearBaseline, z: Tensor) -> None:
-        self.baseline, self.z = baseline, z
-
-    def fit_predict(self, seen: Tensor, clock: Tensor, returns: Tensor, mask: Tensor | None = None) -> Tensor:
-        beside = self.z.expand(*seen.shape[:-1], self.z.shape[-1])
-        return self.baseline.fit_predict(torch.cat([seen, beside], -1), clock, returns, mask)
+    learned: Tensor
 
 
 def latent_actor(
@@ -119,14 +110,14 @@ def latent_episodes(
     if reward is not None:
         rollout = dataclasses.replace(rollout, reward=rollout.extra[reward].to(rollout.reward))
     plain = dataclasses.replace(estimation, standardise=estimation.standardise and not inner)
-    steps = task_steps(rollout, env, plain, _BesideLatent(LinearBaseline(), z))  # type: ignore[arg-type]
+    steps = task_steps(rollout, env, plain, LinearBaseline())
     discount = estimation.gamma ** rollout.by_task(rollout.moments.clock).to(noise)
-    learned = torch.where(steps.mask, discount * rollout.by_task(rollout.reward), 0.0).sum(0)
-    worth, unit = episode_credit(learned, credit)
+    counted = torch.where(steps.mask, rollout.by_task(rollout.reward), 0.0)
+    worth, unit = episode_credit((discount * counted).sum(0), credit)
     if inner:
         steps = steps._replace(advantage=steps.advantage / unit)
     log_q = latent_distribution(omega.unsqueeze(1)).log_prob(z)
-    return LatentSteps(steps._replace(returns=own), noise, z, log_q, worth)
+    return LatentSteps(steps._replace(returns=own), noise, z, log_q, worth, counted.sum(0))
 
 
 def episode_credit(returns: Tensor, credit: Credit) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import wraps
 from typing import Any
 
 from gymnasium.wrappers import TimeLimit
@@ -88,14 +88,18 @@ def load_family(
             f"{path} is a function from a task to an environment; give its tasks by either task_values (numbers) or "
             "task_range (two numbers to draw between)."
         )
-    make = found if horizon is None else partial(_limited, found, horizon)
+    make = found if horizon is None else _limited(found, horizon)
     if task_range is not None:
         return GymFamily.uniform(make, *task_range, name=path)
     return GymFamily(make, list(task_values or ()), name=path)
 
 
-def _limited(make: Any, horizon: int, task: Any, **options: Any) -> Any:
-    return TimeLimit(make(task, **options), horizon)
+def _limited(make: Any, horizon: int) -> Any:
+    @wraps(make)  # whether it takes a render_mode is asked later
+    def limited(*task: Any, **options: Any) -> Any:
+        return TimeLimit(make(*task, **options), horizon)
+
+    return limited
 
 
 def _is_family(found: Any) -> bool:

@@ -50,12 +50,12 @@ class PairMemory(Memory):
         self.units, self.states, self.actions, self.row = units, states, actions, row
         self.gru = nn.GRU(2 * states * actions + inputs, units)
         self.table = nn.Linear(units, states * row)
-        for weight in (self.gru.weight_ih_l0, self.gru.weight_hh_l0):
-            for gate in weight.data.split(units):
-                nn.init.orthogonal_(gate)
-        nn.init.orthogonal_(self.table.weight)
-        for bias in (self.gru.bias_ih_l0, self.gru.bias_hh_l0, self.table.bias):
-            nn.init.zeros_(bias)
+        for name, value in self.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(value)
+            else:  # each gate by itself
+                for block in value.data.split(units if name.startswith("gru") else len(value)):
+                    nn.init.orthogonal_(block)
 
     def advance(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`~bayesmeta.rl.recurrent.Memory`."""

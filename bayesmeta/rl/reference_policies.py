@@ -16,7 +16,6 @@ from bayesmeta.ops.random import as_generator
 from bayesmeta.rl.baselines import bandits, mdps
 from bayesmeta.rl.envs import BeamSteering, BernoulliBandit, GaussianBandit, Grid, Maze, Navigation, SparsePointRobot
 from bayesmeta.rl.envs.tabular import TabularMDP
-from bayesmeta.rl.envs.vector import TensorVectorEnv
 from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.oracles.bandits import bayes_optimal_bandit_value
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
@@ -47,12 +46,12 @@ class Reference(NamedTuple):
     optimum: str | None = None
 
 
-def references(family: Any, tasks: Tensors, episodes: int, *, seed: int = 0) -> list[Reference]:
+def references(family: Any, tasks: Any, episodes: int, *, seed: int = 0) -> list[Reference]:
     """The references of a family, optima first.
 
     Args:
         family: of the environments.
-        tasks: ``n`` of them.
+        tasks: ``n`` of them, as the family draws them.
         episodes: of a trial.
         seed: of what is random.
     """
@@ -162,12 +161,13 @@ _MAKERS: tuple[tuple[Any, Callable[[Any, Any, int, int], list[Reference]]], ...]
 # -- playing -----------------------------------------------------------------------------------------------------------
 
 
-def _on(tasks: Tensors, seed: int) -> torch.Generator:
-    return as_generator(seed, next(iter(tasks.as_dict().values())).device, "references")
+def _on(tasks: Any, seed: int) -> torch.Generator:
+    device = next(iter(tasks.as_dict().values())).device if isinstance(tasks, Tensors) else "cpu"
+    return as_generator(seed, device, "references")
 
 
 def _random(family: Any) -> Callable[[Moment, torch.Generator], Tensor]:
-    """Uniform actions: any of a discrete space, any point of a box."""
+    """Uniform actions: any of a discrete space, any point of a box; where a box has no end, normal ones."""
     space = family.action_space
 
     def act(moment: Moment, generator: torch.Generator) -> Tensor:
@@ -176,23 +176,29 @@ def _random(family: Any) -> Callable[[Moment, torch.Generator], Tensor]:
             return torch.randint(int(space.n), moment.begins.shape, generator=generator, device=device)
         low, high = (torch.as_tensor(end, device=device) for end in (space.low, space.high))
         uniform = torch.rand(len(moment.begins), *space.shape, generator=generator, device=device)
+        ends = torch.isfinite(low) & torch.isfinite(high)
+        if not bool(ends.all()):
+            normal = torch.randn(uniform.shape, generator=generator, device=device)
+            return torch.where(ends, low.where(ends, 0.0) + (high - low).where(ends, 0.0) * uniform, normal)
         return low + (high - low) * uniform
 
     return act
 
 
 def _acting(
-    family: Any, tasks: Tensors, episodes: int, seed: int, act: Callable[[Moment, torch.Generator], Tensor]
+    family: Any, tasks: Any, episodes: int, seed: int, act: Callable[[Moment, torch.Generator], Tensor]
 ) -> AdaptationCurve:
-    """Returns of a policy that sees the running observation alone, one trial of each task."""
-    generator = _on(tasks, seed)
-    env = TensorVectorEnv(
-        family, len(tasks), tasks=tasks, episodes_per_trial=episodes, generator=seed, device=generator.device
-    )
+    """Returns of a policy that sees the running observation alone, one trial of each task.
 
-    def actor(moment: Moment, state: Any, generator: torch.Generator) -> Acted:
-        action = act(moment, generator)
-        return Acted(action, torch.zeros(len(action), device=action.device))
+    Trials may end long before the most steps that they can have. The policy is not asked any more when all have.
+    """
+    generator = _on(tasks, seed)
+    env = family.vector(len(tasks), tasks=tasks, episodes_per_trial=episodes, generator=seed, device=generator.device)
+
+    def actor(moment: Moment, over: Tensor | None, generator: torch.Generator) -> Acted:
+        over = torch.zeros_like(moment.begins) if over is None else over | moment.begins
+        action = torch.zeros_like(moment.action) if bool(over.all()) else act(moment, generator)
+        return Acted(action, torch.zeros(len(action), device=action.device), over)
 
     told = family.tells
     found = trial_returns(collect(env, actor, family.horizon * episodes, generator=generator, keep=told), episodes)

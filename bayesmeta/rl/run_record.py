@@ -2,81 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, ClassVar
 
 from bayesmeta.errors import NonFiniteLossError, RunFolderError
-from bayesmeta.ops.files import reason
 from bayesmeta.train import checkpoint
-from bayesmeta.train.events import Events
-from bayesmeta.train.folder import Log, write_config
+from bayesmeta.train.folder import write_config
+from bayesmeta.train.journal import Journal, Plan
 
 
-class RunRecord:
-    """Writes a run down, iteration by iteration; a context manager, which closes its files and the bar.
+class RunRecord(Journal):
+    """Writes the run of a learner down.
 
     Args:
         run: a :class:`bayesmeta.rl.runs.Run`, on resume restored.
-        folder: the run's folder; None keeps nothing.
-        curves: the folder of TensorBoard's event files; None for none.
-        iterations: in all.
-        validate_every, log_every, checkpoint_every: iterations between curves, entries and checkpoints.
-        progress: show the bar.
-        overwrite: delete event files that are there.
-        resume: go on with log and curves after the restored iteration.
-        config: plain values for ``config.json`` and the checkpoints.
+        plan: what is to be left behind.
+        validate_every: iterations between curves.
 
     Raises:
         RunFolderError: when a folder cannot be written.
     """
 
-    def __init__(
-        self,
-        run: Any,
-        folder: Path | None,
-        curves: Path | None,
-        *,
-        iterations: int,
-        validate_every: int,
-        log_every: int,
-        checkpoint_every: int,
-        progress: bool,
-        overwrite: bool,
-        resume: bool,
-        config: dict[str, Any] | None,
-    ) -> None:
-        self.run, self.folder, self.iterations, self.config = run, folder, iterations, config
-        self.validate_every, self.log_every, self.checkpoint_every = validate_every, log_every, checkpoint_every
-        kept = run.step if resume else None
-        self.saved = kept
-        self.log = Log(None if folder is None else folder / "log.jsonl", keep_until=kept)
-        self.events = Events(curves, clear=overwrite, resumed_at=kept, tag=_tag)
-        if folder is not None and not resume:
+    unit: ClassVar[str] = "iteration"
+    trains: ClassVar[str] = "learner"
+
+    def __init__(self, run: Any, plan: Plan, *, validate_every: int) -> None:
+        self.run, self.validate_every = run, validate_every
+        super().__init__(plan, run.step, tag=_tag)
+        if self.folder is not None and not plan.resume:
             facts = {name: run.snapshot["fingerprint"][name] for name in ("options", "environments")}
-            write_config(folder, {"settings": config or {}, "iterations": iterations, **facts})
-        self.bar = tqdm(
-            total=iterations,
-            initial=run.step,
-            disable=None if progress else True,
-            unit="iteration",
-            desc="meta-training",
-            ncols=min(shutil.get_terminal_size().columns, 100),
-        )
+            write_config(self.folder, {"settings": self.config, "iterations": plan.steps, **facts})
 
-    def __enter__(self) -> RunRecord:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
-        with suppress(RunFolderError) if error is not None else nullcontext():
-            self._events(self.events.close)
+    @property
+    def step(self) -> int:
+        """Iterations done."""
+        return int(self.run.step)
 
     def before_first(self) -> None:
         """The curve before the first iteration."""
@@ -85,33 +44,29 @@ class RunRecord:
 
     def after_step(self) -> None:
         """Note what the iteration that was just done calls for."""
-        run, last = self.run, self.run.step == self.iterations
+        run, plan = self.run, self.plan
         self.bar.update()
         entry: dict[str, float] = {}
-        if run.step % self.log_every == 0 or last:
+        if self.due(run.step, plan.log_every):
             entry = {"step": run.step, **run.learner.history[-1]}
             self.bar.set_postfix_str(_brief(entry), refresh=False)
-        if run.validation is not None and (run.step % self.validate_every == 0 or last):
+        if run.validation is not None and self.due(run.step, self.validate_every):
             entry = {"step": run.step, **entry, **run.measure()} | {"step": run.step}
         if entry:
             self._write(entry)
-        if run.step % self.checkpoint_every == 0 or last:
+        if self.due(run.step, plan.checkpoint_every):
             self._save()
 
     def _write(self, entry: dict[str, float]) -> None:
-        entry = {**entry, "seconds": round(self.run.seconds, 6)}
-        entry["step"] = int(entry["step"])
-        self.log.write(**entry)
-        self._events(lambda: self.events.write(entry))
+        self.write({**entry, "step": int(entry["step"]), "seconds": round(self.run.seconds, 6)})
 
     def _save(self) -> None:
-        """Write a checkpoint, if there is a folder and it does not hold this iteration's already."""
         run = self.run
         if self.folder is None or self.saved == run.snapshot["step"]:
             return
         run.check_finite()
-        self._events(self.events.flush)
-        checkpoint.save_last(self.folder, {**run.snapshot, "config": self.config or {}})
+        self.flush()
+        checkpoint.save_last(self.folder, {**run.snapshot, "config": self.config})
         self.saved = run.snapshot["step"]
 
     def rescue(self) -> str:
@@ -128,23 +83,6 @@ class RunRecord:
         except RunFolderError as error:
             return f"What was done before could not be saved: {error}"
         return f"All up to iteration {step} is saved in {self.folder}: go on with resume once the cause is gone."
-
-    def interrupt(self) -> str:
-        """Save before the process stops; returns what was kept, in words."""
-        done = f"after iteration {self.run.step}"
-        if self.folder is None:
-            return f"{done}; the learner has the parameters of that iteration"
-        try:
-            self._save()
-        except NonFiniteLossError:
-            return f"{done}, whose parameters are not finite and were not saved"
-        return f"{done}; its checkpoint is in {self.folder}: go on with resume"
-
-    def _events(self, call: Any) -> None:
-        try:
-            call()
-        except OSError as error:
-            raise RunFolderError(f"TensorBoard's curves could not be written: {reason(error)}") from error
 
 
 def _tag(name: str) -> str | None:

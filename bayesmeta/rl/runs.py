@@ -17,6 +17,7 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.run_record import RunRecord
 from bayesmeta.train import checkpoint, events
 from bayesmeta.train.folder import claim, has_checkpoint
+from bayesmeta.train.journal import Plan
 from bayesmeta.train.signals import Signals
 
 
@@ -148,8 +149,8 @@ def fit(
     """Meta-train a meta-RL learner, as :func:`bayesmeta.fit` trains a method.
 
     A run that goes on from a checkpoint ends bit for bit as one that was never stopped: policy, optimizer, generators,
-    environments and the memory of running trials are in it. Environments that cannot be put back into a state (those
-    of :class:`~bayesmeta.rl.envs.gym.GymVectorEnv`) begin new trials instead.
+    environments and the memory of running trials are in it. Ordinary gymnasium environments (those of
+    :class:`~bayesmeta.rl.envs.gym.GymVectorEnv`) are put back by repeating what was done since their trials began.
 
     Args:
         learner: with its environments, such as :class:`~bayesmeta.rl.rl2.RL2`.
@@ -189,13 +190,8 @@ def fit(
         goes_on = bool(resume) and folder is not None and has_checkpoint(folder)  # else it begins again
         if folder is not None and goes_on:
             run.restore(folder, previous=resume == "previous")
-        record = stack.enter_context(
-            RunRecord(
-                run, folder, curves, iterations=iterations, validate_every=validate_every, log_every=log_every,
-                checkpoint_every=checkpoint_every, progress=progress, overwrite=overwrite, resume=goes_on,
-                config=config,
-            )
-        )  # fmt: skip
+        plan = Plan(folder, curves, iterations, log_every, checkpoint_every, progress, overwrite, goes_on, config)
+        record = stack.enter_context(RunRecord(run, plan, validate_every=validate_every))
         signals = stack.enter_context(Signals())
         record.before_first()
         while run.step < iterations:

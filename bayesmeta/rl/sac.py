@@ -286,16 +286,16 @@ class SACUpdate:
         self.networks, self.config = networks, config
         more = list(more)
         groups = more if more and isinstance(more[0], Mapping) else [{"params": more}] if more else []
-        critics = [
-            {"params": list(networks.critics.parameters())},
-            *({**g, "params": list(g["params"])} for g in groups),
-        ]
+        critics: list[dict[str, Any]] = [{"params": list(networks.critics.parameters())}]
+        critics += [{**group, "params": list(group["params"])} for group in groups]
         rate = config.lr if config.temperature_lr is None else config.temperature_lr
         self.optimizers = {
             "critics": torch.optim.Adam(critics, lr=config.lr, fused=True),
-            "actor": torch.optim.Adam(networks.actor.parameters(), lr=config.lr, fused=True),
-            "temperature": torch.optim.Adam([networks.log_alpha], lr=rate, fused=True),
-        }
+            "actor": torch.optim.Adam(
+                [{"params": list(networks.actor.parameters())}, {"params": [networks.log_alpha], "lr": rate}],
+                lr=config.lr, fused=True,
+            ),
+        }  # fmt: skip
 
     def update(
         self,
@@ -326,9 +326,8 @@ class SACUpdate:
         loss = critic_loss(values, target)
         self._step("critics", loss if extra is None else loss + extra)
         acting, log_prob = actor_loss(networks, now, generator)
-        self._step("actor", acting)
-        if config.learn_temperature:
-            self._step("temperature", temperature_loss(networks.log_alpha, log_prob, networks.target_entropy))
+        warming = temperature_loss(networks.log_alpha, log_prob, networks.target_entropy)  # shares nothing with acting
+        self._step("actor", acting + warming if config.learn_temperature else acting)
         networks.follow(config.polyak)
         figures = {"critic": loss, "actor": acting, "entropy": -log_prob.mean(), "temperature": networks.alpha}
         return {name: figure.detach() for name, figure in figures.items()} | {"value": values.detach().mean()}
@@ -336,9 +335,10 @@ class SACUpdate:
     def _step(self, name: str, loss: Tensor) -> None:
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
-        inputs = [p for group in optimizer.param_groups for p in group["params"]]
-        loss.backward(inputs=inputs)  # the actor's loss leaves the critics alone
-        if self.config.max_grad_norm is not None and name != "temperature":
+        inputs = [p for group in optimizer.param_groups for p in group["params"] if p is not self.networks.log_alpha]
+        learned = [*inputs, self.networks.log_alpha] if name == "actor" and self.config.learn_temperature else inputs
+        loss.backward(inputs=learned)  # the actor's loss leaves the critics alone
+        if self.config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(inputs, self.config.max_grad_norm)
         optimizer.step()
 

@@ -1,7 +1,7 @@
 """Environments and learners by name, with settings to begin from: what the command line builds.
 
-The settings of ``bandit`` with ``rl2`` and ``snail`` are those of the benchmark; the others are a start and were not
-tuned.
+The settings of ``bandit`` with ``rl2`` and ``snail`` are those of the benchmark, and those of ``mdp`` with ``rl2`` too,
+less its stage of shorter trials; the others are a start and were not tuned.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ import torch
 from bayesmeta.errors import OptionError
 from bayesmeta.rl import envs, own
 from bayesmeta.rl.envs import cheetah
+from bayesmeta.rl.envs.gym import GymVectorEnv
 from bayesmeta.rl.envs.gym_family import GymFamily
+from bayesmeta.rl.envs.vector import TensorVectorEnv
 from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.pair_memory import PairMemory
 from bayesmeta.rl.policies import ContextPolicy, TaskPolicy, head_for
+from bayesmeta.rl.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
+from bayesmeta.rl.recurrent import Memory
 from bayesmeta.rl.rl2 import RL2
 
 
@@ -38,6 +43,9 @@ class EnvDefaults:
         std: first standard deviation of continuous actions.
         horizon: steps of an episode; None is the family's own.
         steps: of each rollout of learners that remember; None is one trial.
+        units: width of the memory of learners that remember, but for SNAIL's.
+        memory: of ``rl2``: from a family and a width to what makes the memory; None is a GRU.
+        config: of learners that remember; None is PPO's own defaults.
     """
 
     family: Callable[..., Any]
@@ -50,6 +58,13 @@ class EnvDefaults:
     std: float = 1.0
     horizon: int | None = None
     steps: int | None = None
+    units: int = 64
+    memory: Callable[[Any, int], Callable[[int], Memory]] | None = None
+    config: PPOConfig | None = None
+
+
+def _pairs(family: envs.TabularMDP, units: int) -> Callable[[int], Memory]:
+    return lambda inputs: PairMemory(inputs, units, family.states, family.actions)
 
 
 def _beam(data: str | None = None, plane: str | None = None, **options: Any) -> envs.BeamSteering:
@@ -64,7 +79,16 @@ def _beam(data: str | None = None, plane: str | None = None, **options: Any) -> 
 ENVIRONMENTS: dict[str, EnvDefaults] = {
     "bandit": EnvDefaults(envs.BernoulliBandit, ("horizon", "arms"), 1, 4096, 110, 0.5, 0.5),
     "gaussian-bandit": EnvDefaults(envs.GaussianBandit, ("horizon", "arms"), 1, 4096, 110),
-    "mdp": EnvDefaults(envs.TabularMDP, episodes=10, reward_shift=1.0),
+    "mdp": EnvDefaults(
+        envs.TabularMDP,
+        episodes=10,
+        iterations=400,
+        reward_shift=1.0,
+        reward_scale=1.4,
+        units=128,
+        memory=_pairs,
+        config=PPOConfig(lam=0.5, lr=2e-3, entropy=0.02, minibatches=8),
+    ),
     "navigation": EnvDefaults(envs.Navigation, episodes=2, trials=128, reward_scale=0.2, std=0.1),
     "sparse-navigation": EnvDefaults(
         lambda **options: envs.Navigation(sparse=True, **options), episodes=4, trials=128, std=0.1, horizon=20
@@ -180,10 +204,10 @@ class Setup:
 
     def filled(self) -> Setup:
         """With the defaults of environment and method in place of None."""
-        known = ENVIRONMENTS[self.env]
+        known = self.defaults
         defaults: dict[str, Any] = {"horizon": known.horizon}
         if self.remembers:
-            units = 64 if self.method != "snail" else 32
+            units = known.units if self.method != "snail" else 32
             defaults |= {
                 "episodes": known.episodes, "tasks": known.trials, "units": units, "iterations": known.iterations,
             }  # fmt: skip
@@ -197,31 +221,49 @@ class Setup:
 
     def family(self) -> Any:
         """The family of environments."""
-        known = ENVIRONMENTS[self.env]
+        known = self.defaults
         given = {name: getattr(self, name) for name in known.options if getattr(self, name) is not None}
-        return known.family(**given)
+        return known.family(self.env, **given) if known is OWN else known.family(**given)
 
-    def held_out(self, family: Any, tasks: int, *, split: str, seed: int, device: Any = "cpu") -> TensorVectorEnv:
+    def vector(self, family: Any, tasks: int, **options: Any) -> TensorVectorEnv | GymVectorEnv[Any]:
+        """Environments of a family side by side.
+
+        Raises:
+            OptionError: for workers where environments step as tensors.
+        """
+        if isinstance(family, GymFamily):
+            return family.vector(tasks, workers=self.workers, **options)
+        if self.workers:
+            raise OptionError(f"workers=True is not an option of {self.env}, which steps as tensors; leave it out.")
+        found: TensorVectorEnv = family.vector(tasks, **options)
+        return found
+
+    def held_out(
+        self, family: Any, tasks: int, *, split: str, seed: int, device: Any = "cpu", **options: Any
+    ) -> TensorVectorEnv | GymVectorEnv[Any]:
         """Environments of held-out tasks, a trial of one for each task or, for methods that take steps, ``copies``."""
         shape = {"episodes_per_trial": self.episodes or 1} if self.remembers else {"copies": self.copies or 1}
-        return TensorVectorEnv(family, tasks, split=split, generator=seed, device=device, **shape)  # type: ignore[arg-type]
+        return self.vector(family, tasks, split=split, generator=seed, device=device, **shape, **options)
 
     def learner(self, family: Any, device: torch.device | str = "cpu") -> RL2 | MAMLRL:
         """The learner with its environments; of settings that are :meth:`filled`."""
         return self._remembering(family, device) if self.remembers else self._stepping(family, device)
 
     def _remembering(self, family: Any, device: torch.device | str) -> RL2:
-        known = ENVIRONMENTS[self.env]
+        known = self.defaults
         assert self.tasks
         assert self.episodes
         assert self.iterations
         assert self.units
-        env = TensorVectorEnv(
+        env = self.vector(
             family, self.tasks, new_tasks=True, episodes_per_trial=self.episodes, generator=self.seed, device=device
         )
+        kind: Any = MEMORIES[self.method]
+        if self.method == "rl2" and known.memory is not None:
+            kind = known.memory(family, self.units)
         return RL2(
-            env, iterations=self.iterations, steps=known.steps, units=self.units, seed=self.seed,
-            memory_kind=MEMORIES[self.method], reward_shift=known.reward_shift, reward_scale=known.reward_scale,
+            env, config=known.config, iterations=self.iterations, steps=known.steps, units=self.units, seed=self.seed,
+            memory_kind=kind, reward_shift=known.reward_shift, reward_scale=known.reward_scale,
             log_std=math.log(known.std),
         )  # fmt: skip
 
@@ -233,9 +275,9 @@ class Setup:
         assert self.units
         assert self.inner_steps
         assert self.inner_lr is not None
-        env = TensorVectorEnv(family, self.tasks, copies=self.copies, generator=self.seed, device=device)
+        env = self.vector(family, self.tasks, copies=self.copies, generator=self.seed, device=device)
         config = MAMLRLConfig(**{"inner_steps": self.inner_steps, "inner_lr": self.inner_lr, **_INNER[self.method]})
-        head = head_for(env.single_action_space, log_std=math.log(ENVIRONMENTS[self.env].std))
+        head = head_for(env.single_action_space, log_std=math.log(self.defaults.std))
         context = CONTEXT if self.method == "cavia" else 0
         inputs = num_features(env.single_observation_space) + context
         with torch.random.fork_rng(devices=[]):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bayesmeta.data import Observations
 from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
-from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.ops.random import as_generator
 from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext

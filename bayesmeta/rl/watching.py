@@ -12,6 +12,7 @@ from torch import Tensor
 from bayesmeta.errors import EnvError, OptionError, RunFolderError
 from bayesmeta.ops.files import reason
 from bayesmeta.rl.learner import Learner
+from bayesmeta.rl.protocols import Tensors
 
 #: Pictures of environments stand side by side with so many pixels between them.
 _GAP = 4
@@ -84,12 +85,25 @@ class Watched:
 
     def _shoot(self, point: int, step: int, *, keep: bool = True) -> None:
         env = self._env
-        tasks, state = env.tasks.to("cpu"), env.state.map(lambda value: value[:: env.copies]).to("cpu")
-        pictures = [env.family.picture(tasks, state, index) for index in range(env.num_tasks)]
+        pictures = env.pictures() if hasattr(env, "pictures") else _drawn(env)
         gap = np.full((pictures[0].shape[0], _GAP, 3), 128, dtype=np.uint8)
         if keep:
             joined = [part for picture in pictures for part in (picture, gap)][:-1]
             self.frames.append((np.concatenate(joined, 1), point, step))
+
+
+def _drawn(env: Any) -> list[np.ndarray]:
+    """Pictures of the first environment of each task, of environments that step as tensors."""
+    tasks, state = env.tasks.to("cpu"), env.state.map(lambda value: value[:: env.copies]).to("cpu")
+    return [env.family.picture(tasks, state, index) for index in range(env.num_tasks)]
+
+
+def _named(tasks: Any) -> dict[str, Tensor]:
+    """Parameters of tasks by name; of tasks that are neither tensors nor numbers there are none."""
+    if isinstance(tasks, Tensors):
+        return tasks.as_dict()
+    numbers = all(isinstance(task, int | float) and not isinstance(task, bool) for task in tasks)
+    return {"task": torch.tensor([float(task) for task in tasks])} if numbers else {}
 
 
 class Watching(NamedTuple):
@@ -98,7 +112,7 @@ class Watching(NamedTuple):
     Attributes:
         paths: for each task and each point of the adaptation, the observations ``[steps + 1, …]``.
         rewards: of the same steps, ``[steps]`` each.
-        tasks: the tasks' parameters by name.
+        tasks: the tasks' parameters by name; of tasks that are numbers, ``"task"``.
         unit: what adaptation goes by, ``"episode"`` or ``"step"``.
         frames: pictures of all tasks side by side, with point and step.
     """
@@ -117,7 +131,7 @@ def watch(
 
     Args:
         learner: trained.
-        env: a few held-out tasks of a family (``TensorVectorEnv``).
+        env: a few held-out tasks of a family (``TensorVectorEnv``, or ``GymFamily(…).vector(…)``).
         points: gradient steps, for learners that take them; None is as trained.
         pictures: keep pictures too.
         generator: seed of the actions.
@@ -125,13 +139,16 @@ def watch(
     Raises:
         EnvError: for pictures of a family that has none, or environments that are of no family.
     """
-    if not hasattr(env, "family"):
-        raise EnvError(f"{type(env).__name__} has no family of tasks; give a TensorVectorEnv to watch.")
+    if getattr(env, "family", None) is None:
+        raise EnvError(
+            f"this {type(env).__name__} has no family of tasks; give a TensorVectorEnv or GymFamily(…).vector(…) to "
+            "watch."
+        )
     watched = Watched(env, pictures=pictures)
     curve = learner.curve(watched, points=points, generator=generator)
     paths = [[torch.stack(path) for path in task] for task in watched.paths]
     rewards = [[torch.tensor(path) for path in task] for task in watched.rewards]
-    return Watching(paths, rewards, env.tasks.as_dict(), curve.unit, watched.frames)
+    return Watching(paths, rewards, _named(env.tasks), curve.unit, watched.frames)
 
 
 def save_video(watching: Watching, path: str | Path, *, frames_per_second: float = 10.0, scale: int = 1) -> None:

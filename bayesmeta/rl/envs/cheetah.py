@@ -2,14 +2,15 @@
 5.3).
 
 Families of gymnasium environments, and the functions from a task to an environment that they are made of; they need
-the extra ``mujoco``. The reward is that of gymnasium's HalfCheetah-v5 with its forward part replaced: by the velocity in the
-task's direction, ±1, or by minus the distance of the velocity from the task's, which the paper draws from U(0, 2)
-(PEARL from U(0, 3)). The control cost is gymnasium's, 0.1 of the squared action (the papers': 0.05 and more). Episodes
-last 200 steps.
+the extra ``mujoco``. The reward is that of gymnasium's HalfCheetah-v5 with its forward part replaced: by the velocity
+in the task's direction, ±1, or by minus the distance of the velocity from the task's, which the paper draws from
+U(0, 2) (PEARL from U(0, 3)). The control cost is gymnasium's, 0.1 of the squared action (the papers': 0.05 and more).
+Episodes last 200 steps.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,8 +116,7 @@ def _cheetah(horizon: int, render_mode: str | None) -> gymnasium.Env[Any, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without MuJoCo's word, on the screen and in a file of the working folder, that gymnasium's model file is old."""
-    import mujoco
-
+    mujoco = importlib.import_module("mujoco")
     before = mujoco.get_mju_user_warning()
     told: list[str] = []
     mujoco.set_mju_user_warning(told.append)

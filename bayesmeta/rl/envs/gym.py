@@ -344,7 +344,7 @@ class GymVectorEnv(Generic[TaskT]):
         shape = self.num_envs, *(self.single_action_space.shape or ())
         moves = np.array(self._moves, dtype=self.single_action_space.dtype).reshape(-1, *shape)
         return {
-            "num_envs": self.num_envs,
+            "config": self._config(),
             "generator": self.generator.get_state(),
             "tasks": [packed(task) for task in self.tasks] if self._changed else None,
             "seeds": list(self._seeds) if going else None,
@@ -359,12 +359,12 @@ class GymVectorEnv(Generic[TaskT]):
         """Go on from a state: bit for bit by repeating the actions of the running trials, or with new trials.
 
         Raises:
-            CheckpointError: if it belongs to another number of environments, or they do not come back to the state.
+            CheckpointError: if it belongs to other environments, or they do not come back to the state.
             EnvCrashError: if an environment fails.
         """
-        if state["num_envs"] != self.num_envs:
+        if state["config"] != self._config():
             raise CheckpointError(
-                f"the state belongs to {state['num_envs']} environments; these are {self.num_envs}. Make as many."
+                f"the state belongs to environments {state['config']}; these are {self._config()}. Make them the same."
             )
         self.generator.set_state(state["generator"].cpu())
         self._ready = False
@@ -373,6 +373,13 @@ class GymVectorEnv(Generic[TaskT]):
             self.tasks, self._changed = [unpacked(task) for task in state["tasks"]], True
         if state["seeds"] is not None and self.replays:
             self._replay(state)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            **({} if self.family is None else self.family.config()), "horizon": self.horizon,
+            "num_tasks": self.num_tasks, "copies": self.copies, "new_tasks": self.new_tasks,
+            "episodes_per_trial": self.episodes_per_trial, "split": self.split, "dtype": str(self.dtype),
+        }  # fmt: skip
 
     def _replay(self, state: Mapping[str, Any]) -> None:
         moves, since = state["moves"].numpy(), np.array(state["since"], dtype=np.int64)

@@ -183,9 +183,17 @@ class GymFamily(Generic[TaskT]):
 
 
 def env_horizon(env: gymnasium.Env[Any, Any]) -> int | None:
-    """Steps of an episode at most, as a time limit or the specification says; None when neither does."""
-    found = env.spec.max_episode_steps if env.spec is not None else None
-    return found if found is not None else getattr(env, "horizon", None)
+    """Steps of an episode at most: the least of what time limits, the specification and an attribute ``horizon`` say;
+    None when none does.
+    """
+    found = [env.spec.max_episode_steps if env.spec is not None else None]
+    inner: gymnasium.Env[Any, Any] = env
+    while isinstance(inner, gymnasium.Wrapper):
+        if isinstance(inner, gymnasium.wrappers.TimeLimit):  # an environment that is not registered has no spec
+            found.append(inner._max_episode_steps)
+        inner = inner.env
+    found.append(getattr(inner, "horizon", None))
+    return min((steps for steps in found if steps is not None), default=None)
 
 
 def check_alike(examples: Sequence[gymnasium.Env[Any, Any]], horizon: int | None) -> int | None:

@@ -103,6 +103,18 @@ class ContextSpec:
         width = {"state": state, "action": num_features(self.action_space), "successor": state}
         return sum(width[name] for name in self.inputs)
 
+    def columns(self, name: Input) -> slice:
+        """Where an input stands in x.
+
+        Raises:
+            ContextError: for one that does not.
+        """
+        if name not in self.inputs:
+            raise ContextError(f"x has no {name!r}; it has {', '.join(self.inputs)}. Make contexts with it.")
+        before = dataclasses.replace(self, inputs=self.inputs[: self.inputs.index(name) + 1])
+        width = num_features(self.action_space) if name == "action" else self.encoded or self.state_width
+        return slice(before.features - width, before.features)
+
     @property
     def outputs(self) -> int:
         """Targets of a transition: with 1, y is ``[tasks, shots]``."""
