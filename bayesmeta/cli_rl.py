@@ -21,7 +21,19 @@ Env = Literal[
     "half-cheetah-direction",
     "half-cheetah-velocity",
 ]
-MethodName = Literal["rl2", "rl2-lstm", "snail", "maml", "fomaml", "meta-sgd", "e-maml", "cavia", "joint"]
+MethodName = Literal[
+    "rl2",
+    "rl2-lstm",
+    "snail",
+    "maml",
+    "fomaml",
+    "meta-sgd",
+    "e-maml",
+    "cavia",
+    "joint",
+    "pearl",
+    "varibad",
+]
 
 
 @dataclasses.dataclass
@@ -37,8 +49,8 @@ class Train:
     """Folder for what is learned."""
 
     method: MethodName = "rl2"
-    """rl2, rl2-lstm and snail remember the episodes of a trial; the others take policy-gradient steps. joint does not
-    meta-learn."""
+    """rl2, rl2-lstm and snail remember the episodes of a trial; pearl has a belief over the task, and explores by draws
+    from it; the others take policy-gradient steps. joint does not meta-learn."""
 
     horizon: int | None = None
     """Steps of an episode."""

@@ -36,14 +36,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bayesmeta import nets
 from bayesmeta.errors import DataError
 from bayesmeta.rl.envs import BeamSteering, Machines, TensorVectorEnv
 from bayesmeta.rl.envs.family import check_split
+from bayesmeta.rl.inner import Estimation, inner_step, phi_actor
+from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
+from bayesmeta.rl.policies import GaussianHead, TaskPolicy
 from bayesmeta.rl.ppo import PPOConfig
-from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.rl2 import RL2, trial_returns
+from bayesmeta.rl.rollout import collect
 from benchmarks._multilevel_model import data_folder
 from benchmarks.harness import Bar, Row, at_least, at_most, main, standard_error
 from benchmarks.runs import refuse_unknown
@@ -54,6 +59,11 @@ CONFIG = PPOConfig(
     epochs=4, minibatches=4, gamma=0.95, lam=0.95, lr=1.5e-3, last_lr=1e-4, entropy=0.0, standardise="all"
 )
 ENVS, STEPS, UNITS = 512, 16, 96
+#: MAML-RL: machines and episodes of each in training, steps of an episode, and iterations without and with the inner
+#: step. Machines that are read on adapt on as many episodes.
+TASKS, EPISODES, SHORT = 50, 20, 12
+JOINT, META = 120, 60
+INNER_LR = 0.002
 #: Success may differ by as much between two episodes and count as equal.
 EQUAL = 0.002
 
@@ -77,6 +87,8 @@ ORACLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "oracle_inverse": inverse_response_actions,
     "oracle_least_squares": box_least_squares_actions,
 }
+
+POLICIES = [*ORACLES, *TRAININGS, "maml_rl"]
 
 
 def family_of() -> BeamSteering:
@@ -147,6 +159,62 @@ def read_oracle(rule: Callable[[Tensor, Tensor], Tensor], env: TensorVectorEnv) 
     return Reading(*(x.float().unflatten(0, shape).mean(1, keepdim=True) for x in (length, success)))
 
 
+def beam_policy(seed: int) -> TaskPolicy:
+    """Two tanh layers of 64 without a memory; it hardly acts at first."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nets.mlp(10, [64, 64], 10, activation="tanh")
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.zero_()
+    return TaskPolicy(network, GaussianHead(10, log_std=-1.0))
+
+
+def trained_maml(family: BeamSteering, seed: int, quick: bool) -> MAMLRL:
+    """MAML-RL after iterations without, then with an inner step; ``quick`` takes a few on few episodes."""
+    tasks, copies = (4, 4) if quick else (TASKS, EPISODES)
+    policy, short = beam_policy(seed), BeamSteering(family.machines, SHORT)
+
+    def learner(inner_steps: int) -> MAMLRL:
+        config = MAMLRLConfig(
+            inner_steps=inner_steps,
+            inner_lr=INNER_LR,
+            max_kl=0.03,
+            cg_steps=8,
+            curvature_share=1 / 3,
+            curvature_episodes=5,
+            exact_curvature=False,
+            estimation=Estimation(gamma=0.95, lam=0.95, standardise=False),
+        )
+        env = TensorVectorEnv(short, tasks, copies=copies, generator=seed)
+        return MAMLRL(env, policy, config, seed=2 * seed + inner_steps)
+
+    learner(0).train(2 if quick else JOINT)
+    run = learner(1)  # goes on with the same policy
+    run.train(2 if quick else META)
+    return run
+
+
+def read_maml(run: MAMLRL, family: BeamSteering, split: str, starts: int, seed: int) -> Reading:
+    """What the likeliest actions do before and after a step on episodes with drawn ones, ``[machines, 2]`` each."""
+    env = held_out(family, split, starts, 1, seed)
+    short, machines = BeamSteering(family.machines, SHORT), env.num_tasks
+    practice = TensorVectorEnv(short, machines, copies=EPISODES, tasks=env.tasks, split=split, generator=seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    shared, rate = run.parts(run.theta)
+    first = run.policy.begin(shared, machines)
+    steps = run.episodes(practice, first, generator)
+    after = inner_step(run.policy, first, shared, steps, rate, run.config.estimation, create_graph=False)
+    found = []
+    for phi in (first, after):
+        env = held_out(family, split, starts, 1, seed)  # the same starts
+        actor = phi_actor(run.policy, phi, shared, env, greedy=True)
+        played = trial_returns(collect(env, actor, env.horizon, generator=generator, keep=("success",)), 1)
+        found.append((played.lengths, played.extra["success"]))
+    return Reading(*(torch.cat([x.unflatten(0, (machines, starts)).mean(1) for x in part], 1) for part in zip(*found)))
+
+
 def rows_of(name: str, reading: Reading, seconds: float, bars: dict[str, Bar], episode: int = 0) -> list[Row]:
     """Length and success of one episode, always together; standard errors over machines."""
     rows = []
@@ -160,7 +228,9 @@ def rows_of(name: str, reading: Reading, seconds: float, bars: dict[str, Bar], e
 
 
 def later_rows(name: str, reading: Reading, seconds: float, bars: dict[str, Bar]) -> list[Row]:
-    """A second episode beside the first: ``difference`` is second minus first, held to the bars."""
+    """A second episode beside the first, or one after a step beside one before it: ``difference`` is second minus
+    first, held to the bars.
+    """
     rows = []
     for what, values in zip(Reading._fields, reading):
         gain = values[:, 1] - values[:, 0]
@@ -190,9 +260,18 @@ def learner_rows(name: str, family: BeamSteering, args: argparse.Namespace) -> l
     return rows + later_rows(f"{name}_episode_2", reading, seconds, equal)
 
 
+def maml_rows(family: BeamSteering, args: argparse.Namespace) -> list[Row]:
+    """One training of MAML-RL; its policy before and after a step."""
+    begin = time.process_time()
+    run = trained_maml(family, args.seed, args.quick)
+    seconds = time.process_time() - begin
+    reading = read_maml(run, family, args.split, args.starts, args.seed)
+    return rows_of("maml_rl_before", reading, seconds, {}) + later_rows("maml_rl_after_1", reading, seconds, {})
+
+
 def run(args: argparse.Namespace) -> list[Row]:
     """All rows that were asked for."""
-    refuse_unknown(args.policies, [*ORACLES, *TRAININGS], "policy")
+    refuse_unknown(args.policies, POLICIES, "policy")
     torch.set_num_threads(args.threads)
     check_split(args.split)
     family, rows = family_of(), list[Row]()
@@ -203,6 +282,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     for name in args.policies:
         if name in TRAININGS:
             rows += learner_rows(name, family, args)
+        elif name == "maml_rl":
+            rows += maml_rows(family, args)
         else:
             begin = time.process_time()
             reading = read_oracle(ORACLES[name], held_out(family, args.split, args.starts, 1, args.seed))
@@ -212,8 +293,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    names = [*ORACLES, *TRAININGS]
-    parser.add_argument("--policies", nargs="*", default=names, help=f"which (default: {' '.join(names)})")
+    parser.add_argument("--policies", nargs="*", default=POLICIES, help=f"which (default: {' '.join(POLICIES)})")
     parser.add_argument("--starts", type=int, default=16, help="starts of each machine (default: 16)")
     parser.add_argument("--split", default="test", help="set of machines to read on: test, or validation to choose by")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

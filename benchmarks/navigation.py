@@ -62,10 +62,11 @@ class Method(NamedTuple):
 
     Attributes:
         joint: iterations without an inner step, from the begin: one batch of episodes each.
-        meta: iterations of MAML-RL behind them: two batches of episodes each.
+        meta: iterations of MAML-RL behind them: a batch of episodes for each inner step, and one more.
         raw: advantages in units of the reward; else they are standardised for each task.
         rate: inner rate: that of the training, and 1 in units of the factors tuned over.
         bars: by time of reading, in full runs.
+        inner: inner steps of MAML-RL.
     """
 
     joint: int
@@ -73,14 +74,18 @@ class Method(NamedTuple):
     raw: bool
     rate: float
     bars: dict[str, Bar]
+    inner: int = 1
 
 
 METHODS = {
     "maml_rl": Method(20, 30, True, 0.1, BARS),
+    "maml_rl_three_steps": Method(20, 15, True, 0.1, {}, inner=3),
     "joint": Method(80, 0, True, 0.1, {}),
     "maml_rl_standardised": Method(20, 30, False, 0.02, {}),
     "joint_standardised": Method(80, 0, False, 0.02, {}),
 }
+#: Which are compared, pair by pair.
+PAIRS = {"maml_rl": "joint", "maml_rl_three_steps": "joint", "maml_rl_standardised": "joint_standardised"}
 
 
 def policy_of(seed: int) -> TaskPolicy:
@@ -118,7 +123,7 @@ def trained(method: Method, seed: int, quick: bool = False) -> MAMLRL:
     run = learner(0)
     run.train(joint)
     if meta:
-        run = learner(1)  # goes on with the same policy
+        run = learner(method.inner)  # goes on with the same policy
         run.train(meta)
     return run
 
@@ -177,16 +182,16 @@ def rows_of(name: str, method: Method, values: Tensor, seconds: float, held: boo
 
 
 def ahead_rows(found: dict[str, Tensor]) -> list[Row]:
-    """MAML-RL less joint training, paired by seed and goal, for each kind of advantages that both were run with."""
+    """MAML-RL less joint training, paired by seed and goal, for each pair of which both were run."""
     rows = []
-    for kind in ("", "_standardised"):
-        meta, joint = found.get(f"maml_rl{kind}"), found.get(f"joint{kind}")
-        if meta is None or joint is None:
+    for first, second in PAIRS.items():
+        if first not in found or second not in found:
             continue
+        meta, joint = found[first], found[second]
         for step in range(1, STEPS + 1):
             ours, theirs = float(meta[:, step].mean()), float(joint[:, step].mean())
             error = error_of(meta[:, step] - joint[:, step])
-            name = f"maml_rl_against_joint{kind}_{WHEN[step]}"
+            name = f"{first}_against_{second}_{WHEN[step]}"
             rows.append(Row(name, ours, theirs, None, ours - theirs, error))
     return rows
 

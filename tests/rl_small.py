@@ -72,6 +72,21 @@ class Parabola(Constant):
 
 
 @dataclass(frozen=True)
+class Coin(Constant):
+    """An episode ends with probability 0.3 in each step; the reward is the action."""
+
+    horizon: int = 6
+    name = "coin"
+    fixed_length = False
+
+    def step_noise(self, num, generator, dtype):
+        return (torch.rand(num, generator=generator, dtype=dtype),)
+
+    def advance(self, tasks, state, actions, noise):
+        return state, actions.squeeze(-1), noise[0] < 0.3, {}
+
+
+@dataclass(frozen=True)
 class Swing(Tensors):
     """Angle and angular velocity of pendulums, ``[n]`` each."""
 

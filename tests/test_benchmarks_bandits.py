@@ -53,6 +53,19 @@ def test_mdp_rows_are_read_after_several_numbers_of_episodes(monkeypatch):
     assert tabular_mdps.rows_of("beb_right_prior", [10], 40, 0, True)[0].reference is None
 
 
+def test_mdps_are_all_played_in_pieces(monkeypatch):
+    seen = []
+    real = tabular_mdps.rules.play_mdps
+    keep = lambda rule, family, tasks, **options: (seen.append(tasks.reward), real(rule, family, tasks, **options))[1]  # noqa: E731
+    monkeypatch.setattr(tabular_mdps.rules, "play_mdps", keep)
+    monkeypatch.setattr(tabular_mdps, "CHUNK", 10)
+    (row,) = tabular_mdps.rows_of("random", [10], 25, 3, False)
+    assert [len(rewards) for rewards in seen] == [10, 10, 5]
+    tasks = tabular_mdps.TabularMDP().sample_tasks(25, generator=3, split="test")
+    assert torch.equal(torch.cat(seen), tasks.reward)
+    assert row.ours == pytest.approx(float(tasks.reward.mean()) * 100, abs=4 * row.standard_error * 100)
+
+
 def test_unknown_names_are_refused():
     args = argparse.Namespace(baselines=["sarsa"], learners=[], threads=1, quick=True, episodes=[10], tasks=10, seed=0)
     with pytest.raises(SystemExit, match="unknown baseline sarsa"):

@@ -1,6 +1,7 @@
 """The benchmark of beam steering: what is read of an episode, which rows there are, and how they are held."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
@@ -83,6 +84,42 @@ def test_a_quick_run_trains_and_has_no_bars(name):
     assert all(row.bar is None and row.seconds > 0 for row in rows)
     lengths = [row.ours for row in rows if row.name.endswith("length")]
     assert all(1 <= length <= FAMILY.horizon for length in lengths)
+
+
+def test_maml_is_read_before_and_after_a_step_from_the_same_starts():
+    """Before: against a loop. After a step of next to nothing: the same; after a large one (the control): another."""
+    run = bench.trained_maml(FAMILY, 0, True)
+    tiny, large = (dataclasses.replace(run.config, inner_lr=rate) for rate in (1e-12, 3.0))
+    run.config = tiny
+    reading = bench.read_maml(run, FAMILY, "test", 3, 0)
+    assert reading.length.shape == reading.success.shape == (4, 2)
+    env = bench.held_out(FAMILY, "test", 3, 1, 0)
+    seen, _ = env.reset()
+    running, length, success = torch.ones(12, dtype=torch.bool), torch.zeros(12), torch.zeros(12)
+    for _ in range(FAMILY.horizon):
+        phi = run.policy.begin(run.theta, 4)
+        action = run.policy.distribution(phi, seen.unflatten(0, (4, 3)), run.theta).mean.detach().flatten(0, 1)
+        seen, _, terminated, truncated, info = env.step(action)
+        length, success = length + running, success + (running & info["success"])
+        running &= ~(terminated | truncated)
+    torch.testing.assert_close(reading.length[:, 0], length.view(4, 3).mean(1))
+    torch.testing.assert_close(reading.success[:, 0], success.view(4, 3).mean(1))
+    assert torch.equal(reading.length[:, 0], reading.length[:, 1])
+    run.config = large
+    again = bench.read_maml(run, FAMILY, "test", 3, 0)
+    assert torch.equal(again.length[:, 0], reading.length[:, 0])
+    assert not torch.equal(again.length[:, 1], reading.length[:, 1])
+
+
+def test_maml_has_rows_before_and_after_and_no_bars():
+    run = bench.trained_maml(FAMILY, 0, True)
+    assert (run.config.inner_steps, run.iteration) == (1, 2)
+    assert 0 < (run.theta - bench.beam_policy(0).theta).norm() < 2  # it moved in both stages
+    rows = bench.maml_rows(FAMILY, options(quick=True))
+    names = [f"maml_rl_{when}_{what}" for when in ("before", "after_1") for what in ("length", "success")]
+    assert [row.name for row in rows] == names
+    assert all(row.bar is None for row in rows)
+    assert rows[2].difference == pytest.approx(rows[2].ours - rows[0].ours, abs=1e-5)
 
 
 def test_the_training_is_of_the_episodes_it_says():

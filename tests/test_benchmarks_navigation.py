@@ -43,9 +43,9 @@ def test_errors_have_the_part_of_goals_and_that_of_seeds():
 
 
 def test_budgets_of_the_compared_are_equal():
-    for kind in ("", "_standardised"):
-        meta, joint = navigation.METHODS[f"maml_rl{kind}"], navigation.METHODS[f"joint{kind}"]
-        assert joint.joint == meta.joint + 2 * meta.meta
+    for first, second in navigation.PAIRS.items():
+        meta, joint = navigation.METHODS[first], navigation.METHODS[second]
+        assert joint.joint == meta.joint + (1 + meta.inner) * meta.meta
         assert (meta.raw, joint.meta) == (joint.raw, 0)
         assert meta.meta > 0
 
@@ -127,7 +127,7 @@ def test_rows_bars_and_differences():
 @pytest.mark.parametrize("name", list(navigation.METHODS))
 def test_a_short_run_trains_what_it_says(name):
     run = navigation.trained(navigation.METHODS[name], 0, quick=True)
-    assert run.config.inner_steps == (1 if navigation.METHODS[name].meta else 0)
+    assert run.config.inner_steps == {"maml_rl_three_steps": 3}.get(name, 1 if name.startswith("maml") else 0)
     assert run.iteration == 2
     start = navigation.policy_of(0).theta
     assert 0 < (run.theta - start).norm() < 2

@@ -1,4 +1,4 @@
-"""VariBAD's bound: which steps are decoded by hand, and the bound on a linear-Gaussian task whose posterior is known."""
+"""VariBAD's bound: which steps are decoded, by hand, and the bound on a linear-Gaussian task of known posterior."""
 
 import math
 
@@ -202,7 +202,8 @@ def test_a_linear_decoder_of_changes_is_a_matrix_and_an_offset():
     z = torch.randn(4, 2, dtype=torch.float64, generator=seeded())
     x = torch.randn(4, 6, 2, dtype=torch.float64, generator=seeded(1))
     matrix, offset = decoder.matrix(z)
-    assert matrix.shape == (4, 4, 2) and offset.shape == (4, 4)
+    assert matrix.shape == (4, 4, 2)
+    assert offset.shape == (4, 4)
     expected = torch.stack([x[n] @ matrix[n].T + offset[n] for n in range(4)])
     torch.testing.assert_close(decoder.output(z, x), expected)
     # and as a Pyro program, whose densities posteriors and NUTS take

@@ -91,7 +91,7 @@ def test_a_resumed_run_doubles_no_step(tmp_path, monkeypatch):
 
 
 def _without_purge(init):
-    return lambda self, folder, *, clear=False, resumed_at=None: init(self, folder, clear=clear)
+    return lambda self, folder, *, clear=False, resumed_at=None, **options: init(self, folder, clear=clear, **options)
 
 
 def test_curves_reach_as_far_as_the_checkpoint(tmp_path, monkeypatch):

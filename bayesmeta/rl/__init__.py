@@ -16,9 +16,11 @@ with warnings.catch_warnings():  # gymnasium adds a filter of its own to all of 
 _NAMES = {
     "AdaptationCurve": "bayesmeta.rl.learner",
     "BeamSteering": "bayesmeta.rl.envs",
+    "BeliefPath": "bayesmeta.rl.latent.beliefs",
     "BernoulliBandit": "bayesmeta.rl.envs",
     "CategoricalHead": "bayesmeta.rl.policies",
     "ContextPolicy": "bayesmeta.rl.policies",
+    "ContextSpec": "bayesmeta.rl.latent.contexts",
     "Estimation": "bayesmeta.rl.inner",
     "fit": "bayesmeta.rl.runs",
     "FitResult": "bayesmeta.rl.runs",
@@ -27,6 +29,7 @@ _NAMES = {
     "Grid": "bayesmeta.rl.envs",
     "GymFamily": "bayesmeta.rl.envs.gym_family",
     "GymVectorEnv": "bayesmeta.rl.envs.gym",
+    "LatentContext": "bayesmeta.rl.latent.core",
     "Learner": "bayesmeta.rl.learner",
     "load_learner": "bayesmeta.rl.runs",
     "Machines": "bayesmeta.rl.envs",
@@ -36,6 +39,7 @@ _NAMES = {
     "MemoryPolicy": "bayesmeta.rl.memory_policy",
     "Navigation": "bayesmeta.rl.envs",
     "PairMemory": "bayesmeta.rl.pair_memory",
+    "plot_beliefs": "bayesmeta.rl.latent.pictures",
     "plot_learning_curve": "bayesmeta.rl.drawings",
     "plot_trajectories": "bayesmeta.rl.drawings",
     "PPOConfig": "bayesmeta.rl.ppo",
@@ -49,6 +53,7 @@ _NAMES = {
     "TabularMDP": "bayesmeta.rl.envs",
     "TaskPolicy": "bayesmeta.rl.policies",
     "TensorVectorEnv": "bayesmeta.rl.envs",
+    "TransitionDecoder": "bayesmeta.rl.latent.decoder",
     "TRPOConfig": "bayesmeta.rl.trpo_policy",
     "watch": "bayesmeta.rl.watching",
     "Watching": "bayesmeta.rl.watching",
@@ -86,6 +91,11 @@ if TYPE_CHECKING:
     from bayesmeta.rl.envs.gym import GymVectorEnv
     from bayesmeta.rl.envs.gym_family import GymFamily
     from bayesmeta.rl.inner import Estimation
+    from bayesmeta.rl.latent.beliefs import BeliefPath
+    from bayesmeta.rl.latent.contexts import ContextSpec
+    from bayesmeta.rl.latent.core import LatentContext
+    from bayesmeta.rl.latent.decoder import TransitionDecoder
+    from bayesmeta.rl.latent.pictures import plot_beliefs
     from bayesmeta.rl.learner import AdaptationCurve, Learner
     from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
     from bayesmeta.rl.memory_policy import MemoryPolicy

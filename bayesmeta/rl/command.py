@@ -130,5 +130,7 @@ def _same_settings(setup: Setup, out: Path) -> None:
 
 def settings_text(setup: Setup) -> str:
     """The settings that are not None, in a line."""
-    shown: dict[str, Any] = {name: value for name, value in dataclasses.asdict(setup).items() if value is not None}
+    shown: dict[str, Any] = {
+        name: value for name, value in dataclasses.asdict(setup).items() if value is not None and value is not False
+    }
     return ", ".join(f"{name} {value}" for name, value in shown.items())

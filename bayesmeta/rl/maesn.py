@@ -8,17 +8,17 @@ Strategies", NeurIPS 2018, https://arxiv.org/abs/1802.07245, section 4 and algor
     θ, ω_i, α  ← up Σ_i J_i(φ_i) − w KL(q_{ω_i} ‖ p), with mean KL(old ‖ new) of the adapted policies ≤ δ
 
 A new task has no ω of its own and begins at the prior p = Normal(0, 1). As in the authors' program, the inner gradient
-is that of the latent's density (``gradient="score"``), the outer one goes through the latent into the actions, and all
-of θ, ω_i and α take one TRPO step.
+is that of the latent's density (``gradient="score"``), and the outer one goes through the latent into the actions.
 
-**Which rewards?** An inner step reads ``inner_reward``, the outer objective ``train_reward``: names of what the
-environment tells in ``info``, None is its own reward. The paper trains on dense rewards inside and outside, and adapts
-on sparse ones at test time. :meth:`MAESN.evaluate` and :meth:`MAESN.curve` adapt on the environment's own reward always.
+**Which rewards?** An inner step of training reads ``inner_reward``, the outer objective ``train_reward``: names of what
+the environment tells in ``info``; None is its own reward. The paper trains on dense rewards inside and outside, and
+adapts on sparse ones at test time. :meth:`MAESN.evaluate` and :meth:`MAESN.curve` adapt on the environment's own reward
+always.
 
-Departures: α is positive, learned by its logarithm; the inner estimator's second derivative counts that latents were
-drawn (``Estimation(estimator="policy_gradient")`` leaves that out, as the authors' program does; a test shows what it
-costs); the baseline of the actions reads the latent; ``prior_share`` lets some tasks of each iteration begin at the
-prior, as a new task does (0 is the paper's).
+Departures: α is positive, learned by its logarithm; the inner step's second derivative counts that latents were drawn
+(``Estimation(estimator="policy_gradient")`` leaves that out, as the authors' program does; a test shows it wrong). Off
+by default: ω_i by plain gradient steps (``omega_lr``), tasks that begin at the prior in training as new ones do
+(``prior_share``), shares of returns as credit, natural gradients inside, adapted policies that act at the mean of q.
 """
 
 from __future__ import annotations
@@ -26,96 +26,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.inner import Estimation, first_copies
+from bayesmeta.rl.inner import first_copies
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.maesn_inner import Credit, Gradient, LatentSteps, latent_episodes, latent_step, split_phi
+from bayesmeta.rl.maesn_config import MAESNConfig
+from bayesmeta.rl.maesn_inner import LatentSteps, latent_episodes, latent_step, split_phi
 from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution, latents, prior_omega
 from bayesmeta.rl.objectives import average, likelihood_ratio
 from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.trpo import Product, gradient, trust_region_step
-
-
-@dataclasses.dataclass(frozen=True)
-class MAESNConfig:
-    """Settings of MAESN.
-
-    Attributes:
-        inner_steps: policy-gradient steps on each task; at least 1.
-        inner_lr: where the step sizes α of μ and log σ begin.
-        learn_rates: learn α, a number for each dimension.
-        gradient: of ω inside, see :mod:`bayesmeta.rl.maesn_inner`.
-        credit: of latents inside, see :func:`~bayesmeta.rl.maesn_inner.episode_credit`.
-        policy_lr: where the step sizes of θ inside begin; 0 leaves θ as it is, and is the paper's default.
-        later_rates: what is left of a rate in each further step beyond ``inner_steps`` (a half in the authors' program).
-        kl_weight: w, of KL(q_{ω_i} ‖ p) in the outer objective, in the units of a step's standardised advantage.
-        kl_ramp: iterations over which w rises from 0.
-        prior_share: share of an iteration's tasks that begin at the prior instead of at their ω_i.
-        inner_reward, train_reward: which reward each reads, see the head of this module.
-        first_order: leave out the second derivative.
-        max_kl: bound of an outer step, in nats.
-        cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
-        curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
-        curvature_episodes: of each task, how many episodes the direction's curvature is taken from; None is all.
-        estimation: of advantages, and of second derivatives.
-
-    Raises:
-        OptionError: for settings outside their range.
-    """
-
-    inner_steps: int = 1
-    inner_lr: float = 1.0
-    learn_rates: bool = True
-    gradient: Gradient = "score"
-    credit: Credit = "standardised"
-    policy_lr: float = 0.0
-    later_rates: float = 0.5
-    kl_weight: float = 0.1
-    kl_ramp: int = 0
-    prior_share: float = 0.0
-    omega_lr: float = 0.0
-    inner_reward: str | None = None
-    train_reward: str | None = None
-    first_order: bool = False
-    max_kl: float = 0.01
-    cg_steps: int = 10
-    damping: float = 1e-3
-    product: Product = "double_backward"
-    curvature_share: float = 1.0
-    curvature_episodes: int | None = None
-    estimation: Estimation = dataclasses.field(default_factory=Estimation)
-
-    def __post_init__(self) -> None:
-        if self.inner_steps < 1 or not 0 < self.inner_lr < math.inf or not 0 <= self.policy_lr < math.inf:
-            raise OptionError(
-                f"Expected inner_steps ≥ 1, inner_lr > 0 and policy_lr ≥ 0; got {self.inner_steps}, {self.inner_lr} "
-                f"and {self.policy_lr}."
-            )
-        for name, choices in (("gradient", Gradient), ("credit", Credit)):
-            if getattr(self, name) not in get_args(choices):
-                raise OptionError(
-                    f"Unknown {name} {getattr(self, name)!r}; expected one of {', '.join(get_args(choices))}."
-                )
-        if not 0 <= self.kl_weight < math.inf or self.kl_ramp < 0 or not 0 <= self.prior_share <= 1:
-            raise OptionError(
-                f"Expected kl_weight ≥ 0, kl_ramp ≥ 0 and prior_share in [0, 1]; got {self.kl_weight}, {self.kl_ramp} "
-                f"and {self.prior_share}."
-            )
-        if not 0 < self.later_rates <= 1 or not 0 < self.curvature_share <= 1:
-            raise OptionError(
-                f"Expected later_rates and curvature_share in (0, 1]; got {self.later_rates} and "
-                f"{self.curvature_share}."
-            )
-        if self.curvature_episodes is not None and self.curvature_episodes < 1:
-            raise OptionError(f"Expected curvature_episodes of at least 1, or None; got {self.curvature_episodes}.")
+from bayesmeta.rl.trpo import TrustRegionStep, gradient, trust_region_step
 
 
 class MAESN:
@@ -184,7 +110,9 @@ class MAESN:
             return omega
         return torch.cat([omega, self.parts(theta)[0].expand(len(omega), -1)], -1)
 
-    def step(self, theta: Tensor, phi: Tensor, episodes: LatentSteps, *, create_graph: bool, share: float = 1) -> Tensor:
+    def step(
+        self, theta: Tensor, phi: Tensor, episodes: LatentSteps, *, create_graph: bool, share: float = 1
+    ) -> Tensor:
         """φ after one more step, at a share of the rates.
 
         Args:
@@ -198,7 +126,7 @@ class MAESN:
         second = create_graph and not self.config.first_order
         found = latent_step(
             self.policy, phi, shared, episodes, share * rate, self.config.estimation, self.config.gradient,
-            create_graph=second,
+            create_graph=second, natural=self.config.natural,
         )  # fmt: skip
         return found if create_graph else found.detach()
 
@@ -225,14 +153,15 @@ class MAESN:
             env: begins anew.
             phi: ``[tasks, …]``.
             generator: of latents and actions.
-            inner: for an inner step; else for the outer objective.
+            inner: for an inner step, with latents that are drawn; else of adapted policies.
             reward: that is learned from; None is the environment's own.
-            greedy: act by the mean of latent and action.
+            greedy: take the likeliest actions.
         """
         omega, theta = split_phi(phi, self.parts(self.theta)[0], self.policy.latent)
         return latent_episodes(
             env, self.policy, theta, omega, generator, horizon=int(env.horizon or self.horizon), reward=reward,
-            estimation=self.config.estimation, credit=self.config.credit, inner=inner, greedy=greedy,
+            estimation=self.config.estimation, credit=self.config.credit, inner=inner,
+            at_mean=not inner and self.config.adapted == "mean", greedy=greedy,
         )  # fmt: skip
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -259,32 +188,16 @@ class MAESN:
         env, config = self.env, self.config
         rows = torch.randperm(len(self.tasks), generator=self.generator, device=self.generator.device)[: env.num_tasks]
         env.reset(options={"tasks": self.tasks[rows]})
-        chosen = torch.rand(len(rows), generator=self.generator, device=self.generator.device) >= config.prior_share
+        share = config.prior_share if self.iteration >= config.prior_after else 0.0
+        chosen = torch.rand(len(rows), generator=self.generator, device=self.generator.device) >= share
         own = chosen.to(self.omega).unsqueeze(-1)
-        omega = own * self.omega[rows]
         before: list[LatentSteps] = []
         for _ in range(config.inner_steps):
-            phi = self.path(self.theta, omega, before, create_graph=False)
+            phi = self.path(self.theta, own * self.omega[rows], before, create_graph=False)
             before.append(self.episodes(env, phi, self.generator, inner=True, reward=config.inner_reward))
-        phi = self.path(self.theta, omega, before, create_graph=False)
+        phi = self.path(self.theta, own * self.omega[rows], before, create_graph=False)
         after = self.episodes(env, phi, self.generator, inner=False, reward=config.train_reward)
-        surrogate, divergence = self.objectives(rows, own, before, after)
-        cheap = None
-        if config.curvature_episodes is not None and config.curvature_episodes < env.copies:
-            few = partial(_first, number=config.curvature_episodes)
-            cheap = self.objectives(rows, own, before, few(after))[1]
-        point = torch.cat([self.theta, self.omega.flatten()])
-        if config.omega_lr > 0:
-            omega = self._ascend(surrogate, point)
-            point = torch.cat([self.theta, omega])
-            surrogate, divergence = (partial(self._held, f, omega) for f in (surrogate, divergence))
-            cheap = None if cheap is None else partial(self._held, cheap, omega)
-            point = self.theta
-        step = trust_region_step(
-            point, surrogate, divergence, curvature=cheap, max_kl=config.max_kl, cg_steps=config.cg_steps,
-            damping=config.damping, product=config.product,
-        )  # fmt: skip
-        self._move(step.theta if config.omega_lr == 0 else torch.cat([step.theta, omega]))
+        step = self._outer_step(rows, own, before, after)
         return {
             "before": before[0].steps.returns.mean().item(),
             "after": after.steps.returns.mean().item(),
@@ -346,13 +259,33 @@ class MAESN:
 
         return surrogate, divergence
 
-    def _ascend(self, surrogate: Any, point: Tensor) -> Tensor:
-        slope = gradient(surrogate, point)[self.theta.numel() :]
-        return self.omega.flatten() + self.config.omega_lr * self.env.num_tasks * slope
+    def _outer_step(self, rows: Tensor, own: Tensor, before: list[LatentSteps], after: LatentSteps) -> TrustRegionStep:
+        config = self.config
+        surrogate, divergence = self.objectives(rows, own, before, after)
+        cheap = None
+        if config.curvature_episodes is not None and config.curvature_episodes < self.env.copies:
+            cheap = self.objectives(rows, own, before, _first(after, config.curvature_episodes))[1]
+        omega = self.omega.flatten()
+        point = torch.cat([self.theta, omega])
+        options: dict[str, Any] = {
+            "max_kl": config.max_kl, "cg_steps": config.cg_steps, "damping": config.damping, "product": config.product,
+        }  # fmt: skip
+        if config.omega_lr == 0:
+            step = trust_region_step(point, surrogate, divergence, curvature=cheap, **options)
+            self._move(step.theta)
+            return step
+        # the surrogate is a mean over tasks; each ω climbs its own task's
+        slope = self.env.num_tasks * gradient(surrogate, point)[self.theta.numel() :]
 
-    def _held(self, function: Any, omega: Tensor, theta: Tensor) -> Tensor:
-        # TRPO at the old omega
-        return function(torch.cat([theta, self.omega.flatten()]))
+        def at_old(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda theta: function(torch.cat([theta, omega]))
+
+        step = trust_region_step(
+            self.theta, at_old(surrogate), at_old(divergence), curvature=None if cheap is None else at_old(cheap),
+            **options,
+        )  # fmt: skip
+        self._move(torch.cat([step.theta, omega + config.omega_lr * slope]))
+        return step
 
     def _move(self, point: Tensor) -> None:
         theta, omega = point.detach().split([self.theta.numel(), self.omega.numel()])
@@ -376,16 +309,16 @@ class MAESN:
     ) -> Tensor:
         """Mean return of each task after 0, 1, … inner steps from the prior, ``[inner_steps + 1, tasks]``.
 
-        A step consumes one episode in each copy, and reads the environment's own reward. Returns are those of the
-        episodes that the next step would read.
+        A step consumes one episode in each copy, and reads the environment's own reward. With latents that are
+        drawn, returns are those of the episodes that the next step reads; with ``adapted="mean"``, or ``greedy``, those
+        of further ones, played at the mean of q, that no step reads.
 
         Args:
             env: of held-out tasks; its copies are the episodes of each step.
             inner_steps: how many; None is as trained.
             shares: of the step sizes in each step; None is 1 for as many as trained with, and then ``later_rates`` of
                 the one before.
-            greedy: the returns are those of further episodes, played by the mean of latent and action, that no step
-                reads.
+            greedy: the returns are those of further episodes, played by the likeliest actions, that no step reads.
             generator: of latents and actions; None means seed 0.
 
         Raises:
@@ -401,7 +334,8 @@ class MAESN:
         found = []
         for k in range(steps + 1):
             episodes = self.episodes(env, phi, generator, inner=True)
-            shown = self.episodes(env, phi, generator, inner=True, greedy=True) if greedy else episodes
+            apart = greedy or self.config.adapted == "mean"
+            shown = self.episodes(env, phi, generator, inner=False, greedy=greedy) if apart else episodes
             found.append(shown.steps.returns.mean(1))
             if k < steps:
                 phi = self.step(self.theta, phi, episodes, create_graph=False, share=shares[k])
@@ -459,8 +393,8 @@ class MAESN:
         omega = state["policy"]["omega"]
         if omega.shape != self.omega.shape:
             raise CheckpointError(
-                f"The state has ω of {list(omega.shape)}; expected [tasks, 2 × latent] = {list(self.omega.shape)}. Give "
-                "the tasks and the latent of that run."
+                f"The state has ω of {list(omega.shape)}; expected [tasks, 2 × latent] = {list(self.omega.shape)}. "
+                "Give the tasks and the latent of that run."
             )
         self.load_learned(state)
         self.env.load_state_dict(state["env"])

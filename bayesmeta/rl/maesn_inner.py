@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import normal_like
 from bayesmeta.rl.inner import Estimation, TaskSteps, task_steps
 from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution, latents
@@ -25,7 +26,7 @@ from bayesmeta.rl.rollout import Acted, Actor, Moment, begin, collect
 #: Through what ω's inner gradient goes.
 Gradient = Literal["score", "pathwise"]
 #: What an episode's return becomes before its latent is credited with it.
-Credit = Literal["standardised", "centred", "raw"]
+Credit = Literal["standardised", "centred", "raw", "share"]
 
 
 class LatentSteps(NamedTuple):
@@ -48,9 +49,7 @@ class LatentSteps(NamedTuple):
     learned: Tensor
 
 
-def latent_actor(
-    policy: LatentPolicy, theta: Tensor, z: Tensor, env: TaskVectorEnv, *, greedy: bool = False
-) -> Actor:
+def latent_actor(policy: LatentPolicy, theta: Tensor, z: Tensor, env: TaskVectorEnv, *, greedy: bool = False) -> Actor:
     """The actor that holds a latent for each environment.
 
     Args:
@@ -84,6 +83,7 @@ def latent_episodes(
     reward: str | None = None,
     credit: Credit = "standardised",
     inner: bool,
+    at_mean: bool = False,
     greedy: bool = False,
 ) -> LatentSteps:
     """One episode in each environment, a fresh latent each, held to its end.
@@ -98,10 +98,11 @@ def latent_episodes(
         reward: name in the environment's ``info`` of the reward that is learned from; None is its own.
         credit: see :func:`episode_credit`.
         inner: advantages in the units of the credit, for an inner step; else as ``estimation`` says.
-        greedy: act by the mean of each: of the latent, and of the action.
+        at_mean: latents are the mean of each task's q, all the same.
+        greedy: take the likeliest actions.
     """
     noise = normal_like(omega, (env.num_tasks, env.copies, policy.latent), generator)
-    noise = torch.zeros_like(noise) if greedy else noise
+    noise = torch.zeros_like(noise) if at_mean else noise
     z = latents(omega, noise)
     actor = latent_actor(policy, theta, z, env, greedy=greedy)
     keep = () if reward is None else (reward,)
@@ -113,7 +114,7 @@ def latent_episodes(
     steps = task_steps(rollout, env, plain, LinearBaseline())
     discount = estimation.gamma ** rollout.by_task(rollout.moments.clock).to(noise)
     counted = torch.where(steps.mask, rollout.by_task(rollout.reward), 0.0)
-    worth, unit = episode_credit((discount * counted).sum(0), credit)
+    worth, unit = episode_credit((discount * counted).sum(0), credit if inner else "raw")
     if inner:
         steps = steps._replace(advantage=steps.advantage / unit)
     log_q = latent_distribution(omega.unsqueeze(1)).log_prob(z)
@@ -127,10 +128,15 @@ def episode_credit(returns: Tensor, credit: Credit) -> tuple[Tensor, Tensor]:
         returns: ``[tasks, copies]``.
         credit: ``"raw"`` is the return; ``"centred"`` the return less the mean of the task's other episodes, without
             bias; ``"standardised"`` that with mean 0 and deviation 1 over the task's episodes, and 0 where all are
-            equal, so that a rate does not hang on the scale of the rewards.
+            equal, so that a rate does not hang on the scale of the rewards; ``"share"`` is the return over the mean of
+            the task's returns, and 0 where that is 0: the gradient is then that of the **log** of the expected return,
+            for rewards that are never negative. A single hit among many misses weighs as much as many hits.
 
     Returns:
         The credit, and by what returns were divided ``[tasks, 1]``.
+
+    Raises:
+        OptionError: for ``"share"`` with a negative return.
     """
     one = torch.ones_like(returns[:, :1])
     copies = returns.shape[1]
@@ -139,6 +145,15 @@ def episode_credit(returns: Tensor, credit: Credit) -> tuple[Tensor, Tensor]:
     if credit == "centred":
         # the only episode of a task has no others
         return (returns - returns.mean(1, keepdim=True)) * (copies / (copies - 1)) if copies > 1 else returns, one
+    if credit == "share":
+        if bool((returns < 0).any()):
+            raise OptionError(
+                f"credit='share' takes shares of a total, and a return is {returns.min().item():.3g}; expected rewards "
+                "that are never negative. Take 'standardised' or 'centred'."
+            )
+        mean = returns.mean(1, keepdim=True)
+        unit = torch.where(mean > 0, mean, one)
+        return returns / unit, unit
     spread = returns.std(1, correction=0, keepdim=True)
     return standardised(returns, dims=(1,)), torch.where(spread > 0, spread, one)
 
@@ -202,6 +217,7 @@ def latent_step(
     gradient: Gradient,
     *,
     create_graph: bool,
+    natural: bool = False,
 ) -> Tensor:
     """φ + rate ∘ ∇ (expected return), for all tasks.
 
@@ -213,6 +229,9 @@ def latent_step(
         rate: of each number of φ.
         estimation, gradient: see :func:`expected_return`.
         create_graph: keep the second derivative for the outer gradient.
+        natural: ω's gradient over the Fisher information of q_ω (1 / σ² of μ, 2 of log σ): the step of μ is then in
+            units of σ, whatever that is. D. Wierstra et al., "Natural Evolution Strategies", JMLR 15, 2014,
+            https://jmlr.org/papers/v15/wierstra14a.html, section 3.4.
 
     Returns:
         φ after the step, of the same shape.
@@ -222,7 +241,15 @@ def latent_step(
         omega, own = split_phi(at, theta, policy.latent)
         objective = expected_return(policy, omega, own, episodes, estimation, gradient).sum()
         (slope,) = torch.autograd.grad(objective, at, create_graph=create_graph)
+    if natural:
+        slope = torch.cat([_natural(at[:, : 2 * policy.latent], slope), slope[:, 2 * policy.latent :]], -1)
     return phi + rate * slope
+
+
+def _natural(omega: Tensor, slope: Tensor) -> Tensor:
+    scale = latent_distribution(omega).base_dist.scale
+    of_loc, of_log_scale = slope[:, : omega.shape[-1]].chunk(2, -1)
+    return torch.cat([scale.square() * of_loc, of_log_scale / 2], -1)
 
 
 def split_phi(phi: Tensor, theta: Tensor, latent: int) -> tuple[Tensor, Tensor]:

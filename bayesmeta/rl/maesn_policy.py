@@ -84,7 +84,7 @@ class LatentPolicy(nn.Module):
 
 
 def prior_omega(tasks: int, latent: int, like: Tensor) -> Tensor:
-    """ω of the prior Normal(0, 1) for some tasks, ``[tasks, 2 × latent]``: zeros, in the dtype and place of ``like``."""
+    """ω of the prior Normal(0, 1), zeros ``[tasks, 2 × latent]`` in the dtype and on the device of ``like``."""
     return like.new_zeros(tasks, 2 * latent)
 
 

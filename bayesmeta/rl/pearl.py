@@ -2,9 +2,9 @@
 
 Source: K. Rakelly, A. Zhou, D. Quillen, C. Finn, S. Levine, "Efficient Off-Policy Meta-Reinforcement Learning via
 Probabilistic Context Variables", ICML 2019, https://arxiv.org/abs/1903.08254, algorithms 1 and 2. A guide
-q(z | context) reads transitions; actor and critics read z beside the state. Two buffers: what the critics learn from is all that was
-ever done, what the guide reads is of the last iteration, near to what it will meet. The guide learns from the critics'
-loss and the KL to the prior, as released; that z explains rewards or transitions can be asked for beside it.
+q(z | context) reads transitions; actor and critics read z beside the state. Two buffers: what the critics learn from is
+all that was ever done, what the guide reads is of the last iteration, near to what it will meet. The guide learns from
+the critics' loss and the KL to the prior, as released; that z explains rewards or transitions can be asked for beside.
 
 Departures: the prior is a factor of q, so that an empty context gives it exactly; two critics with slow targets and a
 learned temperature (Haarnoja et al. 2018b) in place of a state-value network and a fixed one; no penalty on the

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from bayesmeta.errors import NonFiniteLossError, RunFolderError
 from bayesmeta.train import checkpoint
 from bayesmeta.train.folder import write_config
-from bayesmeta.train.journal import Journal, Plan
+from bayesmeta.train.journal import Journal, Keeping
 
 
 class RunRecord(Journal):
@@ -15,7 +15,7 @@ class RunRecord(Journal):
 
     Args:
         run: a :class:`bayesmeta.rl.runs.Run`, on resume restored.
-        plan: what is to be left behind.
+        keeping: what is to be left behind.
         validate_every: iterations between curves.
 
     Raises:
@@ -25,12 +25,12 @@ class RunRecord(Journal):
     unit: ClassVar[str] = "iteration"
     trains: ClassVar[str] = "learner"
 
-    def __init__(self, run: Any, plan: Plan, *, validate_every: int) -> None:
+    def __init__(self, run: Any, keeping: Keeping, *, validate_every: int) -> None:
         self.run, self.validate_every = run, validate_every
-        super().__init__(plan, run.step, tag=_tag)
-        if self.folder is not None and not plan.resume:
+        super().__init__(keeping, run.step, tag=_tag)
+        if self.folder is not None and not keeping.resume:
             facts = {name: run.snapshot["fingerprint"][name] for name in ("options", "environments")}
-            write_config(self.folder, {"settings": self.config, "iterations": plan.steps, **facts})
+            write_config(self.folder, {"settings": self.config, "iterations": keeping.steps, **facts})
 
     @property
     def step(self) -> int:
@@ -44,17 +44,17 @@ class RunRecord(Journal):
 
     def after_step(self) -> None:
         """Note what the iteration that was just done calls for."""
-        run, plan = self.run, self.plan
+        run, keeping = self.run, self.keeping
         self.bar.update()
         entry: dict[str, float] = {}
-        if self.due(run.step, plan.log_every):
+        if self.due(run.step, keeping.log_every):
             entry = {"step": run.step, **run.learner.history[-1]}
             self.bar.set_postfix_str(_brief(entry), refresh=False)
         if run.validation is not None and self.due(run.step, self.validate_every):
             entry = {"step": run.step, **entry, **run.measure()} | {"step": run.step}
         if entry:
             self._write(entry)
-        if self.due(run.step, plan.checkpoint_every):
+        if self.due(run.step, keeping.checkpoint_every):
             self._save()
 
     def _write(self, entry: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.run_record import RunRecord
 from bayesmeta.train import checkpoint, events
 from bayesmeta.train.folder import claim, has_checkpoint
-from bayesmeta.train.journal import Plan
+from bayesmeta.train.journal import Keeping
 from bayesmeta.train.signals import Signals
 
 
@@ -190,8 +190,8 @@ def fit(
         goes_on = bool(resume) and folder is not None and has_checkpoint(folder)  # else it begins again
         if folder is not None and goes_on:
             run.restore(folder, previous=resume == "previous")
-        plan = Plan(folder, curves, iterations, log_every, checkpoint_every, progress, overwrite, goes_on, config)
-        record = stack.enter_context(RunRecord(run, plan, validate_every=validate_every))
+        keeping = Keeping(folder, curves, iterations, log_every, checkpoint_every, progress, overwrite, goes_on, config)
+        record = stack.enter_context(RunRecord(run, keeping, validate_every=validate_every))
         signals = stack.enter_context(Signals())
         record.before_first()
         while run.step < iterations:

@@ -285,17 +285,16 @@ class SACUpdate:
     def __init__(self, networks: SACNetworks, config: SACConfig, more: Iterable[Any] = ()) -> None:
         self.networks, self.config = networks, config
         more = list(more)
-        groups = more if more and isinstance(more[0], Mapping) else [{"params": more}] if more else []
-        critics: list[dict[str, Any]] = [{"params": list(networks.critics.parameters())}]
-        critics += [{**group, "params": list(group["params"])} for group in groups]
+        groups: list[dict[str, Any]] = more if more and isinstance(more[0], Mapping) else [{"params": more}]
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        critics = [{"params": list(networks.critics.parameters())}, *groups]
         rate = config.lr if config.temperature_lr is None else config.temperature_lr
+        actor: list[dict[str, Any]] = [{"params": list(networks.actor.parameters())}]
+        actor += [{"params": [networks.log_alpha], "lr": rate}]
         self.optimizers = {
             "critics": torch.optim.Adam(critics, lr=config.lr, fused=True),
-            "actor": torch.optim.Adam(
-                [{"params": list(networks.actor.parameters())}, {"params": [networks.log_alpha], "lr": rate}],
-                lr=config.lr, fused=True,
-            ),
-        }  # fmt: skip
+            "actor": torch.optim.Adam(actor, lr=config.lr, fused=True),
+        }
 
     def update(
         self,

@@ -27,6 +27,7 @@ from bayesmeta.rl.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
 from bayesmeta.rl.recurrent import Memory
 from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.setups_latent import LATENT_METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ METHODS: dict[str, str] = {
     "e-maml": "MAML-RL with credit for exploration (Stadie et al. 2018)",
     "cavia": "CAVIA: steps on a context alone (Zintgraf et al. 2019)",
     "joint": "one policy for all tasks, which takes policy-gradient steps on new ones: no meta-learning",
+    **{name: method.text for name, method in LATENT_METHODS.items()},
 }
 MEMORIES = {"rl2": "gru", "rl2-lstm": "lstm", "snail": "snail"}
 _INNER: dict[str, dict[str, Any]] = {
@@ -200,13 +202,15 @@ class Setup:
     @property
     def remembers(self) -> bool:
         """Whether the method adapts by a memory; else by gradient steps."""
-        return self.method in MEMORIES
+        return self.method in MEMORIES or self.method in LATENT_METHODS
 
     def filled(self) -> Setup:
         """With the defaults of environment and method in place of None."""
         known = self.defaults
         defaults: dict[str, Any] = {"horizon": known.horizon}
-        if self.remembers:
+        if self.method in LATENT_METHODS:
+            defaults |= LATENT_METHODS[self.method].defaults(known)
+        elif self.remembers:
             units = known.units if self.method != "snail" else 32
             defaults |= {
                 "episodes": known.episodes, "tasks": known.trials, "units": units, "iterations": known.iterations,
@@ -245,8 +249,10 @@ class Setup:
         shape = {"episodes_per_trial": self.episodes or 1} if self.remembers else {"copies": self.copies or 1}
         return self.vector(family, tasks, split=split, generator=seed, device=device, **shape, **options)
 
-    def learner(self, family: Any, device: torch.device | str = "cpu") -> RL2 | MAMLRL:
+    def learner(self, family: Any, device: torch.device | str = "cpu") -> Any:
         """The learner with its environments; of settings that are :meth:`filled`."""
+        if self.method in LATENT_METHODS:
+            return LATENT_METHODS[self.method].learner(self, family, device)
         return self._remembering(family, device) if self.remembers else self._stepping(family, device)
 
     def _remembering(self, family: Any, device: torch.device | str) -> RL2:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from bayesmeta.data import Observations
 from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
-from bayesmeta.ops.random import as_generator
+from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.ops.whole import is_whole
+from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
@@ -51,6 +52,7 @@ class BeliefConfig:
             those of the latent context.
         prefixes: how many beliefs of a rollout each update decodes from, drawn at random; None: all.
         epochs: passes over a rollout.
+        environments: how many environments a pass reads, drawn at random; None: all.
         minibatches: pieces of a pass, each some of the environments.
         lr, last_lr: Adam's rate at the begin and at the end.
         max_grad_norm: longer gradients are shortened to it.
@@ -63,6 +65,7 @@ class BeliefConfig:
     kl: Against = "before"
     prefixes: int | None = 12
     epochs: int = 4
+    environments: int | None = None
     minibatches: int = 4
     lr: float = 3e-3
     last_lr: float = 3e-4
@@ -74,9 +77,9 @@ class BeliefConfig:
                 raise OptionError(
                     f"Unknown {name} {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}."
                 )
-        for name in ("prefixes", "epochs", "minibatches"):
+        for name in ("prefixes", "epochs", "environments", "minibatches"):
             value = getattr(self, name)
-            if not is_whole(value, 1) and not (name == "prefixes" and value is None):
+            if not is_whole(value, 1) and not (name in ("prefixes", "environments") and value is None):
                 raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}.")
         for name in ("lr", "last_lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
@@ -173,6 +176,7 @@ class VariBAD(RL2):
         config, share = self.config, self.iteration / max(1, self.iterations - 1)
         paid = rollout if not keep else dataclasses.replace(rollout, reward=rollout.extra[keep[0]])
         advantage = trial_advantages(paid, self._last_value(rollout), gamma=config.gamma, lam=config.lam)
+        paid = self.policy.believed(paid)
         told = self.updates.update(paid, advantage, share=share, generator=self.generator, step=self.iteration + 1)
         # after PPO, whose ratios are of the beliefs that were acted on
         return {"reward": rollout.total().mean().item(), **told, **self._learn_beliefs(rollout, share)}
@@ -183,8 +187,8 @@ class VariBAD(RL2):
             group["lr"] = config.lr + share * (config.last_lr - config.lr)
         batch = rollout.reward.shape[1]
         for _ in range(config.epochs):
-            order = torch.randperm(batch, generator=self._noise, device=self._noise.device)
-            for rows in order.chunk(min(config.minibatches, batch)):
+            order = torch.randperm(batch, generator=self._noise, device=self._noise.device)[: config.environments]
+            for rows in order.chunk(min(config.minibatches, len(order))):
                 found = self.bound(rollout, rows, self._noise)
                 loss = -found.value.mean()
                 if not torch.isfinite(loss):
@@ -238,6 +242,29 @@ class VariBAD(RL2):
         if count is None or count > steps:
             return torch.arange(steps + 1, device=device)
         return torch.randperm(steps + 1, generator=generator, device=device)[:count].sort().values
+
+    # -- what was learned -------------------------------------------------------------------------------------------
+
+    def belief_path(
+        self, env: TaskVectorEnv, *, greedy: bool = True, generator: Seed = None
+    ) -> tuple[BeliefPath, Rollout]:
+        """The beliefs on the way through one trial in each environment, and the rollout that they are of.
+
+        Where a trial is over before the others, its belief stays.
+
+        Args:
+            env: of held-out tasks. It is reset.
+            greedy: take the likeliest actions, else draw.
+            generator: of the actions; None means seed 0.
+        """
+        generator = as_generator(generator, env.device, "evaluation")
+        self.policy.set_trial(env)
+        try:
+            rollout = collect(env, self.policy.actor(greedy=greedy), self.policy.trial_steps, generator=generator)
+        finally:
+            self.policy.set_trial(self.env)
+        context = self.policy.memory.spec.of_rollout(rollout)
+        return BeliefPath.of(self.policy.latent, context, self.decoder.program()), rollout
 
     # -- going on later ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ carried on will do, a product of Gaussians too.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +26,56 @@ from bayesmeta.ops.random import as_generator, forked_rng
 from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
+from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
 from bayesmeta.rl.recurrent import Memory
-from bayesmeta.rl.rollout import Moment
+from bayesmeta.rl.rollout import Moment, Rollout
 
 #: what the policy reads of the time: share of the trial gone, steps left in it, share of the episode gone
 _CLOCK = 3
+
+
+#: What a policy reads of a belief: from mean and standard deviation ``[…, batch, D]`` to ``[…, batch, size]``.
+Readout = Callable[[Tensor, Tensor], Tensor]
+
+
+class DecodedReadout:
+    """A belief as what the decoder expects of some transitions, at the belief's mean: a cell's chance of a reward, say.
+
+    Numbers of a fixed meaning are easier to learn to act on than those of a latent whose encoder is still learning.
+    Departure: in Zintgraf et al. 2020 the policy reads mean and (log) variance.
+
+    Args:
+        decoder: whose expectation it is; it is trained elsewhere.
+        rows: x of the transitions, ``[probes, features]``.
+        spread: read the mean log standard deviation of the latent too.
+
+    Attributes:
+        size: how many numbers it gives.
+    """
+
+    def __init__(self, decoder: TransitionDecoder, rows: Tensor, *, spread: bool = False) -> None:
+        self.decoder, self.rows, self.spread = decoder, rows, spread
+        self.size = len(rows) * decoder.spec.outputs + spread
+
+    def __call__(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """``[…, batch, size]``."""
+        rows = self.rows.to(loc).expand(loc.shape[-2], *self.rows.shape)
+        mean = self.decoder.distribution(loc, rows).mean
+        found = mean if self.decoder.spec.outputs == 1 else mean.flatten(-2)
+        return torch.cat([found, scale.log().mean(-1, keepdim=True)], -1) if self.spread else found
+
+
+@dataclasses.dataclass(frozen=True)
+class BelievedMoment(Moment):
+    """Moments whose beliefs are known, so that an update of the policy need not compute them again.
+
+    Attributes:
+        belief: what the policy reads of them, ``[…, size]``.
+    """
+
+    belief: Tensor | None = None
 
 
 class BeliefMemory(Memory):
@@ -45,10 +90,18 @@ class BeliefMemory(Memory):
         units: width of each hidden layer.
         layers: hidden layers.
         rl_gradient: let gradients of what it gives reach the encoder.
+        readout: what is read of the belief, with its ``size``; None: mean and log standard deviation.
     """
 
     def __init__(
-        self, latent: LatentContext, seen: int, units: int, *, layers: int = 2, rl_gradient: bool = False
+        self,
+        latent: LatentContext,
+        seen: int,
+        units: int,
+        *,
+        layers: int = 2,
+        rl_gradient: bool = False,
+        readout: Any = None,
     ) -> None:
         assert latent.spec is not None
         spec = latent.spec
@@ -57,8 +110,8 @@ class BeliefMemory(Memory):
         self._parts = [seen, 1, raw, raw, action, 1]
         self._latent_width = latent.first_state(1).shape[-1]
         super().__init__(sum(self._parts), units, self._latent_width + raw)
-        self.latent, self.rl_gradient = latent, rl_gradient
-        inputs = seen + 2 * latent.latent
+        self.latent, self.rl_gradient, self.readout = latent, rl_gradient, readout
+        inputs = seen + (2 * latent.latent if readout is None else readout.size)
         self.policy_net, self.value_net = (
             nn.Sequential(mlp(inputs, [units] * (layers - 1), units, activation="tanh"), nn.Tanh()) for _ in range(2)
         )
@@ -117,15 +170,26 @@ class BeliefMemory(Memory):
     def _context(self, state: Tensor, action: Tensor, reward: Tensor, successor: Tensor, mask: Tensor) -> Observations:
         observation, act = self._shapes
         return self.spec.transitions(
-            _restored(state, observation), _restored(action, act), reward.squeeze(-1), _restored(successor, observation),
+            _restored(state, observation),
+            _restored(action, act),
+            reward.squeeze(-1),
+            _restored(successor, observation),
             mask,
-        )  # fmt: skip
+        )
 
     def _gradient(self) -> Any:
         return torch.set_grad_enabled(self.rl_gradient and torch.is_grad_enabled())
 
-    def _give(self, x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        seen = torch.cat([x[..., : self._parts[0]], loc, scale.log()], -1)
+    def belief(self, states: Tensor) -> Tensor:
+        """What the policy reads of the belief in the latent context's states ``[…, W]``, ``[…, size]``."""
+        q = self.latent.of_state(states).base_dist
+        if self.readout is not None:
+            return self.readout(q.loc, q.scale)
+        return torch.cat([q.loc, q.scale.log()], -1)
+
+    def give(self, x: Tensor, belief: Tensor) -> Tensor:
+        """What is computed from an input and a belief, ``[…, 2 × outputs]``: for the policy, and for the value."""
+        seen = torch.cat([x[..., : self._parts[0]], belief], -1)
         return torch.cat([self.policy_net(seen), self.value_net(seen)], -1)
 
     # -- as a memory ------------------------------------------------------------------------------------------------
@@ -134,17 +198,17 @@ class BeliefMemory(Memory):
         """As in :class:`~bayesmeta.rl.recurrent.Memory`."""
         with self._gradient():
             now = self.absorb(x, state)
-            belief = self.latent.of_state(now).base_dist
-        return self._give(x, belief.loc, belief.scale), torch.cat([now, x.split(self._parts, -1)[2]], -1)
+            belief = self.belief(now)
+        return self.give(x, belief), torch.cat([now, x.split(self._parts, -1)[2]], -1)
 
     def unroll(self, x: Tensor, state: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`~bayesmeta.rl.recurrent.Memory`; in one pass where no trial begins on the way."""
         self.check(x, state, begins)
         with self._gradient():
             states = self.states(x, state, begins)
-            belief = self.latent.of_state(states).base_dist
+            belief = self.belief(states)
         last = torch.cat([states[-1], x[-1].split(self._parts, -1)[2]], -1)
-        return self._give(x, belief.loc, belief.scale), last
+        return self.give(x, belief), last
 
 
 class BeliefPolicy(MemoryPolicy):
@@ -159,6 +223,8 @@ class BeliefPolicy(MemoryPolicy):
         units: width of each hidden layer.
         layers: hidden layers of the policy, and of the values.
         rl_gradient: let gradients of the policy's objective reach the encoder.
+        readout: what the policy reads of the belief, a :data:`Readout` with a ``size`` such as
+            :class:`DecodedReadout`; None: mean and log standard deviation.
         encoder, encoded: module for observations, from what the environment gives to ``[…, encoded]``, and that
             number. None takes the spec's ``encode``, or the observations' own numbers.
         options: ``gamma``, ``squashed``, ``log_std`` and ``seed``, as in :class:`MemoryPolicy`.
@@ -179,6 +245,7 @@ class BeliefPolicy(MemoryPolicy):
         units: int = 64,
         layers: int = 2,
         rl_gradient: bool = False,
+        readout: Any = None,
         encoder: nn.Module | None = None,
         encoded: int | None = None,
         **options: Any,
@@ -195,7 +262,7 @@ class BeliefPolicy(MemoryPolicy):
 
         def memory(inputs: int) -> BeliefMemory:
             with forked_rng(as_generator(options.get("seed", 0), stream="belief policy")):
-                return BeliefMemory(latent, seen, units, layers=layers, rl_gradient=rl_gradient)
+                return BeliefMemory(latent, seen, units, layers=layers, rl_gradient=rl_gradient, readout=readout)
 
         super().__init__(env, memory_kind=memory, encoder=encoder, encoded=encoded, **options)
 
@@ -224,6 +291,23 @@ class BeliefPolicy(MemoryPolicy):
             ],
             -1,
         )
+
+    def unroll(self, moments: Moment, state: Tensor | None) -> tuple[Any, Tensor]:
+        """As in :class:`MemoryPolicy`; of a :class:`BelievedMoment` no belief is computed."""
+        belief = getattr(moments, "belief", None)
+        if belief is None:
+            return super().unroll(moments, state)
+        hidden = self.memory.give(self.inputs(moments), belief)
+        return self._distribution(hidden), self._value(hidden, moments)
+
+    def believed(self, rollout: Rollout) -> Rollout:
+        """A rollout whose moments have their beliefs, without gradients; as it is where gradients are wanted."""
+        if self.memory.rl_gradient:
+            return rollout
+        with torch.no_grad():
+            states = self.memory.states(self.inputs(rollout.moments), rollout.first_state, rollout.moments.begins)
+            moments = BelievedMoment(**vars(rollout.moments), belief=self.memory.belief(states))
+        return dataclasses.replace(rollout, moments=moments)
 
     def _seen(self, observation: Tensor, dtype: torch.dtype) -> Tensor:
         if self.encoder is not None:

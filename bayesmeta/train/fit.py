@@ -20,7 +20,7 @@ from bayesmeta.train.bounded import as_bytes, bound_memory
 from bayesmeta.train.compilation.compiling import Compile, Compiler, check_mode
 from bayesmeta.train.distributed import Distributed, Ranks, join
 from bayesmeta.train.folder import claim, has_checkpoint
-from bayesmeta.train.journal import Plan
+from bayesmeta.train.journal import Keeping
 from bayesmeta.train.lock import Lock
 from bayesmeta.train.loop import Loop, NanPolicy, OptimizerFactory, Plan, ScheduleFactory
 from bayesmeta.train.memory import recomputing
@@ -253,8 +253,8 @@ def fit(
         if folder is not None and goes_on:
             loop.restore(folder, config, previous=resume == "previous")
         begin = time.perf_counter()
-        plan = Plan(folder, curves, steps, log_every, checkpoint_every, progress, overwrite, goes_on, config)
-        record = stack.enter_context(ranks.together(lambda: Record(loop, plan)))
+        keeping = Keeping(folder, curves, steps, log_every, checkpoint_every, progress, overwrite, goes_on, config)
+        record = stack.enter_context(ranks.together(lambda: Record(loop, keeping)))
         signals = loop.signals = stack.enter_context(Signals())
         while loop.step < steps and not held_out.stopped:
             loop.advance()

@@ -20,7 +20,7 @@ from bayesmeta.train.folder import Log
 
 
 @dataclass(frozen=True)
-class Plan:
+class Keeping:
     """What a run is to leave behind, and how often.
 
     Attributes:
@@ -49,7 +49,7 @@ class Journal(ABC):
     """Writes a run down, step by step; a context manager, which closes its files and the bar.
 
     Args:
-        plan: what is to be left behind.
+        keeping: what is to be left behind.
         done: steps that a restored run has done.
         writes: whether this process is the one that writes.
         tag: the curve of a value in TensorBoard, by its name; None for a value without one.
@@ -63,17 +63,17 @@ class Journal(ABC):
     trains: ClassVar[str] = "method"
 
     def __init__(
-        self, plan: Plan, done: int, *, writes: bool = True, tag: Callable[[str], str | None] = TAGS.get
+        self, keeping: Keeping, done: int, *, writes: bool = True, tag: Callable[[str], str | None] = TAGS.get
     ) -> None:
-        self.plan, self.folder, self.config = plan, plan.folder, plan.config or {}
-        kept = done if plan.resume else None
+        self.keeping, self.folder, self.config = keeping, keeping.folder, keeping.config or {}
+        kept = done if keeping.resume else None
         self.saved = kept  # the step of the last checkpoint
         self.log = Log(None if self.folder is None or not writes else self.folder / "log.jsonl", keep_until=kept)
-        self.events = Events(plan.curves if writes else None, clear=plan.overwrite, resumed_at=kept, tag=tag)
+        self.events = Events(keeping.curves if writes else None, clear=keeping.overwrite, resumed_at=kept, tag=tag)
         self.bar = tqdm(
-            total=plan.steps,
+            total=keeping.steps,
             initial=done,
-            disable=None if plan.progress and writes else True,
+            disable=None if keeping.progress and writes else True,
             unit=self.unit,
             desc="meta-training",
             ncols=min(shutil.get_terminal_size().columns, 100),  # 80 where the terminal has no size
@@ -91,7 +91,7 @@ class Journal(ABC):
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that comes every so many steps, and behind the last, comes now."""
-        return step % every == 0 or step == self.plan.steps
+        return step % every == 0 or step == self.keeping.steps
 
     def write(self, entry: Mapping[str, float]) -> None:
         """A line of the log and a point of each curve."""

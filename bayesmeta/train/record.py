@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bayesmeta.train import checkpoint
 from bayesmeta.train.folder import write_config
-from bayesmeta.train.journal import Journal, Plan
+from bayesmeta.train.journal import Journal, Keeping
 from bayesmeta.train.loop import Loop
 from bayesmeta.train.restart import job
 
@@ -16,17 +16,17 @@ class Record(Journal):
 
     Args:
         loop: the run, set up and, on resume, restored.
-        plan: what is to be left behind.
+        keeping: what is to be left behind.
 
     Raises:
         RunFolderError: when a folder cannot be written.
     """
 
-    def __init__(self, loop: Loop, plan: Plan) -> None:
+    def __init__(self, loop: Loop, keeping: Keeping) -> None:
         self.loop = loop
         writes = loop.ranks.is_first
-        super().__init__(plan, loop.step, writes=writes)
-        if self.folder is not None and writes and plan.resume:
+        super().__init__(keeping, loop.step, writes=writes)
+        if self.folder is not None and writes and keeping.resume:
             self._mend_best(self.folder)
         elif self.folder is not None and writes:
             self._write_config(self.folder)
@@ -38,7 +38,7 @@ class Record(Journal):
 
     def _write_config(self, folder: Path) -> None:
         loop = self.loop
-        options = {"steps": self.plan.steps, "device": str(loop.device), **loop.identity()}
+        options = {"steps": self.keeping.steps, "device": str(loop.device), **loop.identity()}
         options |= {"ranks": loop.ranks.size} if loop.ranks.size > 1 else {}
         content = {"settings": self.config, "fit": options, "method": checkpoint.fingerprint(loop.method)}
         name = job()
@@ -49,18 +49,18 @@ class Record(Journal):
         if self.loop.validation.best_state is None:
             (folder / checkpoint.BEST).unlink(missing_ok=True)
         else:
-            checkpoint.save(folder / checkpoint.BEST, self.loop.best(self.plan.config))
+            checkpoint.save(folder / checkpoint.BEST, self.loop.best(self.keeping.config))
 
     def after_step(self) -> None:
         """Note what the step that was just done calls for.
 
         All ranks come here, measure, and give their states to a checkpoint; the first alone writes.
         """
-        loop, plan = self.loop, self.plan
+        loop, keeping = self.loop, self.keeping
         self.bar.update()
         entry: dict[str, float] = {}
         new_best = False
-        if self.due(loop.step, plan.log_every):
+        if self.due(loop.step, keeping.log_every):
             entry = loop.entry()
             self.bar.set_postfix_str(f"loss {entry['loss']:.4g}, rate {entry['rate']:.2g}", refresh=False)
         if loop.validation.batches and self.due(loop.step, loop.validation.every):
@@ -69,7 +69,7 @@ class Record(Journal):
         if entry:
             loop.history.append(entry)
             loop.ranks.from_first(lambda: self._write(entry, new_best))
-        if self.due(loop.step, plan.checkpoint_every) or loop.validation.stopped:
+        if self.due(loop.step, keeping.checkpoint_every) or loop.validation.stopped:
             self._save()
 
     def _write(self, entry: dict[str, float], new_best: bool) -> None:
@@ -77,7 +77,7 @@ class Record(Journal):
         loop = self.loop
         if self.folder is not None and new_best:
             loop.check_finite()
-            checkpoint.save(self.folder / checkpoint.BEST, loop.best(self.plan.config))
+            checkpoint.save(self.folder / checkpoint.BEST, loop.best(self.keeping.config))
         self.write(entry | loop.speed())
 
     def _save(self) -> None:
@@ -85,7 +85,7 @@ class Record(Journal):
             return
         folder = self.folder
         self.loop.check_finite()
-        state = self.loop.state(self.plan.config)
+        state = self.loop.state(self.keeping.config)
 
         def write() -> None:
             self.flush()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import gymnasium
@@ -47,7 +48,9 @@ class BeamTasks(Tensors):
         if self.shared is None:
             return torch.bmm(self.response, kicks[..., None]).squeeze(-1).mul_(UNITS)
         each = kicks.unflatten(0, (len(self.shared), -1))
-        return torch.bmm(self.shared, each.mT).mT.flatten(0, 1).mul_(UNITS)  # in this order the faster product
+        found = kicks.new_empty(*each.shape[:2], self.shared.shape[1])
+        torch.mul(torch.bmm(self.shared, each.mT).mT, UNITS, out=found)  # in this order the faster product
+        return found.flatten(0, 1)
 
     def repeat(self, copies: int) -> BeamTasks:
         """``copies`` of each, task-major, which remember that they are copies."""
@@ -169,9 +172,14 @@ def _largest(values: Tensor) -> Tensor:
 
 def _behind_the_wall(readings: Tensor) -> Tensor:
     """The first reading that is at the edge and all later ones are its sign."""
-    first = (readings.abs() >= 1).int().argmax(-1, keepdim=True)
-    later = torch.arange(readings.shape[-1], device=readings.device) >= first
-    return torch.where(later, readings.gather(-1, first).sign(), readings)
+    first = readings.abs().ge_(1).argmax(-1, keepdim=True)
+    later = _places(readings.shape[-1], readings.device) >= first
+    return torch.where(later, readings.gather(-1, first).sign_(), readings)
+
+
+@lru_cache
+def _places(number: int, device: torch.device) -> Tensor:
+    return torch.arange(number, device=device)
 
 
 class BeamSteeringEnv(PlainEnv):

@@ -155,7 +155,9 @@ def compare_arms(draws: Tensor, won: Tensor, lost: Tensor, means: Tensor | None 
     a, b = (1.0 + count.detach().double().cpu() for count in (won, lost))
     # of two laws on a line the distance is that of their quantile functions
     at = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    exact = torch.as_tensor(beta.ppf(at[:, None, None].numpy(), a.numpy(), b.numpy()))
+    counts, which = torch.stack([a, b], -1).reshape(-1, 2).unique(dim=0, return_inverse=True)  # many arms are alike
+    quantiles = torch.as_tensor(beta.ppf(at[:, None].numpy(), counts[:, 0].numpy(), counts[:, 1].numpy()))
+    exact = quantiles[:, which].unflatten(1, a.shape)
     deviation = (a * b / (a + b + 1.0)).sqrt() / (a + b)
     coverage = {}
     if means is not None:
@@ -224,12 +226,24 @@ def admissible_cells(family: Grid) -> Tensor:
     return out
 
 
+def position_rows(spec: ContextSpec, positions: Tensor) -> Tensor:
+    """x of being at places of the plane and staying there, ``[points, features]``: s = s′ = the place, the action 0.
+
+    Args:
+        spec: of contexts whose observations are positions.
+        positions: as the environment gives observations, ``[points, 2]``.
+    """
+    places = positions.unsqueeze(0)
+    zeros = torch.zeros(places.shape[:2], dtype=places.dtype, device=places.device)
+    size = getattr(spec.action_space, "shape", ())
+    action = zeros.unsqueeze(-1).expand(*zeros.shape, *size) if size else zeros.long()
+    return spec.transitions(places, action, zeros, places).x.squeeze(0)
+
+
 def cell_rows(spec: ContextSpec, family: Grid, like: Tensor) -> Tensor:
-    """x of staying on each cell, ``[cells², features]``, column by column; ``successor`` is the cell."""
+    """x of staying on each cell of a grid, ``[cells², features]``, column by column."""
     side = torch.arange(family.cells, dtype=like.dtype, device=like.device)
-    cells = torch.cartesian_prod(side, side).unsqueeze(0)
-    zeros = torch.zeros(cells.shape[:2], dtype=like.dtype, device=like.device)
-    return spec.transitions(cells, zeros.long(), zeros, cells).x.squeeze(0)
+    return position_rows(spec, torch.cartesian_prod(side, side))
 
 
 @torch.no_grad()

@@ -231,12 +231,8 @@ class MixtureContext(nn.Module):
             context: ``[tasks, shots, …]`` in the order of time.
             steps: after which numbers of entries, an index ``[m]``: the batch shape is ``[m, tasks]`` then.
         """
-        states = (
-            torch.cat([torch.zeros_like(f[:, :1]), f.cumsum(1)], 1)
-            if (f := self.encoder.factors(self._checked(context))).shape[1]
-            else self.first_state(context.num_tasks).unsqueeze(1)
-        )
-        states = states.transpose(0, 1)
+        factors = self.encoder.factors(self._checked(context))
+        states = torch.cat([self.first_state(context.num_tasks).unsqueeze(1), factors.cumsum(1)], 1).transpose(0, 1)
         return self.of_state(states if steps is None else states[steps])
 
     def sample(self, q: Any, num_samples: int = 1, generator: Seed = None) -> Tensor:

@@ -1,0 +1,95 @@
+"""Learners with latent contexts by name, with settings to begin from: what :mod:`bayesmeta.rl.setups` adds to its own.
+
+The settings are a start; none of them was tuned but where its benchmark says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bayesmeta.rl.pearl import PEARL, PEARLConfig
+from bayesmeta.rl.sac import SACConfig
+from bayesmeta.rl.varibad import VariBAD
+from bayesmeta.rl.varibad_setups import varibad_for
+
+if TYPE_CHECKING:
+    from bayesmeta.rl.setups import EnvDefaults, Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMethod:
+    """What a method's name stands for. All of these remember: they adapt from episode to episode of a trial.
+
+    Attributes:
+        text: what it is.
+        defaults: from an environment's defaults to those of the settings ``episodes``, ``tasks``, ``units`` and
+            ``iterations``.
+        learner: makes it from filled settings, the family, and a device.
+    """
+
+    text: str
+    defaults: Callable[[EnvDefaults], dict[str, Any]]
+    learner: Callable[[Setup, Any, torch.device | str], Any]
+
+
+def _pearl_defaults(known: EnvDefaults) -> dict[str, Any]:
+    return {"episodes": max(2, known.episodes), "tasks": min(known.trials, 80), "units": 128, "iterations": 150}
+
+
+def _pearl(setup: Setup, family: Any, device: torch.device | str) -> PEARL:
+    """PEARL as released, with smaller networks and batches; where there is a dense reward, trained on that."""
+    assert setup.tasks
+    assert setup.units
+    env = setup.vector(family, setup.tasks, episodes_per_trial=setup.episodes, generator=setup.seed, device=device)
+    dense = setup.env == "point-robot"
+    sac = SACConfig(
+        gamma=0.9 if dense else 0.99,
+        lr=1e-3,
+        hidden=(setup.units, setup.units),
+        reward_scale=10.0 if dense else 1 / setup.defaults.reward_scale,
+    )
+    config = PEARLConfig(
+        sac=sac,
+        meta_batch=16,
+        batch=32,
+        context_batch=128,
+        kl_weight=0.08,
+        train_reward="dense_reward" if dense else None,
+    )
+    return PEARL(env, config, seed=setup.seed)
+
+
+def _varibad_defaults(known: EnvDefaults) -> dict[str, Any]:
+    return {"episodes": max(2, known.episodes), "tasks": known.trials, "units": 64, "iterations": known.iterations}
+
+
+def _varibad(setup: Setup, family: Any, device: torch.device | str) -> VariBAD:
+    assert setup.tasks
+    assert setup.units
+    assert setup.iterations
+    known = setup.defaults
+    env = setup.vector(
+        family, setup.tasks, new_tasks=True, episodes_per_trial=setup.episodes, generator=setup.seed, device=device
+    )
+    return varibad_for(
+        env, iterations=setup.iterations, seed=setup.seed, units=setup.units, steps=known.steps,
+        reward_shift=known.reward_shift, reward_scale=known.reward_scale, log_std=math.log(known.std),
+    )  # fmt: skip
+
+
+#: Methods by their names on the command line.
+LATENT_METHODS: dict[str, LatentMethod] = {
+    "pearl": LatentMethod(
+        "PEARL: soft actor-critic beside a latent, posterior sampling (Rakelly et al. 2019)", _pearl_defaults, _pearl
+    ),
+    "varibad": LatentMethod(
+        "VariBAD: a belief over the task at every step, and PPO on it (Zintgraf et al. 2020)",
+        _varibad_defaults,
+        _varibad,
+    ),
+}

@@ -1,0 +1,189 @@
+"""VariBAD's grid with a hidden goal (Zintgraf et al. 2020, section 5.1): four episodes of 15 steps, 21 possible goals.
+
+Returns of each episode, the mean over **all 21 goals** with the likeliest actions. Training, validation and test tasks
+share the goals: nothing is held out but the seeds, and each goal stands once among the test tasks, so that there is no
+error over tasks; standard errors are over trainings (``--trainings``, three seeds). Settings were chosen by the returns
+of seed 0, which is none of them. ``seconds`` is CPU time of the training.
+
+A return is normalised to 0 for uniformly random actions (exact, from the walk's distribution) and 1 for the policy that
+is best for the whole trial without knowing the goal (exact, by search). That policy's first episode is not the best
+first episode, so that 1 can be exceeded there, and nowhere else: from the second on it is as good as one that knows
+the goal, since the cells not yet seen lie on the way.
+
+- ``varibad_episode_1`` … ``4``: VariBAD; bars from the second on.
+- ``varibad_belief_on_seen_empty``: the share of the belief over the goal that is on cells entered before and found
+  empty, the mean over all steps of the trials. 0 for the exact belief.
+- ``varibad_belief_calibration_error``: expected calibration error of the cells' probabilities.
+- ``varibad_belief_log_score``: log probability of the goal's cell; ``reference`` is the exact belief's.
+- ``rl2_episode_1`` … ``4``: RL² on as many environments, steps and updates of PPO; ``difference`` from VariBAD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesmeta.ops.random import as_generator
+from bayesmeta.rl.envs import Grid, TensorVectorEnv
+from bayesmeta.rl.envs.grid import MOVES, CellTasks
+from bayesmeta.rl.latent.checks import GoalsCheck, admissible_cells, compare_goals, goal_probabilities, seen_cells
+from bayesmeta.rl.oracles.grid import bayes_optimal_grid
+from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.varibad import VariBAD
+from bayesmeta.rl.varibad_setups import GRID_PPO, grid_varibad
+from benchmarks.harness import Row, at_least, at_most, below, main
+from benchmarks.runs import over_trainings, refuse_unknown
+
+FAMILY, EPISODES = Grid(), 4
+#: Trials side by side, and rollouts of one trial each.
+TRIALS, ITERATIONS = 512, 150
+LEARNERS = ("varibad", "rl2")
+DRAWS = 200
+#: Seed of the first training, added to --seed; 0 is the one that settings were chosen on.
+FIRST = 1
+BARS = {
+    **{f"varibad_episode_{n}": at_least(0.95) for n in range(2, EPISODES + 1)},
+    "varibad_belief_on_seen_empty": below(0.05),
+    "varibad_belief_calibration_error": at_most(0.05),
+}
+
+
+class Scale(NamedTuple):
+    """Returns that are normalised to 0 and to 1, ``[episodes]`` each."""
+
+    random: Tensor
+    optimal: Tensor
+
+    def normalise(self, returns: Tensor) -> Tensor:
+        """Of returns ``[episodes]``."""
+        return (returns - self.random) / (self.optimal - self.random)
+
+
+def random_return(family: Grid) -> float:
+    """Expected return of an episode of uniformly random actions, the mean over all goals; exact."""
+    side = family.cells
+    at = torch.zeros(side, side, dtype=torch.float64)
+    at[0, 0] = 1.0
+    visits = torch.zeros_like(at)
+    for _ in range(family.horizon):
+        after = torch.zeros_like(at)
+        for column in range(side):
+            for row in range(side):
+                for move in MOVES:
+                    to = (min(max(x + d, 0), side - 1) for x, d in zip((column, row), move))
+                    after[tuple(to)] += at[column, row] / len(MOVES)
+        at = after
+        visits += at
+    goals = family.goals().long()
+    on_goal = visits[goals[:, 0], goals[:, 1]].mean()
+    return float(family.horizon * family.other_reward + (family.goal_reward - family.other_reward) * on_goal)
+
+
+def scale_of(family: Grid, episodes: int) -> Scale:
+    """What is 0 and what is 1 in each episode."""
+    optimal = torch.tensor(bayes_optimal_grid(family, episodes).by_episode, dtype=torch.float64)
+    return Scale(torch.full_like(optimal, random_return(family)), optimal)
+
+
+def all_goals(family: Grid, seed: int) -> TensorVectorEnv:
+    """One environment for each goal."""
+    goals = family.goals()
+    return TensorVectorEnv(
+        family, len(goals), tasks=CellTasks(goals), episodes_per_trial=EPISODES, split="test", generator=seed
+    )
+
+
+def make(name: str, family: Grid, seed: int, trials: int, iterations: int) -> RL2:
+    """A learner before its training."""
+    env = TensorVectorEnv(family, trials, new_tasks=True, episodes_per_trial=EPISODES, generator=seed)
+    if name == "varibad":
+        return grid_varibad(env, iterations=iterations, seed=seed)
+    return RL2(env, config=GRID_PPO, iterations=iterations, seed=seed, reward_shift=0.45, reward_scale=0.55)
+
+
+def belief_check(run: VariBAD, family: Grid, seed: int) -> GoalsCheck:
+    """The beliefs of one trial for each goal, at all its steps, against the exact ones."""
+    env, spec = all_goals(family, seed), run.policy.memory.spec
+    path, rollout = run.belief_path(env, generator=seed)
+    draws = path.draws(DRAWS, as_generator(seed, stream="draws"))
+    probabilities = goal_probabilities(path.program, spec, draws, family)
+    goal = (env.tasks.goal[:, 0] * family.cells + env.tasks.goal[:, 1]).long()
+    return compare_goals(probabilities, seen_cells(rollout.successor, family), goal, admissible_cells(family))
+
+
+def measure(name: str, args: argparse.Namespace, seed: int, curves: list[dict[str, Any]]) -> list[Row]:
+    """One training and its rows; its curve is added to ``curves``."""
+    family, begin = FAMILY, time.process_time()
+    run, scale = make(name, family, seed, args.trials, args.iterations), scale_of(family, EPISODES)
+
+    def normalised() -> list[float]:
+        returns = run.evaluate(all_goals(family, seed), generator=seed).episodes.double().mean(0)
+        return [float(x) for x in scale.normalise(returns)]
+
+    every = max(1, args.iterations // 15)
+    curve: list[dict[str, Any]] = []
+    while run.iteration < args.iterations:
+        run.train(every)
+        curve.append({"step": run.iteration, "seconds": time.process_time() - begin, "normalised": normalised()})
+    seconds = time.process_time() - begin
+    curves.append({"learner": name, "seed": seed, "curve": curve})
+    reached = curve[-1]["normalised"]
+    rows = [_row(f"{name}_episode_{n}", value, seconds, args) for n, value in enumerate(reached, 1)]
+    print(f"{name}, seed {seed}: {', '.join(f'{x:.3f}' for x in reached)} after {seconds:.0f} s", flush=True)
+    if isinstance(run, VariBAD):
+        check = belief_check(run, family, seed)
+        print(f"{name}, seed {seed}, belief: {check}", flush=True)
+        figures = {"on_seen_empty": check.seen_share.mean, "calibration_error": check.ece}
+        rows += [_row(f"{name}_belief_{what}", value, None, args) for what, value in figures.items()]
+        score, exact = check.log_score.mean, check.exact_log_score.mean
+        rows.append(Row(f"{name}_belief_log_score", score, exact, difference=score - exact))
+    return rows
+
+
+def _row(name: str, value: float, seconds: float | None, args: argparse.Namespace) -> Row:
+    judged = {} if args.quick or name not in BARS else BARS[name].judge(value)
+    return Row(name, value, seconds=seconds, **judged)
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """All rows that were asked for, means over trainings."""
+    refuse_unknown(args.learners, LEARNERS, "learner")
+    torch.set_num_threads(args.threads)
+    if args.quick:
+        args.trials, args.iterations, args.trainings = 16, 2, 1
+    curves: list[dict[str, Any]] = []
+    each = []
+    for seed in range(FIRST + args.seed, FIRST + args.seed + args.trainings):
+        each.append([row for name in args.learners for row in measure(name, args, seed, curves)])
+    args._curves = curves
+    scale = scale_of(FAMILY, EPISODES)
+    best = ", ".join(f"{x:.3f}" for x in scale.optimal)
+    print(f"random {scale.random[0]:.3f} an episode, optimal {best}", flush=True)
+    rows = over_trainings(each, {} if args.quick else BARS)
+    if len(each) > 1:  # which are means over trainings, and keep no seconds of their own
+        for row in rows:
+            spent = [r.seconds for part in each for r in part if r.name == row.name and r.seconds is not None]
+            row.seconds = sum(spent) / len(spent) if spent else None
+    return rows
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What is recorded beside the flags: the curves of all trainings."""
+    return {"curves": args._curves}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    parser.add_argument("--learners", nargs="*", default=[*LEARNERS], help=f"which (default: {' '.join(LEARNERS)})")
+    parser.add_argument("--trainings", type=int, default=3, help="seeds, from --seed on (default: 3)")
+    parser.add_argument("--trials", type=int, default=TRIALS, help=f"side by side (default: {TRIALS})")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"of training (default: {ITERATIONS})")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+
+
+if __name__ == "__main__":
+    main("grid", run, add_arguments, settings)
