@@ -26,6 +26,7 @@ MethodName = Literal[
     "rl2-lstm",
     "snail",
     "maml",
+    "maesn",
     "fomaml",
     "meta-sgd",
     "e-maml",
@@ -33,6 +34,7 @@ MethodName = Literal[
     "joint",
     "pearl",
     "varibad",
+    "distilled",
 ]
 
 
@@ -49,8 +51,8 @@ class Train:
     """Folder for what is learned."""
 
     method: MethodName = "rl2"
-    """rl2, rl2-lstm and snail remember the episodes of a trial; pearl has a belief over the task, and explores by draws
-    from it; the others take policy-gradient steps. joint does not meta-learn."""
+    """rl2, rl2-lstm and snail remember the episodes of a trial; pearl and distilled have a belief over the task, and
+    explore by draws from it; the others take policy-gradient steps. joint does not meta-learn."""
 
     horizon: int | None = None
     """Steps of an episode."""

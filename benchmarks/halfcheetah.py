@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesmeta.rl import setups
 from bayesmeta.rl.reference_policies import references
 from bayesmeta.rl.setups import Setup
 from benchmarks.harness import Row, main, standard_error
@@ -109,7 +110,7 @@ def random_rows(family: str, args: argparse.Namespace) -> list[Row]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All rows that were asked for."""
-    refuse_unknown(args.methods, METHODS, "method")
+    refuse_unknown(args.methods, [name for name in METHODS if name in setups.METHODS], "method")
     refuse_unknown(args.families, FAMILIES, "family")
     if find_spec("mujoco") is None:
         raise SystemExit("this benchmark needs MuJoCo: pip install 'bayesmeta[mujoco]'")
@@ -127,7 +128,8 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"which (default: {' '.join(METHODS)})")
+    here = [name for name in METHODS if name in setups.METHODS]
+    parser.add_argument("--methods", nargs="+", default=here, help=f"which (default: {' '.join(here)})")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), help=f"which (default: {' '.join(FAMILIES)})")
     parser.add_argument("--trainings", type=int, default=1, help="seeds from --seed on (default: 1)")
     parser.add_argument("--iterations", type=int, default=0, help="of each training (default: the method's own)")

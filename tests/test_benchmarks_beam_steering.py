@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from bayesmeta import errors
 from bayesmeta.rl.envs import BeamSteering, Machines
+from bayesmeta.rl.setups import Setup
 from benchmarks import beam_steering as bench
 
 FAMILY = BeamSteering(Machines.built_in(20), horizon=12)
@@ -120,6 +122,25 @@ def test_maml_has_rows_before_and_after_and_no_bars():
     assert [row.name for row in rows] == names
     assert all(row.bar is None for row in rows)
     assert rows[2].difference == pytest.approx(rows[2].ours - rows[0].ours, abs=1e-5)
+
+
+def test_the_command_lines_defaults_are_these_settings():
+    setup = Setup("beam", "rl2").filled()
+    learner, run = setup.learner(FAMILY), bench.trained(FAMILY, bench.TRAININGS["rl2"], 0, True)
+    assert (learner.config, learner.steps) == (bench.CONFIG, bench.STEPS)
+    assert (learner.iterations, learner.env.episodes_per_trial) == (
+        bench.TRAININGS["rl2"].iterations, bench.TRAININGS["rl2"].episodes,
+    )  # fmt: skip
+    assert (learner.env.num_envs, setup.units) == (bench.ENVS, bench.UNITS)
+    for name in ("reward_shift", "reward_scale"):
+        assert getattr(learner.policy, name) == getattr(run.policy, name)
+    assert learner.policy.free.detach().exp().mean() == pytest.approx(math.exp(-1))
+    setup = Setup("beam", "maml").filled()
+    learner, run = setup.learner(FAMILY), bench.trained_maml(FAMILY, 0, True)
+    assert learner.config == dataclasses.replace(run.config, joint_iterations=bench.JOINT)
+    assert setup.iterations == bench.JOINT + bench.META
+    assert (setup.tasks, setup.copies) == (bench.TASKS, bench.EPISODES)
+    assert learner.theta.numel() == run.theta.numel()
 
 
 def test_the_training_is_of_the_episodes_it_says():

@@ -1,6 +1,7 @@
 """The benchmark of navigation: bounds, errors, tuning on validation goals alone, equal budgets, rows and bars."""
 
 import argparse
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from bayesmeta.rl.envs.points import GoalTasks
 from bayesmeta.rl.inner import Estimation
 from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import GaussianHead, TaskPolicy
+from bayesmeta.rl.setups import Setup
 from benchmarks import navigation
 
 
@@ -48,6 +50,15 @@ def test_budgets_of_the_compared_are_equal():
         assert joint.joint == meta.joint + (1 + meta.inner) * meta.meta
         assert (meta.raw, joint.meta) == (joint.raw, 0)
         assert meta.meta > 0
+
+
+def test_the_command_lines_defaults_are_these_settings():
+    setup, method = Setup("navigation", "maml").filled(), navigation.METHODS["maml_rl"]
+    learner, run = setup.learner(Navigation()), navigation.trained(method, 0, quick=True)
+    assert learner.config == dataclasses.replace(run.config, joint_iterations=method.joint)
+    assert setup.iterations == method.joint + method.meta
+    assert (setup.tasks, setup.copies) == (20, 10)
+    assert learner.theta.numel() == run.theta.numel()
 
 
 def inner_steps_of_a_linear_policy(deviation, *, raw, tasks=20, horizon=30):

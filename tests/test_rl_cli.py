@@ -13,7 +13,7 @@ from bayesmeta.rl.setups import ENVIRONMENTS, METHODS, Setup
 from bayesmeta.train import checkpoint
 
 #: Methods for continuous actions alone.
-CONTINUOUS = ("pearl",)
+CONTINUOUS = ("pearl", "distilled")
 TINY = ("--horizon", "4", "--tasks", "6", "--units", "4", "--iterations", "2", "--validation-tasks", "4")
 
 

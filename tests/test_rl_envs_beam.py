@@ -1,5 +1,6 @@
 """Beam steering: its rules by hand, its machines, its oracles."""
 
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from bayesmeta import errors
 from bayesmeta.rl.envs import BeamSteering, Machines
-from bayesmeta.rl.envs.beam import BeamState, BeamTasks
+from bayesmeta.rl.envs.beam import BeamState, BeamTasks, _largest
 from bayesmeta.rl.envs.machines import thin_lens_response
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
 
@@ -252,6 +253,25 @@ def test_copies_share_one_product():
     torch.testing.assert_close(repeated[rows].readings(kicks[rows]), each[rows])
     assert tasks.shared is None
     assert repeated[rows].shared is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_of_short_rows_is_what_torch_finds(dtype):
+    values = torch.randn(300, 10, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    values[3, 4], values[5, 9], values[6, 0] = math.nan, -math.inf, -7.0
+    torch.testing.assert_close(_largest(values), values.abs().amax(-1), rtol=0, atol=0, equal_nan=True)
+    assert _largest(values)[6] == 7.0
+    wide = torch.randn(10, 300, generator=torch.Generator().manual_seed(0), dtype=dtype).T  # not contiguous
+    assert torch.equal(_largest(wide), wide.abs().amax(-1))
+
+
+def test_actions_that_are_no_numbers_are_not_taken_for_small_ones():
+    env = BUILT_IN.vector(3, generator=0)
+    env.reset()
+    actions = torch.zeros(3, 10)
+    actions[1, 2] = math.nan
+    _, reward, *_ = env.step(actions)
+    assert reward.isnan().tolist() == [False, True, False]
 
 
 def test_a_saved_state_is_not_moved_by_later_steps():

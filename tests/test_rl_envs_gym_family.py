@@ -102,6 +102,14 @@ def test_a_familys_bad_input_is_refused():
         GymFamily(lambda task: Counter(task), [{}]).horizon  # noqa: B018
     with pytest.raises(errors.OptionError, match="takes no render_mode"):
         GymFamily(lambda task: Walk(task), [0.0]).vector(1, render_mode="rgb_array")
+    for make, kind, message in (
+        (lambda task: 1 // task, errors.EnvCrashError, "task 1, 0, cannot be made: ZeroDivisionError"),
+        (lambda task: task and walk(task), errors.EnvError, "of task 1, 0, a int was made; expected a gymnasium.Env"),
+    ):
+        with pytest.raises(kind, match=message):
+            GymVectorEnv(lambda task, make=make: walk(task) if task == 1 else make(task), [1, 0])
+        with pytest.raises(kind, match=message.replace("task 1", "task 0")):
+            GymFamily(make, [0])
     for options, message in (({"new_tasks": True}, "with no family"), ({"episodes_per_trial": 0}, "at least 1")):
         with pytest.raises(errors.OptionError, match=message):
             GymVectorEnv(walk, [0.0], **options)

@@ -133,6 +133,22 @@ def test_what_comes_next_is_foreseen():
         next_calibration(BeliefPath.of(truth.exact(), nothing, path.program))
 
 
+def test_several_targets_are_foreseen_one_by_one():
+    from bayesmeta.rl.latent.contexts import ContextSpec
+    from bayesmeta.rl.latent.core import LatentContext
+    from bayesmeta.rl.latent.decoder import TransitionDecoder
+    from bayesmeta.rl.rollout import collect
+    from tests.test_rl_latent_pictures import right
+
+    env = bm.rl.TensorVectorEnv(bm.rl.Navigation(horizon=4), 3, generator=0, dtype=torch.float64)
+    spec = ContextSpec.of(env, targets=("reward", "change"))
+    latent, decoder = (kind(spec, 2, dtype=torch.float64) for kind in (LatentContext.make, TransitionDecoder))
+    context = spec.of_rollout(collect(env, right, 4, generator=torch.Generator()))
+    found = next_calibration(BeliefPath.of(latent, context, decoder.program()), num_samples=50)
+    assert found.pit.shape == (3, 4, 3)
+    assert found.finding == "unknown"  # three tasks say little
+
+
 def test_targets_of_few_values_have_uniform_ranks_too():
     """Fair coins whose belief says so: half of the PIT values lie below a half, and not three quarters."""
     from bayesmeta.rl.latent.checks import _pit
@@ -211,6 +227,8 @@ def test_a_belief_at_a_step_has_the_datatree_of_any_posterior():
 
 def test_bad_input():
     _, path = a_path(tasks=3, steps=4)
+    with pytest.raises(errors.EmptyTaskError, match="nothing to be surprised"):
+        bm.surprise(path.at(0))
     with pytest.raises(errors.ShapeError, match="one belief before the 4"):
         BeliefPath(path.program, path.context, path.loc[1:], path.scale[1:])
     with pytest.raises(errors.ContextError, match="y=None"):

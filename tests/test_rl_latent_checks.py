@@ -105,6 +105,44 @@ def test_expected_rewards_are_in_the_environments_units():
     torch.testing.assert_close(found, z * 2.0 + 3.0)
 
 
+@pytest.mark.slow
+def test_a_trained_belief_about_arms_is_near_beta():
+    """By the ELBO alone, from contexts of all lengths, on training tasks; the first weights are the control."""
+    from bayesmeta.rl.latent.contexts import prefix
+    from bayesmeta.rl.latent.core import LatentContext
+
+    def pulls(seed, tasks=128, split="train"):
+        env = bm.rl.TensorVectorEnv(bm.rl.BernoulliBandit(arms=3, horizon=20), tasks, generator=seed, split=split)
+        rollout = collect(env, truth.Uniform(3), 20, generator=as_generator(seed, stream="pulls"))
+        spec = ContextSpec.of(env, inputs=("action",), binary=True)
+        return env.tasks.mean, spec, spec.of_rollout(rollout)
+
+    means, spec, held_out = pulls(5, 300, "validation")
+    latent, decoder = LatentContext.make(spec, 3, "product"), TransitionDecoder(spec, 3, hidden=(32, 32))
+
+    def distances():
+        out = []
+        for steps in (5, 20):
+            part = prefix(held_out, steps)
+            z = latent.sample(latent.posterior(part), 1000, 1).detach()
+            draws = checks.expected_reward(decoder.program(), spec, z, checks.arm_rows(spec, z))
+            found = checks.compare_arms(draws, *checks.arm_counts(spec, part), means)
+            out.append(found.distance.mean() / found.prior_distance.mean())
+        return out
+
+    assert min(distances()) > 0.5
+    optimizer = torch.optim.Adam([*latent.parameters(), *decoder.parameters()], lr=3e-3)
+    generator = as_generator(0)
+    for seed in range(600):
+        _, _, context = pulls(seed + 10)
+        part = prefix(context, torch.randint(1, 21, (128,), generator=generator))
+        loss = -latent.elbo(decoder.program(), part, num_samples=4, generator=generator).value.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert max(distances()) < 0.25
+
+
 # -- a grid's goal --------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from bayesmeta import nets
 from bayesmeta.errors import CheckpointError, HorizonError, OptionError, ShapeError
 from bayesmeta.rl.envs import BernoulliBandit, Navigation, TensorVectorEnv
-from bayesmeta.rl.inner import Estimation, TaskSteps, inner_step, phi_actor, sampling_score, task_steps
+from bayesmeta.rl.inner import Estimation, TaskSteps, inner_step, phi_actor, sampling_score, task_steps, to_the_last
 from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, TaskPolicy, kl
 from bayesmeta.rl.returns import LinearBaseline
@@ -265,6 +265,39 @@ def test_steps_after_an_episodes_end_do_not_count():
     torch.testing.assert_close(alone.advantage, steps.advantage[:3])
 
 
+def test_time_behind_the_longest_episode_is_left_out_and_nothing_else():
+    """The inner step from what is kept is that from all; without one more moment (the control) it is not."""
+    env, policy = TwoStates(2, 5), table_policy()
+    phi = policy.begin(policy.theta, 2)
+    rollout = collect(env, phi_actor(policy, phi, policy.theta, env), 7, generator=seeded())
+    steps = task_steps(rollout, env, Estimation(**PLAIN), LinearBaseline())
+    kept = to_the_last(steps)
+    assert (len(kept.mask), len(kept.features), kept.returns.shape) == (3, 3, (2, 5))
+    assert to_the_last(kept) is kept
+    shorter = TaskSteps(*(v[:2] for v in steps[:-1]), steps.returns)
+    whole, less, wrong = (
+        inner_step(policy, phi, policy.theta, s, 0.5, Estimation(**PLAIN), create_graph=False)
+        for s in (steps, kept, shorter)
+    )
+    torch.testing.assert_close(less, whole)
+    assert not torch.allclose(wrong, whole, rtol=1e-2)
+
+
+def test_joint_iterations_come_first_and_take_no_inner_step():
+    """They are those of joint training bit for bit; the ones behind them adapt."""
+    joint, both = small(inner_steps=0), small(joint_iterations=2)
+    joint.train(2)
+    both.train(2)
+    assert joint.history == both.history
+    assert torch.equal(joint.theta, both.theta)
+    assert all(row["before"] == row["after"] for row in both.history)
+    (row,) = both.train(1)
+    assert row["before"] != row["after"]
+    control = small()
+    control.train(2)
+    assert not torch.equal(control.theta, joint.theta)
+
+
 def test_it_learns_to_adapt():
     """Goals are not seen, so that without adaptation nothing beats standing still: −10 E|goal|² = −5/3. After one step
     the policies do, each at its own goal; at another task's goal (the control) they do not."""
@@ -342,7 +375,13 @@ def test_bad_input_is_refused():
     context = ContextPolicy(nets.mlp(4, [4], 2), GaussianHead(2), 2)
     with pytest.raises(ShapeError, match="context"):
         context.distribution(torch.zeros(3, 2), torch.zeros(2, 1, 2))
-    for options in ({"inner_steps": -1}, {"inner_lr": 0.0}, {"curvature_share": 0.0}, {"exploration_credit": -1.0}):
+    for options in (
+        {"inner_steps": -1},
+        {"inner_lr": 0.0},
+        {"curvature_share": 0.0},
+        {"joint_iterations": -1},
+        {"exploration_credit": -1.0},
+    ):
         with pytest.raises(OptionError):
             MAMLRLConfig(**options)
     for options in ({"gamma": 2.0}, {"lam": -0.1}, {"decay": 1.5}, {"estimator": "reparam"}):

@@ -146,6 +146,17 @@ def test_the_guides_buffer_holds_the_last_iteration_and_the_critics_all():
     everything = learner.replay.sample(400, learner.generator, recent=12).observation.flatten(0, 1)
     recent = learner.recent.sample(400, learner.generator).observation.flatten(0, 1)
     assert torch.equal(everything.unique(dim=0), recent.unique(dim=0))
+    # the guide reads the one, actor and critics the other
+    read, seen = [], []
+    posterior, update = learner.policy.latent.posterior, learner.updates.update
+    learner.policy.latent.posterior = lambda context: read.append(context) or posterior(context)
+    learner.updates.update = lambda batch, *args, **options: seen.append(batch) or update(batch, *args, **options)
+    steps = learner.recent.sample(5, learner.generator)
+    learner.recent.clear()
+    learner.recent.add(steps.map(lambda x: torch.full_like(x, 7)))
+    learner.update()
+    assert (read[0].x == 7).all()
+    assert (seen[0].observation < 7).all()
 
 
 def test_actor_and_critics_learn_from_the_dense_reward_and_contexts_hold_the_sparse_one():
@@ -255,6 +266,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     trained.train(4)
     assert torch.equal(again.curve(held_out()).returns, trained.curve(held_out()).returns)
     assert again.iteration == 0
+
+
+def test_numbers_of_another_precision():
+    learner = pearl(robot(dtype=torch.float64), reconstruction="transition")
+    told = learner.train(2)[-1]
+    assert all(torch.tensor(value).isfinite() for value in told.values())
+    assert {p.dtype for p in learner.policy.parameters()} == {torch.float64}
+    assert learner.curve(robot(dtype=torch.float64)).returns.dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_the_device():
+    learner = pearl(robot(device="cuda"), reconstruction="reward")
+    learner.train(2)
+    assert {p.device.type for p in learner.policy.parameters()} == {"cuda"}
+    assert learner.curve(robot(device="cuda")).returns.device.type == "cuda"
 
 
 def test_episodes_are_watched():

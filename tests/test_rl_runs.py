@@ -219,18 +219,22 @@ class Fails(gymnasium.Env):
         failed = self.task == 1 and self.total == self.at
         if failed and self.how == "crash":
             raise ZeroDivisionError("the simulator broke")
+        if failed and self.how == "dies":
+            os._exit(3)
         reward = float("nan") if failed else float(action)
         return np.full(2, self.clock / 3, np.float32), reward, False, self.clock == 3, {}
 
 
-def failing(how, at):
-    env = bm.rl.GymVectorEnv(lambda task: Fails(task, how, at), [0, 1, 2], episodes_per_trial=2, generator=0)
+def failing(how, at, workers=False):
+    env = bm.rl.GymVectorEnv(
+        lambda task: Fails(task, how, at), [0, 1, 2], episodes_per_trial=2, generator=0, workers=workers
+    )
     return bm.rl.RL2(env, iterations=9, units=4, seed=0)
 
 
-@pytest.mark.parametrize("how", ["crash", "nan"])
-def test_an_environment_that_fails_is_named_and_what_was_done_is_saved(how, tmp_path):
-    learner = failing(how, at=27)  # six steps a trial: in the fifth iteration, between checkpoints
+@pytest.mark.parametrize(("how", "workers"), [("crash", False), ("nan", False), ("crash", True), ("dies", True)])
+def test_an_environment_that_fails_is_named_and_what_was_done_is_saved(how, workers, tmp_path):
+    learner = failing(how, 27, workers)  # six steps a trial: in the fifth iteration, between checkpoints
     with pytest.raises(errors.EnvCrashError) as caught:
         run(learner, 9, tmp_path, checkpoint_every=3)
     assert caught.value.task == 1
@@ -244,8 +248,10 @@ def test_an_environment_that_fails_is_named_and_what_was_done_is_saved(how, tmp_
     run(same, 4)
     assert difference(dict(same.policy.state_dict()), dict(saved["learner"]["policy"])) is None
     mended = failing(how, at=1000)
-    run(mended, 9, tmp_path, resume=True)  # begins new trials: such environments have no state to go back to
+    run(mended, 9, tmp_path, resume=True)
     assert mended.iteration == 9
+    run(whole := failing(how, at=1000), 9)
+    assert difference(dict(whole.policy.state_dict()), dict(mended.policy.state_dict())) is None
 
 
 class Poisoned(bm.rl.Navigation):

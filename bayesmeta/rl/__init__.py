@@ -21,6 +21,8 @@ _NAMES = {
     "CategoricalHead": "bayesmeta.rl.policies",
     "ContextPolicy": "bayesmeta.rl.policies",
     "ContextSpec": "bayesmeta.rl.latent.contexts",
+    "DistilledConfig": "bayesmeta.rl.distilled",
+    "DistilledLatents": "bayesmeta.rl.distilled",
     "Estimation": "bayesmeta.rl.inner",
     "fit": "bayesmeta.rl.runs",
     "FitResult": "bayesmeta.rl.runs",
@@ -30,22 +32,31 @@ _NAMES = {
     "GymFamily": "bayesmeta.rl.envs.gym_family",
     "GymVectorEnv": "bayesmeta.rl.envs.gym",
     "LatentContext": "bayesmeta.rl.latent.core",
+    "LatentPolicy": "bayesmeta.rl.maesn_policy",
     "Learner": "bayesmeta.rl.learner",
     "load_learner": "bayesmeta.rl.runs",
     "Machines": "bayesmeta.rl.envs",
+    "MAESN": "bayesmeta.rl.maesn",
+    "MAESNConfig": "bayesmeta.rl.maesn_config",
     "MAMLRL": "bayesmeta.rl.maml_rl",
     "MAMLRLConfig": "bayesmeta.rl.maml_rl",
     "Maze": "bayesmeta.rl.envs",
     "MemoryPolicy": "bayesmeta.rl.memory_policy",
+    "MixtureContext": "bayesmeta.rl.latent.mixture",
     "Navigation": "bayesmeta.rl.envs",
     "PairMemory": "bayesmeta.rl.pair_memory",
     "plot_beliefs": "bayesmeta.rl.latent.pictures",
+    "PEARL": "bayesmeta.rl.pearl",
+    "PEARLConfig": "bayesmeta.rl.pearl",
     "plot_learning_curve": "bayesmeta.rl.drawings",
     "plot_trajectories": "bayesmeta.rl.drawings",
     "PPOConfig": "bayesmeta.rl.ppo",
     "Reference": "bayesmeta.rl.reference_policies",
     "references": "bayesmeta.rl.reference_policies",
+    "Replay": "bayesmeta.rl.replay",
     "RL2": "bayesmeta.rl.rl2",
+    "SAC": "bayesmeta.rl.sac_learner",
+    "SACConfig": "bayesmeta.rl.sac",
     "save_video": "bayesmeta.rl.watching",
     "SNAILMemory": "bayesmeta.rl.snail",
     "SparsePointRobot": "bayesmeta.rl.envs",
@@ -75,6 +86,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from bayesmeta.rl.distilled import DistilledConfig, DistilledLatents
     from bayesmeta.rl.drawings import plot_learning_curve, plot_trajectories
     from bayesmeta.rl.envs import (
         BeamSteering,
@@ -95,16 +107,24 @@ if TYPE_CHECKING:
     from bayesmeta.rl.latent.contexts import ContextSpec
     from bayesmeta.rl.latent.core import LatentContext
     from bayesmeta.rl.latent.decoder import TransitionDecoder
+    from bayesmeta.rl.latent.mixture import MixtureContext
     from bayesmeta.rl.latent.pictures import plot_beliefs
     from bayesmeta.rl.learner import AdaptationCurve, Learner
+    from bayesmeta.rl.maesn import MAESN
+    from bayesmeta.rl.maesn_config import MAESNConfig
+    from bayesmeta.rl.maesn_policy import LatentPolicy
     from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
     from bayesmeta.rl.memory_policy import MemoryPolicy
     from bayesmeta.rl.pair_memory import PairMemory
+    from bayesmeta.rl.pearl import PEARL, PEARLConfig
     from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, SquashedGaussianHead, TaskPolicy
     from bayesmeta.rl.ppo import PPOConfig
     from bayesmeta.rl.reference_policies import Reference, references
+    from bayesmeta.rl.replay import Replay
     from bayesmeta.rl.rl2 import RL2
     from bayesmeta.rl.runs import FitResult, fit, load_learner
+    from bayesmeta.rl.sac import SACConfig
+    from bayesmeta.rl.sac_learner import SAC
     from bayesmeta.rl.snail import SNAILMemory
     from bayesmeta.rl.trpo_policy import TRPOConfig
     from bayesmeta.rl.watching import Watching, save_video, watch

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import OptionError, ShapeError
+from bayesmeta.errors import OptionError, ShapeError, SpaceError
 from bayesmeta.rl.objectives import average, likelihood_ratio, loaded_dice, policy_gradient, standardised
 from bayesmeta.rl.policies import sample
-from bayesmeta.rl.protocols import TaskVectorEnv, features
+from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
 from bayesmeta.rl.returns import LinearBaseline, advantages, discounted_returns
 from bayesmeta.rl.rollout import Acted, Actor, Moment, Rollout
 
@@ -88,6 +88,32 @@ class Estimation:
             )
 
 
+@torch.no_grad()
+def check_policy(policy: Any, env: TaskVectorEnv) -> None:
+    """See whether a policy is for the observations and actions of an environment, by asking it once.
+
+    Raises:
+        SpaceError: saying what it reads or gives, and what is expected.
+    """
+    space, width = env.single_action_space, num_features(env.single_observation_space)
+    theta = policy.theta.detach()
+    try:
+        found = policy.distribution(policy.begin(theta, 1), theta.new_zeros(1, 1, width), theta)
+    except RuntimeError as error:
+        raise SpaceError(
+            f"the policy's network cannot read the observations, {width} numbers of {env.single_observation_space}: "
+            f"{error} Make it with as many inputs (a ContextPolicy's has those of the context too)."
+        ) from error
+    chooses = hasattr(found, "logits")
+    given = f"{found.logits.shape[-1]} choices" if chooses else f"{found.event_shape.numel()} numbers"
+    expected = f"{num_features(space)} {'choices' if hasattr(space, 'n') else 'numbers'}"
+    if given != expected:
+        raise SpaceError(
+            f"the policy's actions are {given}; the environment's are {space}, {expected}. Take the head that "
+            "head_for(env.single_action_space) makes, and a network of as many outputs as head.outputs."
+        )
+
+
 def phi_actor(policy: PhiPolicy, phi: Tensor, theta: Tensor, env: TaskVectorEnv, *, greedy: bool = False) -> Actor:
     """The actor that takes each task's own φ.
 
@@ -148,6 +174,14 @@ def task_steps(rollout: Rollout, env: TaskVectorEnv, estimation: Estimation, bas
         mask=mask,
         returns=torch.where(mask, reward, 0.0).sum(0),
     )
+
+
+def to_the_last(steps: TaskSteps) -> TaskSteps:
+    """Without the time behind the last step that counts, where all first episodes have ended."""
+    length = int(steps.mask.flatten(1).any(1).sum())
+    if length == len(steps.mask):
+        return steps
+    return steps._replace(**{n: v[:length] for n, v in steps._asdict().items() if n != "returns"})
 
 
 def first_copies(steps: TaskSteps, number: int) -> TaskSteps:

@@ -30,7 +30,17 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.inner import Estimation, TaskSteps, first_copies, inner_step, phi_actor, sampling_score, task_steps
+from bayesmeta.rl.inner import (
+    Estimation,
+    TaskSteps,
+    check_policy,
+    first_copies,
+    inner_step,
+    phi_actor,
+    sampling_score,
+    task_steps,
+    to_the_last,
+)
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.objectives import average, likelihood_ratio
 from bayesmeta.rl.policies import detached, kl
@@ -59,6 +69,8 @@ class MAMLRLConfig:
             direction's curvature is taken from, the first ones; None is all. Gradient, line search and bound stay those
             of all episodes. It is what makes long episodes affordable: curvature is most of an outer step's time.
         estimation: of advantages and inner gradients.
+        joint_iterations: the first iterations take no inner step. They bring about a policy from which steps with
+            advantages that are not standardised do not run away.
 
     Raises:
         OptionError: for settings outside their range.
@@ -77,12 +89,15 @@ class MAMLRLConfig:
     exact_curvature: bool = True
     curvature_episodes: int | None = None
     estimation: Estimation = dataclasses.field(default_factory=Estimation)
+    joint_iterations: int = 0
 
     def __post_init__(self) -> None:
         if self.inner_steps < 0 or not 0 < self.inner_lr < math.inf:
             raise OptionError(f"Expected inner_steps ≥ 0 and inner_lr > 0; got {self.inner_steps} and {self.inner_lr}.")
         if self.curvature_episodes is not None and self.curvature_episodes < 1:
             raise OptionError(f"Expected curvature_episodes of at least 1, or None; got {self.curvature_episodes}.")
+        if self.joint_iterations < 0:
+            raise OptionError(f"Expected joint_iterations ≥ 0; got {self.joint_iterations}.")
         if not 0 <= self.exploration_credit < math.inf or not 0 < self.curvature_share <= 1:
             raise OptionError(
                 f"Expected exploration_credit ≥ 0 and curvature_share in (0, 1]; got {self.exploration_credit} and "
@@ -107,6 +122,7 @@ class MAMLRL:
 
     Raises:
         HorizonError: for an environment without a horizon.
+        SpaceError: for a policy that is not for its observations and actions.
         OptionError: for one whose tasks cannot be drawn.
     """
 
@@ -121,6 +137,7 @@ class MAMLRL:
     ) -> None:
         self.env, self.policy, self.config = env, policy, MAMLRLConfig() if config is None else config
         self.horizon = horizon_of(env, "MAML-RL adapts on whole episodes")
+        check_policy(policy, env)
         self._sample_tasks = _sampler(env) if sample_tasks is None else sample_tasks
         self.generator = as_generator(seed, env.device, "maml-rl")
         self.baseline = LinearBaseline()
@@ -157,7 +174,7 @@ class MAMLRL:
         """One episode in each environment, with each task's φ."""
         actor = phi_actor(self.policy, phi, self.parts(self.theta)[0], env)
         rollout = collect(env, actor, int(env.horizon or self.horizon), generator=generator, start=begin(env))
-        return task_steps(rollout, env, self.config.estimation, self.baseline)
+        return to_the_last(task_steps(rollout, env, self.config.estimation, self.baseline))
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -183,7 +200,8 @@ class MAMLRL:
         env, tasks = self.env, self.env.num_tasks
         env.reset(options={"tasks": self._sample_tasks(tasks, self.generator)})
         before: list[TaskSteps] = []
-        for _ in range(self.config.inner_steps):
+        joint = self.iteration < self.config.joint_iterations
+        for _ in range(0 if joint else self.config.inner_steps):
             phi = self.path(self.theta, before, tasks, create_graph=False)[-1]
             before.append(self.episodes(env, phi, self.generator))
         phi = self.path(self.theta, before, tasks, create_graph=False)[-1]

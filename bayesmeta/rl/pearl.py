@@ -170,14 +170,16 @@ class PEARL:
         check_fixed_tasks(env, "PEARL")
         self.env, self.seed = env, seed
         self.spec = ContextSpec.of(env) if spec is None else spec
+        dtype = getattr(env, "dtype", torch.float32)
         latent = LatentContext.make(
-            self.spec, config.latent, encoder, width=width, seed=seed, kl_weight=config.kl_weight
-        )  # fmt: skip
+            self.spec, config.latent, encoder, width=width, seed=seed, dtype=dtype, kl_weight=config.kl_weight
+        )
         spaces = env.single_observation_space, env.single_action_space
         networks = SACNetworks(*spaces, config.sac, context=config.latent, seed=seed)
-        self._explained = explained(self.spec, config.reconstruction)
-        decoder = None if self._explained is None else TransitionDecoder(self._explained, config.latent, seed=seed)
-        self.policy = LatentPolicy(networks, latent, decoder).to(env.device)
+        self._explained, decoder = explained(self.spec, config.reconstruction), None
+        if self._explained is not None:
+            decoder = TransitionDecoder(self._explained, config.latent, seed=seed)
+        self.policy = LatentPolicy(networks, latent, decoder).to(env.device, dtype)
         rate = config.sac.lr if config.encoder_lr is None else config.encoder_lr
         beside = [p for part in (latent, decoder) if part is not None for p in part.parameters()]
         self.updates = SACUpdate(networks, config.sac, [{"params": beside, "lr": rate}])

@@ -73,7 +73,7 @@ class SAC:
                 raise OptionError(f"{name} must be at least 1; got {value}.")
         check_fixed_tasks(env, "SAC")
         spaces = env.single_observation_space, env.single_action_space
-        self.policy = SACNetworks(*spaces, self.config, seed=seed).to(env.device)
+        self.policy = SACNetworks(*spaces, self.config, seed=seed).to(env.device, getattr(env, "dtype", torch.float32))
         self.updates = SACUpdate(self.policy, self.config)
         self.replay = Replay(env.num_tasks, capacity, env.device)
         self.generator = as_generator(seed, env.device, "sac")

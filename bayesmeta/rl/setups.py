@@ -1,14 +1,15 @@
 """Environments and learners by name, with settings to begin from: what the command line builds.
 
 The settings of ``bandit`` with ``rl2`` and ``snail`` are those of the benchmark, and those of ``mdp`` with ``rl2`` too,
-less its stage of shorter trials; the others are a start and were not tuned.
+less its stage of shorter trials; so are those of ``beam`` with ``rl2``, and of ``navigation`` and ``beam`` with
+``maml``. The others are a start and were not tuned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from bayesmeta.rl.envs import cheetah
 from bayesmeta.rl.envs.gym import GymVectorEnv
 from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.envs.vector import TensorVectorEnv
+from bayesmeta.rl.inner import Estimation
+from bayesmeta.rl.maesn_setups import TEXT, maesn_defaults, maesn_for
 from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.pair_memory import PairMemory
 from bayesmeta.rl.policies import ContextPolicy, TaskPolicy, head_for
@@ -47,6 +50,9 @@ class EnvDefaults:
         units: width of the memory of learners that remember, but for SNAIL's.
         memory: of ``rl2``: from a family and a width to what makes the memory; None is a GRU.
         config: of learners that remember; None is PPO's own defaults.
+        stepping: of learners that take steps, but for CAVIA: what differs from :meth:`Setup.filled`'s defaults.
+        inner: of the same: settings of :class:`~bayesmeta.rl.maml_rl.MAMLRLConfig`.
+        joint_share: of the same: which part of the iterations, the first ones, takes no inner step.
     """
 
     family: Callable[..., Any]
@@ -62,6 +68,9 @@ class EnvDefaults:
     units: int = 64
     memory: Callable[[Any, int], Callable[[int], Memory]] | None = None
     config: PPOConfig | None = None
+    stepping: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    joint_share: float = 0.0
 
 
 def _pairs(family: envs.TabularMDP, units: int) -> Callable[[int], Memory]:
@@ -90,7 +99,22 @@ ENVIRONMENTS: dict[str, EnvDefaults] = {
         memory=_pairs,
         config=PPOConfig(lam=0.5, lr=2e-3, entropy=0.02, minibatches=8),
     ),
-    "navigation": EnvDefaults(envs.Navigation, episodes=2, trials=128, reward_scale=0.2, std=0.1),
+    "navigation": EnvDefaults(
+        envs.Navigation,
+        episodes=2,
+        trials=128,
+        reward_scale=0.2,
+        std=0.1,
+        stepping={"copies": 10, "units": 16, "iterations": 50, "inner_lr": 0.1},
+        inner={
+            "max_kl": 0.02,
+            "cg_steps": 6,
+            "curvature_share": 0.2,
+            "curvature_episodes": 2,
+            "estimation": Estimation(lam=0.9, standardise=False),
+        },
+        joint_share=0.4,
+    ),
     "sparse-navigation": EnvDefaults(
         lambda **options: envs.Navigation(sparse=True, **options), episodes=4, trials=128, std=0.1, horizon=20
     ),
@@ -98,7 +122,28 @@ ENVIRONMENTS: dict[str, EnvDefaults] = {
     "grid": EnvDefaults(envs.Grid, episodes=4),
     "maze": EnvDefaults(envs.Maze, episodes=2, trials=128),
     "beam": EnvDefaults(
-        _beam, ("horizon", "data", "plane"), episodes=2, trials=512, reward_scale=3.0, std=0.3, steps=24
+        _beam,
+        ("horizon", "data", "plane"),
+        episodes=2,
+        iterations=400,
+        reward_shift=-3.0,
+        reward_scale=3.0,
+        std=math.exp(-1),
+        steps=16,
+        units=96,
+        config=PPOConfig(
+            epochs=4, minibatches=4, gamma=0.95, lam=0.95, lr=1.5e-3, last_lr=1e-4, entropy=0.0, standardise="all"
+        ),
+        stepping={"tasks": 50, "iterations": 180, "inner_lr": 0.002},
+        inner={
+            "max_kl": 0.03,
+            "cg_steps": 8,
+            "curvature_share": 1 / 3,
+            "curvature_episodes": 5,
+            "exact_curvature": False,
+            "estimation": Estimation(gamma=0.95, lam=0.95, standardise=False),
+        },
+        joint_share=2 / 3,
     ),
     "half-cheetah-direction": EnvDefaults(cheetah.cheetah_directions, episodes=2, trials=20, std=0.5),
     "half-cheetah-velocity": EnvDefaults(cheetah.cheetah_velocities, episodes=2, trials=20, std=0.5),
@@ -117,6 +162,7 @@ METHODS: dict[str, str] = {
     "cavia": "CAVIA: steps on a context alone (Zintgraf et al. 2019)",
     "joint": "one policy for all tasks, which takes policy-gradient steps on new ones: no meta-learning",
     **{name: method.text for name, method in LATENT_METHODS.items()},
+    "maesn": TEXT,
 }
 MEMORIES = {"rl2": "gru", "rl2-lstm": "lstm", "snail": "snail"}
 _INNER: dict[str, dict[str, Any]] = {
@@ -210,16 +256,18 @@ class Setup:
         defaults: dict[str, Any] = {"horizon": known.horizon}
         if self.method in LATENT_METHODS:
             defaults |= LATENT_METHODS[self.method].defaults(known)
+        elif self.method == "maesn":
+            defaults |= maesn_defaults(self.env)
         elif self.remembers:
             units = known.units if self.method != "snail" else 32
             defaults |= {
                 "episodes": known.episodes, "tasks": known.trials, "units": units, "iterations": known.iterations,
             }  # fmt: skip
         else:
-            inner_lr = 1.0 if self.method == "cavia" else 0.1
             defaults |= {
-                "tasks": 20, "copies": 20, "units": 64, "iterations": 100, "inner_steps": 1, "inner_lr": inner_lr,
+                "tasks": 20, "copies": 20, "units": 64, "iterations": 100, "inner_steps": 1, "inner_lr": 0.1,
             }  # fmt: skip
+            defaults |= {"inner_lr": 1.0} if self.method == "cavia" else known.stepping
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
@@ -253,6 +301,8 @@ class Setup:
         """The learner with its environments; of settings that are :meth:`filled`."""
         if self.method in LATENT_METHODS:
             return LATENT_METHODS[self.method].learner(self, family, device)
+        if self.method == "maesn":
+            return maesn_for(self, family, device)
         return self._remembering(family, device) if self.remembers else self._stepping(family, device)
 
     def _remembering(self, family: Any, device: torch.device | str) -> RL2:
@@ -273,6 +323,12 @@ class Setup:
             log_std=math.log(known.std),
         )  # fmt: skip
 
+    def _inner_config(self, inner_steps: int, inner_lr: float, iterations: int) -> MAMLRLConfig:
+        known, given = self.defaults, {"inner_steps": inner_steps, "inner_lr": inner_lr}
+        if self.method != "cavia":
+            given |= {**known.inner, "joint_iterations": round(known.joint_share * iterations)}
+        return MAMLRLConfig(**{**given, **_INNER[self.method]})
+
     def _stepping(self, family: Any, device: torch.device | str) -> MAMLRL:
         from bayesmeta.models.nets import mlp
 
@@ -282,7 +338,7 @@ class Setup:
         assert self.inner_steps
         assert self.inner_lr is not None
         env = self.vector(family, self.tasks, copies=self.copies, generator=self.seed, device=device)
-        config = MAMLRLConfig(**{"inner_steps": self.inner_steps, "inner_lr": self.inner_lr, **_INNER[self.method]})
+        config = self._inner_config(self.inner_steps, self.inner_lr, self.iterations or 0)
         head = head_for(env.single_action_space, log_std=math.log(self.defaults.std))
         context = CONTEXT if self.method == "cavia" else 0
         inputs = num_features(env.single_observation_space) + context

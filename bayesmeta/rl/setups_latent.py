@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bayesmeta.rl.distilled import DistilledLatents
+from bayesmeta.rl.distilled_setups import distilled_for
 from bayesmeta.rl.pearl import PEARL, PEARLConfig
 from bayesmeta.rl.sac import SACConfig
 from bayesmeta.rl.varibad import VariBAD
@@ -82,6 +84,22 @@ def _varibad(setup: Setup, family: Any, device: torch.device | str) -> VariBAD:
     )  # fmt: skip
 
 
+def _distilled_defaults(known: EnvDefaults) -> dict[str, Any]:
+    return {"episodes": max(2, known.episodes), "tasks": min(known.trials, 80), "units": 64, "iterations": 300}
+
+
+def _distilled(setup: Setup, family: Any, device: torch.device | str) -> DistilledLatents:
+    assert setup.tasks
+    assert setup.units
+    assert setup.iterations
+    known = setup.defaults
+    env = setup.vector(family, setup.tasks, episodes_per_trial=setup.episodes, generator=setup.seed, device=device)
+    return distilled_for(
+        env, iterations=setup.iterations, seed=setup.seed, units=setup.units, reward_shift=known.reward_shift,
+        reward_scale=known.reward_scale,
+    )  # fmt: skip
+
+
 #: Methods by their names on the command line.
 LATENT_METHODS: dict[str, LatentMethod] = {
     "pearl": LatentMethod(
@@ -91,5 +109,10 @@ LATENT_METHODS: dict[str, LatentMethod] = {
         "VariBAD: a belief over the task at every step, and PPO on it (Zintgraf et al. 2020)",
         _varibad_defaults,
         _varibad,
+    ),
+    "distilled": LatentMethod(
+        "a latent for each training task, and a belief distilled onto them; posterior sampling",
+        _distilled_defaults,
+        _distilled,
     ),
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 from bayesmeta.errors import CheckpointError, EnvCrashError, EnvError, HorizonError, OptionError, ShapeError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.envs.family import check_at_least, check_split
-from bayesmeta.rl.envs.gym_family import GymFamily, as_list, check_alike, packed, unpacked
+from bayesmeta.rl.envs.gym_family import GymFamily, as_list, check_alike, made, packed, unpacked
 from bayesmeta.rl.envs.gym_worker import ORDERS, Guarded, Order
 
 TaskT = TypeVar("TaskT")
@@ -57,6 +57,7 @@ class GymVectorEnv(Generic[TaskT]):
         OptionError: without tasks, for numbers below 1, new tasks without a family or for several copies of each.
         SpaceError: if spaces are neither ``Discrete`` (of actions 0, 1, …) nor ``Box``, or differ between tasks.
         HorizonError: if environments have different horizons.
+        EnvCrashError: if one cannot be made.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class GymVectorEnv(Generic[TaskT]):
         self.num_tasks, self.copies, self.num_envs = len(tasks), copies, len(tasks) * copies
         self.episodes_per_trial, self.device, self.dtype = episodes_per_trial, torch.device(device), dtype
         self.generator = as_generator(generator, "cpu", f"environments {split}")
-        found = check_alike([make(task) for task in self.tasks], horizon)
+        found = check_alike([made(make, task, index) for index, task in enumerate(self.tasks)], horizon)
         self.horizon = found if horizon is None else horizon
         self._envs = self._vector(make, set_task, workers)
         self.single_observation_space = self._envs.single_observation_space

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from bayesmeta.errors import HorizonError, OptionError, SpaceError
+from bayesmeta.errors import BayesMetaError, EnvCrashError, EnvError, HorizonError, OptionError, SpaceError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.envs.family import check_at_least, check_split
 
@@ -80,7 +80,7 @@ class GymFamily(Generic[TaskT]):
 
     def _look(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any], int | None]:
         """Spaces and horizon of an environment of the family."""
-        env = self.make(self.sample_tasks(1)[0])
+        env = made(self.make, self.sample_tasks(1)[0], 0)
         found = env.observation_space, env.action_space, env_horizon(env) if self._given is None else self._given
         env.close()
         return found
@@ -180,6 +180,26 @@ class GymFamily(Generic[TaskT]):
     def config(self) -> dict[str, Any]:
         """What decides its rules, as plain values, as far as it is known."""
         return {"family": self.name, "horizon": self._example[2]}
+
+
+def made(make: Callable[[Any], Any], task: Any, index: int) -> gymnasium.Env[Any, Any]:
+    """The environment of a task.
+
+    Raises:
+        EnvCrashError: when it cannot be made, naming the task.
+        EnvError: when it is no environment of gymnasium.
+    """
+    try:
+        env = make(task)
+    except BayesMetaError:
+        raise
+    except Exception as error:
+        raise EnvCrashError(
+            f"the environment of task {index}, {task!r}, cannot be made: {type(error).__name__}: {error}", index
+        ) from error
+    if not isinstance(env, gymnasium.Env):
+        raise EnvError(f"of task {index}, {task!r}, a {type(env).__name__} was made; expected a gymnasium.Env.")
+    return env
 
 
 def env_horizon(env: gymnasium.Env[Any, Any]) -> int | None:
