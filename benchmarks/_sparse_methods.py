@@ -12,6 +12,9 @@ from bayesmeta.rl.distilled_setups import distilled_for
 from bayesmeta.rl.envs import SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.pearl import PEARL, PEARLConfig
 from bayesmeta.rl.sac import SACConfig
+from benchmarks._sparse_maesn import ITERATIONS as MAESN_ITERATIONS
+from benchmarks._sparse_maesn import QUICK as MAESN_QUICK
+from benchmarks._sparse_maesn import maesn
 
 FAMILY, GOALS = SparsePointRobot(), 80
 #: One more than the most episodes that somebody may have seen.
@@ -53,9 +56,10 @@ def _pearl(env: Any, iterations: int, seed: int) -> Any:
 
 #: By their names on the command line. Rows of "pearl" are named pearl_released.
 METHODS: dict[str, Method] = {
-    "pearl": Method(_pearl, 220, 2),
+    "pearl": Method(_pearl, 130, 2),
     "distilled": Method(_distilled, 400, 6),
     "distilled_gaussian": Method(_distilled_gaussian, 400, 6),
+    "maesn": Method(maesn, MAESN_ITERATIONS, MAESN_QUICK, ()),
 }
 
 

@@ -13,7 +13,9 @@ same goals, ``seconds`` CPU time of one training.
 - ``distilled_after_K``, ``distilled_gaussian_after_K``: a Gaussian for each training goal, learned by the critics, and
   an encoder distilled onto them from chains of posterior sampling (:mod:`bayesmeta.rl.distilled`): a mixture of these
   Gaussians with weights read from the context, or one Gaussian. This is not PEARL.
-- ``pearl_best_after_K``: the one of these with the highest validation return after ten episodes, held to the bars.
+- ``maesn_after_K``: MAESN; see :mod:`benchmarks._sparse_maesn` for what an episode of a trial is.
+- ``pearl_best_after_K``: the one of PEARL and the two distilled forms with the highest validation return after ten
+  episodes, held to the bars.
 - ``explore_STRATEGY_after_K``: the same trained learner of ``pearl_best`` with other ways to explore: the mean of the
   belief in place of a draw, and draws from the prior.
 """
@@ -38,14 +40,17 @@ from benchmarks.runs import refuse_unknown
 AFTER = (0, 1, 2, 5, 10)
 BARS = {2: at_least(2.5), 10: at_least(7.0)}
 SECONDS = at_most(300.0)
+#: Of ideal Thompson sampling, over all goals.
+TRIALS = 4000
 #: Methods of which the best is ``pearl_best``.
 FORMS = ("pearl", "distilled", "distilled_gaussian")
 #: Trainings that are done, by method and seed: with --reuse, later runs read them.
 KEPT = Path("runs/bench/sparse_point_robot")
 
 
-def references(goals: Tensor, copies: int, seed: int) -> tuple[Tensor, Tensor]:
+def references(goals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Returns on each goal: of the oracle ``[goals]``, and of ideal Thompson sampling ``[episodes, goals]``."""
+    copies = TRIALS // len(goals)
     each = thompson_returns(FAMILY, goals.repeat_interleave(copies, 0), EPISODES, generator=seed)
     return straight_returns(FAMILY, goals), each.unflatten(1, (len(goals), copies)).mean(-1)
 
@@ -126,11 +131,10 @@ def run(args: argparse.Namespace) -> list[Row]:
     torch.set_num_threads(args.threads)
     if args.quick:
         args.trainings, args.copies = 1, 2
-    copies = 20 if args.quick else 500
-    oracle, ideal = references(goals_of(args.split, 1, args.seed).tasks.goal, copies, args.seed)
+    oracle, ideal = references(goals_of(args.split, 1, args.seed).tasks.goal, args.seed)
     rows = [Row("oracle", float(oracle.mean()), standard_error=standard_error(oracle))]
     rows += rows_of("thompson", ideal.unsqueeze(0), ideal, None, {})
-    whole, evenly = references(half_circle(200), copies // 10, args.seed)
+    whole, evenly = references(half_circle(200), args.seed)
     rows.append(Row("half_circle_oracle", float(whole.mean())))
     rows += rows_of("half_circle_thompson", evenly.unsqueeze(0), evenly, None, {})
     trainings: dict[str, list[Training]] = {}

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bayesmeta.rl import MAMLRL, RL2, BeamSteering, Grid, GymFamily, TensorVectorEnv, TRPOConfig, fit
+from bayesmeta.rl import MAMLRL, RL2, BeamSteering, Grid, GymFamily, PPOConfig, TensorVectorEnv, TRPOConfig, fit
 from bayesmeta.rl.setups import Setup
 from tests.faults import driver
 
@@ -26,7 +26,8 @@ def rl2(folder, resume):
     """PPO in the middle of trials: rollouts end within episodes of several lengths."""
     family = BeamSteering(horizon=9)
     env = TensorVectorEnv(family, 12, new_tasks=True, episodes_per_trial=2, generator=5)
-    learner = RL2(env, iterations=ITERATIONS, steps=7, units=6, seed=3)
+    config = PPOConfig(epochs=1, minibatches=2)
+    learner = RL2(env, iterations=ITERATIONS, steps=7, units=6, seed=3, config=config)
     _fit(learner, TensorVectorEnv(family, 4, episodes_per_trial=2, split="validation", generator=6), folder, resume)
 
 

@@ -18,7 +18,7 @@ def both():
 def test_both_sides_are_the_same_functions(both):
     ours, plain = both
     networks, latent = ours.policy.networks, ours.policy.latent
-    steps = ours.recent.sample(5, ours.generator)
+    steps = ours.replay.sample(5, ours.generator)
     states, z = steps.observation[1], torch.randn(5)
     inputs = networks.inputs(steps.observation[1:2], z[None])
     assert torch.allclose(plain.actor(torch.cat([states, z.expand(5, 5)], -1)), networks.actor(inputs)[0], atol=1e-6)
@@ -42,7 +42,7 @@ def test_both_sides_are_the_same_functions(both):
 
 def test_both_sides_collect_as_much_and_learn(both):
     ours, plain = both
-    assert [len(known) for known in plain.recent] == ours.recent.sizes.tolist() == [40] * 3
+    assert [len(known) for known in plain.recent] == ours.replay.sizes.tolist() == [40] * 3
     assert plain.collect() == ours.collect().reward.numel() == 120
     assert [len(known) for known in plain.replay] == [80] * 3
     assert [len(known) for known in plain.recent] == [40] * 3

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bayesmeta import cli, cli_rl, errors
+from bayesmeta.diagnostics import plots
 from bayesmeta.rl.command import read_setup, train_setup
 from bayesmeta.rl.evaluation import evaluate_folder, table
 from bayesmeta.rl.setups import ENVIRONMENTS, METHODS, Setup
@@ -72,6 +73,15 @@ def test_what_is_evaluated_is_what_was_trained(folder, tmp_path):
     assert first["rows"][0]["returns"] != pytest.approx(other.curve(env, generator=3).mean(), rel=1e-3)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made and not drawn, which takes longer than such a run; a test above draws them."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.write_text(str(len(Figure.get_axes(figure)))))
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("rl2",)])
 @pytest.mark.parametrize("env", ["bandit", "navigation"])
 def test_every_method_trains_and_is_loaded_again(env, method, tmp_path, capsys):
@@ -88,6 +98,7 @@ def test_every_method_trains_and_is_loaded_again(env, method, tmp_path, capsys):
     assert result.iterations == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "env", [name for name in ENVIRONMENTS if name not in ("bandit", "navigation") and "cheetah" not in name]
 )

@@ -42,7 +42,9 @@ def test_the_encoder_leaves_policy_and_latents_alone_and_they_leave_it(posterior
         return {part: {n: v for n, v in found.items() if n.startswith(part)} for part in parts}
 
     before = values()
+    learner.policy.zero_grad()
     learner.distill()
+    assert all(p.grad is None for part in ("networks", "latents") for p in getattr(learner.policy, part).parameters())
     after = values()
     assert difference(before["networks"], after["networks"]) is None
     assert difference(before["latents"], after["latents"]) is None

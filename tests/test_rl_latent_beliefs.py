@@ -10,7 +10,9 @@ import bayesmeta as bm
 from bayesmeta import errors
 from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.checks import next_calibration
-from bayesmeta.rl.latent.contexts import prefix
+from bayesmeta.rl.latent.contexts import ContextSpec, prefix
+from bayesmeta.rl.latent.core import LatentContext
+from bayesmeta.rl.latent.decoder import TransitionDecoder
 from tests import rl_latent_truth as truth
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -134,19 +136,21 @@ def test_what_comes_next_is_foreseen():
 
 
 def test_several_targets_are_foreseen_one_by_one():
-    from bayesmeta.rl.latent.contexts import ContextSpec
-    from bayesmeta.rl.latent.core import LatentContext
-    from bayesmeta.rl.latent.decoder import TransitionDecoder
-    from bayesmeta.rl.rollout import collect
-    from tests.test_rl_latent_pictures import right
-
-    env = bm.rl.TensorVectorEnv(bm.rl.Navigation(horizon=4), 3, generator=0, dtype=torch.float64)
+    env = bm.rl.TensorVectorEnv(bm.rl.Navigation(horizon=4), 1, generator=0)
     spec = ContextSpec.of(env, targets=("reward", "change"))
     latent, decoder = (kind(spec, 2, dtype=torch.float64) for kind in (LatentContext.make, TransitionDecoder))
-    context = spec.of_rollout(collect(env, right, 4, generator=torch.Generator()))
-    found = next_calibration(BeliefPath.of(latent, context, decoder.program()), num_samples=50)
-    assert found.pit.shape == (3, 4, 3)
-    assert found.finding == "unknown"  # three tasks say little
+    for parameter in decoder.network.parameters():
+        parameter.data.zero_()  # it foresees N(0, 1) three times
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, spec.features, generator=generator, dtype=torch.float64)
+    y = torch.randn(300, 4, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 3.0, 1.0])
+    path = BeliefPath.of(latent, bm.Observations(x, y), decoder.program())
+    found = next_calibration(path, num_samples=200)
+    assert found.pit.shape == (300, 4, 3)
+    far = ((found.pit - 0.5).abs() > 0.45).double().mean((0, 1))  # outside of the interval of 90%
+    expected = torch.tensor([0.1, 2 * (1 - torch.distributions.Normal(0.0, 3.0).cdf(torch.tensor(1.6449))), 0.1])
+    assert ((far - expected).abs() < 4.5 * (expected * (1 - expected) / 1200).sqrt() + 0.01).all()  # of 200 draws
+    assert found.finding == "over-confident"
 
 
 def test_targets_of_few_values_have_uniform_ranks_too():

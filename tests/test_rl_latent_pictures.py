@@ -76,6 +76,9 @@ def test_a_picture_has_a_panel_a_step_with_the_belief_the_way_and_the_goal(tmp_p
     side = torch.linspace(-0.5, 0.5, 11)
     assert abs(side[column] - goal[1, 0]) <= 0.05 + 1e-6
     assert abs(side[row] - goal[1, 1]) <= 0.05 + 1e-6
+    left, right, _, _ = panels[3].images[0].get_extent()
+    assert left + 0.05 == pytest.approx(-0.5)  # the middle of the first pixel
+    assert right - 0.05 == pytest.approx(0.5)
     lines = [len(axes.lines) for axes in panels]
     assert lines == [2, 3, 4, 4, 4]  # ways of 0, 1 and 2 episodes, the agent and the goal
     way = panels[1].lines[0].get_xdata()
@@ -107,7 +110,15 @@ def test_a_grid_is_drawn_by_its_cells():
 def test_bad_input():
     path, spec, rollout, _ = a_plane()
     whole = {"steps": [0], "extent": (-1.0, 1.0, -1.0, 1.0)}
-    for bad in ({"steps": []}, {"steps": [9]}, {"steps": [-1]}, {"env": 3}, {"extent": None}, {"family": bm.rl.Grid()}):
+    for bad in (
+        {"steps": []},
+        {"steps": [9]},
+        {"steps": [-1]},
+        {"env": 3},
+        {"extent": None},
+        {"family": bm.rl.Grid()},
+        {"resolution": 1},
+    ):
         with pytest.raises(errors.OptionError):
             pictures.plot_beliefs(path, spec, rollout, **{**whole, **bad})
     with pytest.raises(errors.OptionError, match="those of this rollout"):

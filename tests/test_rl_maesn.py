@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from test_rl_maesn_truth import Quadratic, Targets, small
+from torch import nn
 
 import bayesmeta as bm
 from bayesmeta import nets
@@ -16,6 +17,7 @@ from bayesmeta.rl.maesn import MAESN
 from bayesmeta.rl.maesn_config import MAESNConfig
 from bayesmeta.rl.maesn_policy import LOG_SCALES, LatentPolicy, latent_distribution, latents
 from bayesmeta.rl.maesn_setups import POINT_ROBOT
+from bayesmeta.rl.maesn_trials import _adapted
 from bayesmeta.rl.policies import CategoricalHead, GaussianHead, kl
 from bayesmeta.rl.setups import Setup
 from tests.faults.driver import contents, difference
@@ -142,6 +144,8 @@ def test_outer_steps_keep_their_bound(omega_lr):
         moved = (learner.omega != omega).any(1)
         assert moved[rows].all()
         assert moved.sum() == 3  # tasks that took no part keep their ω
+        if omega_lr > 0:
+            assert (learner.omega - omega).norm(dim=1).max() <= omega_lr * (1 + 1e-9)
 
 
 def test_tasks_adapt_each_by_itself():
@@ -213,6 +217,77 @@ def test_rewards_that_are_learned_from_are_named():
     sparse = learner.episodes(env, zero, learner.generator, inner=True)
     assert torch.equal(learner.path(learner.theta, zero, [sparse], create_graph=False), zero)
     assert learner.train(1)[0]["accepted"] == 1
+
+
+# -- episode by episode -----------------------------------------------------------------------------------------------
+
+
+class Hits(Quadratic):
+    """A reward of 1 within 0.3 of the target."""
+
+    name = "hits"
+
+    def advance(self, tasks, state, actions, noise):
+        return state, ((actions.squeeze(-1) - tasks.best).abs() < 0.3).to(actions), None, {}
+
+
+def hitting(*, rate=1.0, copies=4000, targets=(0.2, -0.9), **options):
+    """Actions are the latents themselves, up to 0.001."""
+    tasks = Targets(torch.tensor(targets, dtype=torch.float64))
+    network = nn.Linear(2, 1).double()
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([[0.0, 1.0]]))
+        network.bias.fill_(0.0)
+    env = TensorVectorEnv(
+        Hits(), len(targets), copies=copies, tasks=tasks, episodes_per_trial=4, generator=0, dtype=torch.float64
+    )
+    policy = LatentPolicy(network, GaussianHead(1, log_std=math.log(1e-3)), 1)
+    options = {"credit": "share", "natural": True, "inner_lr": rate, **options}
+    return MAESN(env, policy, MAESNConfig(**options), tasks=tasks), env, tasks.best
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+def test_a_trial_explores_until_it_hits_and_goes_there_again(rate):
+    """With a rate of 1 the step goes to the latent that hit, so that episode k brings 1 − (1 − p)^k with p the prior's
+    mass near the target, within 4.5 standard errors. A rate of 0.2 (the control) does not get there."""
+    learner, env, target = hitting(rate=rate)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    p = normal.cdf(target + 0.3) - normal.cdf(target - 0.3)
+    curve = learner.curve(env, generator=3)
+    assert curve.unit == "episode"
+    k = torch.arange(1, 5).unsqueeze(-1)
+    exact = 1 - (1 - p) ** k
+    error = (exact * (1 - exact) / 4000).sqrt()
+    distance = ((curve.returns - exact).abs() / error).amax(1)
+    assert distance[0] < 4.5
+    assert (distance[1:] < 4.5).all() if rate == 1 else distance[1:].max() > 20
+
+
+def test_the_step_of_a_trial_is_that_of_a_batch():
+    """Eight episodes one by one, or as the copies of one task."""
+    learner, env, _ = hitting(rate=0.7, copies=8, targets=(0.4,))
+    episodes = learner.episodes(env, torch.zeros(1, 2).double(), torch.Generator().manual_seed(1), inner=True)
+    assert 0 < (episodes.credit > 0).sum() < 8
+    phi = learner.path(learner.theta, torch.zeros(1, 2).double(), [episodes], create_graph=False)
+    drawn, credit = (list(x.transpose(0, 1).unsqueeze(0).unbind(1)) for x in (episodes.z, 3 * episodes.credit))
+    loc, knows = _adapted(
+        learner, [z.view(1, 1, 1) for z in drawn], [c.view(1, 1) for c in credit], drawn[0].view(1, 1, 1)
+    )
+    torch.testing.assert_close(loc.flatten(), phi[0, :1])
+    assert knows.all()
+    _, knows = _adapted(learner, [drawn[0].view(1, 1, 1)], [torch.zeros(1, 1).double()], drawn[0].view(1, 1, 1))
+    assert not knows.any()
+
+
+def test_trials_need_steps_that_stand_alone():
+    for options in ({"credit": "centred"}, {"gradient": "pathwise"}, {"policy_lr": 0.1}):
+        learner, env, _ = hitting(copies=2, **options)
+        with pytest.raises(OptionError, match="after each episode"):
+            learner.curve(env)
+    learner, _, _ = hitting(copies=2)
+    worse = TensorVectorEnv(Quadratic(), 2, episodes_per_trial=2, dtype=torch.float64)
+    with pytest.raises(OptionError, match="0 or more"):
+        learner.curve(worse)
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
@@ -311,7 +386,7 @@ def test_options_name_everything_that_changes_a_run():
     assert {field.name for field in dataclasses.fields(MAESNConfig)} <= told.keys()
 
 
-# -- by name ------------------------------------------------------------------------------------------------------------
+# -- by name ----------------------------------------------------------------------------------------------------------
 
 
 def test_setups_name_it():

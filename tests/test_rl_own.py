@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from test_rl_cli import refused, rl
+from test_rl_cli import refused, rl, undrawn  # noqa: F401
 
 import bayesmeta as bm
 from bayesmeta import errors
@@ -87,6 +87,7 @@ def here(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", ["rl2", "maml"])
 def test_a_function_from_a_task_to_an_environment_is_trained_resumed_and_scored(method, here, capsys):
     out, film = here / "run", here / "film.gif"

@@ -138,25 +138,22 @@ def test_ways_to_explore():
 # -- updates -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_guides_buffer_holds_the_last_iteration_and_the_critics_all():
-    learner = pearl()
+def test_the_guide_reads_the_last_rollout_and_the_critics_all():
+    learner = pearl(context_batch=300, batch=300)
     learner.train(3)
     assert learner.replay.sizes.tolist() == [36] * 3  # 3 iterations × 3 episodes × 4 steps
-    assert learner.recent.sizes.tolist() == [12] * 3
-    everything = learner.replay.sample(400, learner.generator, recent=12).observation.flatten(0, 1)
-    recent = learner.recent.sample(400, learner.generator).observation.flatten(0, 1)
-    assert torch.equal(everything.unique(dim=0), recent.unique(dim=0))
-    # the guide reads the one, actor and critics the other
     read, seen = [], []
     posterior, update = learner.policy.latent.posterior, learner.updates.update
     learner.policy.latent.posterior = lambda context: read.append(context) or posterior(context)
     learner.updates.update = lambda batch, *args, **options: seen.append(batch) or update(batch, *args, **options)
-    steps = learner.recent.sample(5, learner.generator)
-    learner.recent.clear()
-    learner.recent.add(steps.map(lambda x: torch.full_like(x, 7)))
+    rollout = learner.collect()
+    learner.store(rollout)
     learner.update()
-    assert (read[0].x == 7).all()
-    assert (seen[0].observation < 7).all()
+    last = rollout.moments.observation.flatten(0, 1).unique(dim=0)
+    known = (read[0].x[..., :2].flatten(0, 1)[:, None] == last).all(-1).any(1)
+    assert known.all()
+    seen_before = (seen[0].observation.flatten(0, 1)[:, None] == last).all(-1).any(1)
+    assert 0.1 < (~seen_before).float().mean() < 0.9
 
 
 def test_actor_and_critics_learn_from_the_dense_reward_and_contexts_hold_the_sparse_one():

@@ -196,6 +196,25 @@ def test_a_linear_decoder_of_one_hot_cells_is_a_table_that_the_task_fills():
     assert not torch.allclose(decoder.output(z.flip(0), context.x), got)
 
 
+def test_one_place_alone_has_the_reward():
+    spec = ContextSpec(LINE, Discrete(2), inputs=("successor",), binary=True, encode=cells, encoded=4)
+    decoder = LinearDecoder(spec, 3, offset=False, one_of=True, seed=1)
+    z = torch.randn(5, 2, 3, generator=seeded())
+    p = decoder.distribution(z, torch.eye(4).expand(2, 4, 4)).mean
+    torch.testing.assert_close(p, decoder.network(z).softmax(-1))
+    torch.testing.assert_close(p.sum(-1), torch.ones(5, 2))
+    plain = LinearDecoder(spec, 3, offset=False, seed=1)
+    assert (plain.distribution(z, torch.eye(4).expand(2, 4, 4)).mean.sum(-1) - 1).abs().min() > 0.1  # control
+    with torch.no_grad():  # a place that is sure has a large and finite log-odds
+        decoder.network[-1].bias[0] = 1e4
+    logits = decoder.output(z, torch.eye(4).expand(2, 4, 4)).squeeze(-1)
+    assert torch.isfinite(logits).all()
+    assert logits[..., 0].min() > 10
+    for wrong in ({"offset": True}, {"offset": False, "spec": ContextSpec(LINE, Discrete(2))}):
+        with pytest.raises(OptionError, match="one_of"):
+            LinearDecoder(**{"spec": spec, "latent": 3, "one_of": True} | wrong)
+
+
 def test_a_linear_decoder_of_changes_is_a_matrix_and_an_offset():
     spec = ContextSpec(Box(-1.0, 1.0, (3,)), Box(-1.0, 1.0, (2,)), inputs=("action",), targets=("reward", "change"))
     decoder = LinearDecoder(spec, 2, hidden=(5,), dtype=torch.float64)

@@ -136,7 +136,8 @@ class Encoder(nn.Module):
         mask = observations.full_mask()
         # + 0.0 makes −0.0, which sorts like 0.0, the same number
         rows = torch.cat([x, y.to(x.dtype)], -1).masked_fill(~mask.unsqueeze(-1), 0.0) + 0.0
-        order = sets.lexicographic_order(rows, mask) if self.sort and not self.ordered else sets.padding_last(mask)
+        sort = self.sort and not self.ordered and rows.shape[-2] > 1  # one row is in order
+        order = sets.lexicographic_order(rows, mask) if sort else sets.padding_last(mask)
         rows, mask = sets.take_rows(rows, order), mask.gather(-1, order)
         if observations.mask is not None and x.device.type == "cpu" and observations.num_tasks and not is_capturing():
             longest = int(mask.sum(-1).max())

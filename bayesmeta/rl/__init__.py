@@ -16,11 +16,14 @@ with warnings.catch_warnings():  # gymnasium adds a filter of its own to all of 
 _NAMES = {
     "AdaptationCurve": "bayesmeta.rl.learner",
     "BeamSteering": "bayesmeta.rl.envs",
+    "BeliefConfig": "bayesmeta.rl.varibad",
     "BeliefPath": "bayesmeta.rl.latent.beliefs",
+    "BeliefPolicy": "bayesmeta.rl.varibad_policy",
     "BernoulliBandit": "bayesmeta.rl.envs",
     "CategoricalHead": "bayesmeta.rl.policies",
     "ContextPolicy": "bayesmeta.rl.policies",
     "ContextSpec": "bayesmeta.rl.latent.contexts",
+    "DecodedReadout": "bayesmeta.rl.varibad_policy",
     "DistilledConfig": "bayesmeta.rl.distilled",
     "DistilledLatents": "bayesmeta.rl.distilled",
     "Estimation": "bayesmeta.rl.inner",
@@ -34,6 +37,7 @@ _NAMES = {
     "LatentContext": "bayesmeta.rl.latent.core",
     "LatentPolicy": "bayesmeta.rl.maesn_policy",
     "Learner": "bayesmeta.rl.learner",
+    "LinearDecoder": "bayesmeta.rl.varibad_decoder",
     "load_learner": "bayesmeta.rl.runs",
     "Machines": "bayesmeta.rl.envs",
     "MAESN": "bayesmeta.rl.maesn",
@@ -66,6 +70,7 @@ _NAMES = {
     "TensorVectorEnv": "bayesmeta.rl.envs",
     "TransitionDecoder": "bayesmeta.rl.latent.decoder",
     "TRPOConfig": "bayesmeta.rl.trpo_policy",
+    "VariBAD": "bayesmeta.rl.varibad",
     "watch": "bayesmeta.rl.watching",
     "Watching": "bayesmeta.rl.watching",
 }
@@ -127,4 +132,7 @@ if TYPE_CHECKING:
     from bayesmeta.rl.sac_learner import SAC
     from bayesmeta.rl.snail import SNAILMemory
     from bayesmeta.rl.trpo_policy import TRPOConfig
+    from bayesmeta.rl.varibad import BeliefConfig, VariBAD
+    from bayesmeta.rl.varibad_decoder import LinearDecoder
+    from bayesmeta.rl.varibad_policy import BeliefPolicy, DecodedReadout
     from bayesmeta.rl.watching import Watching, save_video, watch

@@ -38,6 +38,7 @@ from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.maesn_config import MAESNConfig
 from bayesmeta.rl.maesn_inner import LatentSteps, latent_episodes, latent_step, split_phi
 from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution, latents, prior_omega
+from bayesmeta.rl.maesn_trials import trial_curve
 from bayesmeta.rl.objectives import average, likelihood_ratio
 from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -275,7 +276,8 @@ class MAESN:
             self._move(step.theta)
             return step
         # the surrogate is a mean over tasks; each ω climbs its own task's
-        slope = self.env.num_tasks * gradient(surrogate, point)[self.theta.numel() :]
+        slope = self.env.num_tasks * gradient(surrogate, point)[self.theta.numel() :].view_as(self.omega)
+        slope = slope / slope.norm(dim=1, keepdim=True).clamp_min(1)  # a σ above 1 would run away under plain steps
 
         def at_old(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda theta: function(torch.cat([theta, omega]))
@@ -284,7 +286,7 @@ class MAESN:
             self.theta, at_old(surrogate), at_old(divergence), curvature=None if cheap is None else at_old(cheap),
             **options,
         )  # fmt: skip
-        self._move(torch.cat([step.theta, omega + config.omega_lr * slope]))
+        self._move(torch.cat([step.theta, omega + config.omega_lr * slope.flatten()]))
         return step
 
     def _move(self, point: Tensor) -> None:
@@ -345,10 +347,13 @@ class MAESN:
         """Returns after 0, 1, … inner steps from the prior; see :meth:`evaluate`.
 
         Args:
-            env: of held-out tasks.
+            env: of held-out tasks. With several episodes a trial it is the return of each episode, see
+                :func:`~bayesmeta.rl.maesn_trials.trial_curve`.
             points: inner steps; None is as trained.
             generator: of latents and actions; None means seed 0.
         """
+        if env.episodes_per_trial > 1:
+            return trial_curve(self, env, generator=generator)
         return AdaptationCurve(self.evaluate(env, inner_steps=points, generator=generator), "step")
 
     # -- going on later -------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ class MAESNConfig:
         later_rates: what is left of a rate in each step beyond ``inner_steps`` (a half in the authors' program).
         kl_weight: w, of KL(q_{ω_i} ‖ p) in the outer objective, in the units of a step's standardised advantage.
         kl_ramp: iterations over which w rises from 0.
-        omega_lr: rate of plain gradient steps of the ω_i on the outer objective; 0: they take part in TRPO's step.
+        omega_lr: rate of plain gradient steps of the ω_i on the outer objective, and the longest of them; 0: they take
+            part in TRPO's step.
         prior_share: share of an iteration's tasks that begin at the prior instead of at their ω_i.
         prior_after: iterations before that begins; until then all begin at their ω_i.
         adapted: how adapted policies act in the outer objective and in evaluation, with latents drawn from their q

@@ -14,7 +14,7 @@ import torch
 from bayesmeta.rl.maesn import MAESN
 from bayesmeta.rl.maesn_config import MAESNConfig
 from bayesmeta.rl.maesn_policy import LatentPolicy
-from bayesmeta.rl.policies import head_for
+from bayesmeta.rl.policies import GaussianHead, head_for
 from bayesmeta.rl.protocols import TaskVectorEnv, num_features
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def maesn_config(env: str, inner_steps: int, inner_lr: float) -> MAESNConfig:
     return dataclasses.replace(base, inner_steps=inner_steps, inner_lr=inner_lr)
 
 
-def latent_policy(env: TaskVectorEnv, units: int, *, latent: int = LATENT, std: float, seed: int) -> LatentPolicy:
+def latent_policy(
+    env: TaskVectorEnv, units: int, *, latent: int = LATENT, std: float, seed: int, min_std: float = 1e-6
+) -> LatentPolicy:
     """A policy with two hidden layers, which acts nearly alike in all states and under all latents to begin with.
 
     Args:
@@ -66,10 +68,13 @@ def latent_policy(env: TaskVectorEnv, units: int, *, latent: int = LATENT, std: 
         latent: numbers in z.
         std: first standard deviation of continuous actions.
         seed: of its weights.
+        min_std: a floor of that, below which it counts as that.
     """
     from bayesmeta.models.nets import mlp
 
     head = head_for(env.single_action_space, log_std=math.log(std))
+    if isinstance(head, GaussianHead):
+        head.min_log_std = math.log(min_std)
     inputs = num_features(env.single_observation_space) + latent
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

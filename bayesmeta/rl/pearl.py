@@ -2,9 +2,10 @@
 
 Source: K. Rakelly, A. Zhou, D. Quillen, C. Finn, S. Levine, "Efficient Off-Policy Meta-Reinforcement Learning via
 Probabilistic Context Variables", ICML 2019, https://arxiv.org/abs/1903.08254, algorithms 1 and 2. A guide
-q(z | context) reads transitions; actor and critics read z beside the state. Two buffers: what the critics learn from is
-all that was ever done, what the guide reads is of the last iteration, near to what it will meet. The guide learns from
-the critics' loss and the KL to the prior, as released; that z explains rewards or transitions can be asked for beside.
+q(z | context) reads transitions; actor and critics read z beside the state. The critics learn from all that was ever
+done; the guide reads of the last iteration alone, which is near to what it will meet (there a buffer of its own, which
+is emptied each time). The guide learns from the critics' loss and the KL to the prior, as released; that z explains
+rewards or transitions can be asked for beside.
 
 Departures: the prior is a factor of q, so that an empty context gives it exactly; two critics with slow targets and a
 learned temperature (Haarnoja et al. 2018b) in place of a state-value network and a fixed one; no penalty on the
@@ -147,7 +148,8 @@ class PEARL:
 
     Attributes:
         policy: the networks.
-        replay, recent: buffers, of everything, and of the last iteration, which the guide reads.
+        replay: what was done in each task; actor and critics learn from all of it.
+        fresh: how many steps of each task are of the last rollout, which the guide reads.
         iteration: iterations done.
         history: one dict an iteration: ``reward`` (mean return of an episode of training) and figures of the updates.
 
@@ -184,7 +186,7 @@ class PEARL:
         beside = [p for part in (latent, decoder) if part is not None for p in part.parameters()]
         self.updates = SACUpdate(networks, config.sac, [{"params": beside, "lr": rate}])
         self.replay = Replay(env.num_tasks, config.capacity, env.device)
-        self.recent = Replay(env.num_tasks, config.capacity, env.device)
+        self.fresh = 0
         self.generator = as_generator(seed, env.device, "pearl")
         self.iteration = 0
         self.history: list[dict[str, float]] = []
@@ -214,18 +216,17 @@ class PEARL:
         return play(self.env, self.policy.acting(), infer, self.spec, self.generator, keep=keep)
 
     def store(self, rollout: Rollout) -> None:
-        """Put a rollout into both buffers; the guide's forgets what it had."""
+        """Put a rollout into the buffer; the guide reads of it alone until the next."""
         steps = Transitions.of_rollout(rollout, tuple(rollout.extra))
         self.replay.add(steps)
-        self.recent.clear()
-        self.recent.add(steps)
+        self.fresh = steps.reward.shape[1]
 
     def update(self) -> dict[str, Tensor]:
         """One gradient step on some of the tasks."""
         config, generator, latent = self.config, self.generator, self.policy.latent
         chosen = torch.randperm(self.env.num_tasks, generator=generator, device=generator.device)
         chosen = chosen[: config.meta_batch].cpu()
-        read = self.recent.sample(config.context_batch, generator, tasks=chosen)
+        read = self.replay.sample(config.context_batch, generator, tasks=chosen, recent=max(1, self.fresh))
         batch = self.replay.sample(config.batch, generator, tasks=chosen)
         q = latent.posterior(self._context(self.spec, read))
         z = latent.sample(q, 1, generator)[0]
@@ -308,7 +309,7 @@ class PEARL:
             "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
             "updates": copied(self.updates.state_dict()),
             "replay": self.replay.state_dict(),
-            "recent": self.recent.state_dict(),
+            "fresh": self.fresh,
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "iteration": self.iteration,
@@ -333,9 +334,8 @@ class PEARL:
         self.env.load_state_dict(state["env"])
         self.updates.load_state_dict(copied(state["updates"]))
         self.replay.load_state_dict(state["replay"])
-        self.recent.load_state_dict(state["recent"])
         self.generator.set_state(state["generator"].cpu())
-        self.iteration = state["iteration"]
+        self.iteration, self.fresh = state["iteration"], state["fresh"]
         self.history = [dict(row) for row in state["history"]]
 
 

@@ -47,7 +47,8 @@ class Moment:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with ``function`` applied to each tensor."""
-        return type(self)(**{name: None if value is None else function(value) for name, value in vars(self).items()})
+        parts: dict[str, Any] = {k: None if v is None else function(v) for k, v in vars(self).items()}
+        return type(self)(**parts)
 
     @classmethod
     def stack(cls, moments: Sequence[Moment]) -> Self:

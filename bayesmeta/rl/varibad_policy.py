@@ -133,8 +133,8 @@ class BeliefMemory(Memory):
         """The latent context's state ``[batch, W]`` at a moment, given all of one's state at the moment before."""
         _, known, _, successor, action, reward = x.split(self._parts, -1)
         before, at = state.split([self._latent_width, self.width - self._latent_width], -1)
-        transition = self._context(*(part.unsqueeze(1) for part in (at, action, reward, successor)), known > 0)
-        return self.latent.step(before, transition)
+        one = [part.unsqueeze(1) for part in (at, action, reward, successor)]
+        return self.latent.step(before, self._context(one[0], one[1], one[2], one[3], known > 0))
 
     def trail(self, context: Observations, state: Tensor, clears: Tensor) -> Tensor:
         """The latent context's states after each transition, before any is cleared, ``[steps, batch, W]``.

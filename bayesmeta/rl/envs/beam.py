@@ -46,8 +46,8 @@ class BeamTasks(Tensors):
     def readings(self, kicks: Tensor) -> Tensor:
         """Of kicks ``[tasks, correctors]``, ``[tasks, monitors]``."""
         if self.shared is None:
-            return torch.bmm(self.response, kicks[..., None]).squeeze(-1).mul_(UNITS)
-        each = kicks.unflatten(0, (len(self.shared), -1))
+            return torch.bmm(self.response, kicks.unsqueeze(-1)).squeeze(-1).mul_(UNITS)
+        each = kicks.reshape(len(self.shared), -1, kicks.shape[-1])
         found = kicks.new_empty(*each.shape[:2], self.shared.shape[1])
         torch.mul(torch.bmm(self.shared, each.mT).mT, UNITS, out=found)  # in this order the faster product
         return found.flatten(0, 1)
@@ -127,14 +127,15 @@ class BeamSteering(Family[BeamTasks, BeamState]):
     def initial(self, tasks: BeamTasks, noise: Noise) -> BeamState:
         """One of the machine's admissible starts."""
         starts = self.machines.starts.to(tasks.response.device)
-        kicks = starts[tasks.row, noise[0]].to(tasks.response.dtype)
+        chosen = torch.add(noise[0], tasks.row, alpha=starts.shape[1])
+        kicks = starts.flatten(0, 1).index_select(0, chosen).to(tasks.response.dtype)
         return BeamState(kicks, tasks.readings(kicks))
 
     def advance(
         self, tasks: BeamTasks, state: BeamState, actions: Tensor, noise: Noise
     ) -> tuple[BeamState, Tensor, Tensor, dict[str, Tensor]]:
         """Change the correctors, and read the monitors."""
-        scaled = actions / _largest(actions).clamp_(min=1.0)[:, None]
+        scaled = actions / _largest(actions).clamp_(min=1.0).unsqueeze(-1)
         kicks = torch.add(state.kicks, scaled, alpha=STEP)
         readings = tasks.readings(kicks)
         hit = _largest(readings) >= 1

@@ -140,7 +140,7 @@ def compare_arms(draws: Tensor, won: Tensor, lost: Tensor, means: Tensor | None 
         ShapeError: when the shapes do not fit.
         OptionError: for fewer than 2 draws.
     """
-    from scipy.stats import beta  # type: ignore[import-untyped]
+    from scipy.stats import beta
 
     shapes = {tuple(part.shape) for part in (draws[0], won, lost, won if means is None else means)}
     if draws.dim() != 3 or len(shapes) != 1:

@@ -106,21 +106,15 @@ def plot_beliefs(
         title: above.
 
     Raises:
-        OptionError: for no step or one that there is not, another environment, and neither a grid nor an extent.
+        OptionError: for no step or one that there is not, another environment, neither a grid nor an extent, and
+            a resolution below 2.
         ShapeError: for observations that are no positions.
     """
     from matplotlib.figure import Figure
 
-    _check(path, rollout, steps, env, family, extent)
+    _check(path, rollout, steps, env, family, extent, resolution)
     places, begins = walked(rollout, env)
-    if family is not None:
-        count, extent = family.cells, (-0.5, family.cells - 0.5) * 2  # type: ignore[assignment]
-        points = torch.cartesian_prod(*[torch.arange(float(count))] * 2)
-    else:
-        assert extent is not None
-        count = resolution
-        sides = (torch.linspace(*extent[:2], count), torch.linspace(*extent[2:], count))
-        points = torch.cartesian_prod(*sides)
+    points, count, sides = _places(family, extent, resolution)
     few = path.tasks([env])
     maps = belief_maps(few, spec, points, steps, family=family, num_samples=num_samples, generator=generator)[:, 0]
     maps = maps.cpu()
@@ -131,8 +125,8 @@ def plot_beliefs(
     low, high = (0.0, float(maps.max())) if family is not None else (float(maps.min()), float(maps.max()))
     for axes, step, values in zip(panels, steps, maps, strict=False):
         drawn = axes.imshow(
-            values.unflatten(0, (count, count)).T.numpy(), origin="lower", extent=extent, vmin=low, vmax=high, cmap="viridis",
-            interpolation="nearest" if family is not None else "bilinear", aspect="equal",
+            values.unflatten(0, (count, count)).T.numpy(), origin="lower", extent=sides, aspect="equal", vmin=low,
+            vmax=high, cmap="viridis", interpolation="bilinear" if family is None else "nearest",
         )  # fmt: skip
         _draw_way(axes, places[:step].float().cpu(), begins[:step].cpu(), places[0, 0].float().cpu())
         if goal is not None:
@@ -148,6 +142,20 @@ def plot_beliefs(
     return figure
 
 
+def _places(
+    family: Grid | None, extent: tuple[float, float, float, float] | None, resolution: int
+) -> tuple[Tensor, int, tuple[float, float, float, float]]:
+    """What is asked about: places ``[count², 2]``, x by x, how many along a side, and what they cover."""
+    if family is not None:
+        end = family.cells - 0.5
+        return torch.cartesian_prod(*[torch.arange(float(family.cells))] * 2), family.cells, (-0.5, end, -0.5, end)
+    assert extent is not None
+    left, right, bottom, top = extent
+    points = torch.cartesian_prod(torch.linspace(left, right, resolution), torch.linspace(bottom, top, resolution))
+    across, up = (0.5 * side / (resolution - 1) for side in (right - left, top - bottom))  # half of a pixel each
+    return points, resolution, (left - across, right + across, bottom - up, top + up)
+
+
 def _check(
     path: BeliefPath,
     rollout: Rollout,
@@ -155,6 +163,7 @@ def _check(
     env: int,
     family: Grid | None,
     extent: tuple[float, float, float, float] | None,
+    resolution: int,
 ) -> None:
     if not steps or min(steps) < 0 or max(steps) > path.steps:
         raise OptionError(f"steps={list(steps)}; expected some of 0 to {path.steps}.")
@@ -163,6 +172,8 @@ def _check(
             f"env={env} of a rollout of {list(rollout.reward.shape)} steps and environments, and beliefs about "
             f"{path.num_tasks} after {path.steps} steps; expected those of this rollout, and one of them."
         )
+    if resolution < 2:
+        raise OptionError(f"resolution={resolution}; expected at least 2 places along a side.")
     if (family is None) == (extent is None):
         raise OptionError("Give family= of a grid, or extent=(left, right, bottom, top) of another plane; one of them.")
 

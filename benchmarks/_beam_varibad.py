@@ -1,0 +1,68 @@
+"""VariBAD on beam steering: the belief is over the machine, and says what the monitors will read next.
+
+A step changes the readings by 100 R times the change of the correctors: the decoder is that line with R affine in the
+latent, so that a latent of a few numbers spans the machines as principal components would. Readings alone are decoded,
+as the reward is a function of them. Encoder and decoder learn by Bayes' rule one step at a time (``decode="new"``
+against the belief before, weight 1), which is a bound on the evidence also where a rollout ends in the middle of a
+trial; only a bound of that kind gives beliefs that may be held to coverage.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bayesmeta.rl.envs import BeamSteering, TensorVectorEnv
+from bayesmeta.rl.latent.checks import next_calibration
+from bayesmeta.rl.latent.contexts import ContextSpec
+from bayesmeta.rl.latent.core import LatentContext
+from bayesmeta.rl.ppo import PPOConfig
+from bayesmeta.rl.varibad import BeliefConfig, VariBAD
+from bayesmeta.rl.varibad_decoder import LinearDecoder
+from bayesmeta.rl.varibad_policy import BeliefPolicy
+from benchmarks.harness import Bar, Row, between
+
+LATENT, WIDTH, UNITS = 12, 64, 96
+ENVS, STEPS, ITERATIONS, EPISODES = 512, 16, 300, 2
+BELIEFS = BeliefConfig(
+    decode="new", kl="before", prefixes=None, epochs=1, environments=192, minibatches=3, lr=5e-3, last_lr=3e-4
+)
+#: Of the next readings, in their central intervals of 90%.
+COVERAGE = between(0.85, 0.95)
+DRAWS = 200
+
+
+class SteeringDecoder(LinearDecoder):
+    """Changes of the readings by actions; one whose largest entry is above 1 counts as divided by it, as in the line.
+
+    It takes the arguments of :class:`~bayesmeta.rl.LinearDecoder`.
+    """
+
+    def output(self, z: Tensor, x: Tensor) -> Tensor:
+        """As in :class:`~bayesmeta.rl.LinearDecoder`."""
+        return super().output(z, x / x.abs().amax(-1, keepdim=True).clamp(min=1.0))
+
+
+def untrained(family: BeamSteering, config: PPOConfig, seed: int, quick: bool) -> VariBAD:
+    """VariBAD before its training; ``quick`` for a few short iterations."""
+    envs, iterations = (32, 3) if quick else (ENVS, ITERATIONS)
+    env = TensorVectorEnv(family, envs, new_tasks=True, episodes_per_trial=EPISODES, generator=seed)
+    spec = ContextSpec.of(env, inputs=("action",), targets=("change",))
+    latent = LatentContext.make(spec, LATENT, "product", width=WIDTH, seed=seed)
+    decoder = SteeringDecoder(spec, LATENT, hidden=(), offset=False, seed=seed)
+    policy = BeliefPolicy(env, latent, units=UNITS, gamma=config.gamma, log_std=-1.0, seed=seed)
+    return VariBAD(env, policy, decoder, config=config, beliefs=BELIEFS, iterations=iterations, steps=STEPS, seed=seed)
+
+
+def coverage_rows(run: VariBAD, env: TensorVectorEnv, seed: int, bars: dict[str, Bar]) -> list[Row]:
+    """Coverage of the next readings on the way through a trial, by the belief from the readings before.
+
+    Steps count until the last trial is over; standard errors are over environments.
+    """
+    path, _ = run.belief_path(env, generator=seed)
+    longest = int(path.context.full_mask().sum(-1).max())
+    found = next_calibration(path, range(longest), num_samples=DRAWS, generator=seed)
+    coverage, error = found["coverage_90"], found.standard_errors["coverage_90"]
+    judged = bars["coverage"].judge(coverage) if "coverage" in bars else {}
+    steps = float(path.context.full_mask().sum(-1).double().mean())
+    print(f"next readings: coverage {coverage:.3f} of 90%, over {steps:.1f} steps a trial", flush=True)
+    return [Row("varibad_next_readings_coverage", coverage, 0.9, standard_error=error, **judged)]
