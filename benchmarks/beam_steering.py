@@ -17,6 +17,8 @@ machines. ``seconds`` is CPU time: that of the training for RL², with the likel
 - ``maml_rl_before_…``, ``maml_rl_after_1_…``: MAML-RL with a policy without a memory, before and after one
   policy-gradient step on 20 episodes of the machine, which are not among those that are read. ``reference`` and
   ``difference`` as above. No bar.
+- ``varibad_episode_1_…``, ``varibad_episode_2_…``: VariBAD (:mod:`benchmarks._beam_varibad`), trials of two episodes.
+  ``varibad_next_readings_coverage``: how often the belief's central 90% of the next readings has them.
 
 **Why can a memory hurt?** A policy that was trained on single episodes, and then kept its memory, was worse in its
 second episode: on validation machines 92.3% success instead of 99.5%, 3.5 steps instead of 2.1 (140 iterations, one
@@ -58,6 +60,7 @@ from bayesmeta.rl.policies import GaussianHead, TaskPolicy
 from bayesmeta.rl.ppo import PPOConfig
 from bayesmeta.rl.rl2 import RL2, trial_returns
 from bayesmeta.rl.rollout import collect
+from benchmarks import _beam_varibad
 from benchmarks._multilevel_model import data_folder
 from benchmarks.harness import Bar, Row, at_least, at_most, main, standard_error
 from benchmarks.runs import refuse_unknown
@@ -97,7 +100,7 @@ ORACLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "oracle_least_squares": box_least_squares_actions,
 }
 
-POLICIES = [*ORACLES, *TRAININGS, "maml_rl"]
+POLICIES = [*ORACLES, *TRAININGS, "maml_rl", "varibad"]
 
 
 def family_of() -> BeamSteering:
@@ -278,6 +281,21 @@ def maml_rows(family: BeamSteering, args: argparse.Namespace) -> list[Row]:
     return rows_of("maml_rl_before", reading, seconds, {}) + later_rows("maml_rl_after_1", reading, seconds, {})
 
 
+def varibad_rows(family: BeamSteering, args: argparse.Namespace) -> list[Row]:
+    """One training of VariBAD; both episodes of a trial, and what its belief says of the next readings."""
+    begin = time.process_time()
+    run = _beam_varibad.untrained(family, CONFIG, args.seed, args.quick)
+    run.train()
+    seconds = time.process_time() - begin
+    starts = held_out(family, args.split, args.starts, 2, args.seed)
+    reading = read_policy(run, starts, args.seed)
+    bars = {} if args.quick else {"length": at_most(2.6), "success": at_least(0.98)}
+    coverage = {} if args.quick else {"coverage": _beam_varibad.COVERAGE}
+    rows = [row for n in (0, 1) for row in rows_of(f"varibad_episode_{n + 1}", reading, seconds, bars, n)]
+    machines = held_out(family, args.split, 1, 2, args.seed)
+    return rows + _beam_varibad.coverage_rows(run, machines, args.seed, coverage)
+
+
 def run(args: argparse.Namespace) -> list[Row]:
     """All rows that were asked for."""
     refuse_unknown(args.policies, POLICIES, "policy")
@@ -293,6 +311,8 @@ def run(args: argparse.Namespace) -> list[Row]:
             rows += learner_rows(name, family, args)
         elif name == "maml_rl":
             rows += maml_rows(family, args)
+        elif name == "varibad":
+            rows += varibad_rows(family, args)
         else:
             begin = time.process_time()
             reading = read_oracle(ORACLES[name], held_out(family, args.split, args.starts, 1, args.seed))

@@ -1,5 +1,7 @@
 """VariBAD on beam steering: the decoder is the line's own law, and coverage is that of the next readings."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from bayesmeta.rl.envs import BeamSteering, Machines, TensorVectorEnv
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.rollout import Acted, collect
 from benchmarks import _beam_varibad as bench
+from benchmarks import beam_steering
 from benchmarks.beam_steering import CONFIG
 
 FAMILY = BeamSteering(Machines.built_in(20), horizon=6)
@@ -60,3 +63,13 @@ def test_coverage_is_low_for_a_belief_that_is_too_sure_and_high_for_one_that_is_
     row = bench.coverage_rows(run, env, 0, {})[0]
     assert low <= row.ours <= high
     assert row.passes is None
+
+
+def test_the_benchmark_has_the_rows_of_both_episodes(monkeypatch):
+    monkeypatch.setattr(beam_steering, "family_of", lambda: FAMILY)
+    args = argparse.Namespace(quick=True, seed=0, starts=2, split="test", threads=1, policies=["varibad"])
+    rows = {row.name: row for row in beam_steering.run(args)}
+    expected = [f"varibad_episode_{n}_{what}" for n in (1, 2) for what in ("length", "success")]
+    assert list(rows) == [*expected, "varibad_next_readings_coverage"]
+    assert all(row.passes is None for row in rows.values())
+    assert rows["varibad_episode_1_length"].seconds > 0

@@ -76,7 +76,7 @@ def test_a_quick_run_has_all_rows_and_curves_and_no_bar(monkeypatch):
     args = options()
     rows = {row.name: row for row in bench.run(args)}
     names = [f"{name}_episode_{n}" for name in bench.LEARNERS for n in (1, 2, 3, 4)]
-    beliefs = {f"varibad_belief_{what}" for what in ("on_seen_empty", "calibration_error", "log_score")}
+    beliefs = {f"varibad_belief_{what}" for what in ("on_seen_empty", "calibration_error", "distance")}
     assert set(names) | beliefs == set(rows)
     assert all(row.passes is None for row in rows.values())
     assert rows["varibad_episode_1"].seconds > 0

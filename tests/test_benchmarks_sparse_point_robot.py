@@ -62,11 +62,11 @@ def test_rows_say_what_was_measured(fakes):
     assert found["half_circle_oracle"].ours == pytest.approx(13.38, abs=0.02)
     assert found["half_circle_thompson_after_0"].ours == pytest.approx(1.48, abs=1.2)  # of 200 trials
     for after in (0, 1, 2, 5, 10):
-        # seeds 0, 1 and 2 add 1 on average
-        assert found[f"pearl_released_after_{after}"].ours == 200 + after + 1
-        assert found[f"distilled_after_{after}"].ours == 300 + after + 1
-        assert found[f"pearl_best_after_{after}"].ours == 300 + after + 1
-        assert found[f"explore_mean_after_{after}"].ours == 300 + after + 1.25
+        # seeds 1, 2 and 3 add 2 on average
+        assert found[f"pearl_released_after_{after}"].ours == 200 + after + 2
+        assert found[f"distilled_after_{after}"].ours == 300 + after + 2
+        assert found[f"pearl_best_after_{after}"].ours == 300 + after + 2
+        assert found[f"explore_mean_after_{after}"].ours == 300 + after + 2.25
         ideal = found[f"thompson_after_{after}"].ours
         assert found[f"pearl_best_after_{after}"].reference == pytest.approx(ideal)
     assert [name for name, row in found.items() if row.bar] == [
@@ -74,7 +74,7 @@ def test_rows_say_what_was_measured(fakes):
     ]  # fmt: skip
     assert args.best == "distilled"
     assert args.curves["distilled"][1]["learning"][-1]["iteration"] == 3
-    assert args.curves["distilled"][0]["learning"][-1]["validation"][0] == 310.0
+    assert args.curves["distilled"][0]["learning"][-1]["validation"][0] == 311.0
     json.dumps(args.curves)
 
 
@@ -90,7 +90,7 @@ def test_the_best_form_is_chosen_on_validation_goals():
 
 def test_a_training_is_read_again_where_nothing_differs(fakes, monkeypatch, capsys):
     first, _ = rows(methods=["distilled"])
-    assert sorted(p.name for p in fakes.iterdir()) == [f"distilled_test_{seed}.json" for seed in range(3)]
+    assert sorted(p.name for p in fakes.iterdir()) == [f"distilled_test_{seed}.json" for seed in (1, 2, 3)]
     trained = []
     monkeypatch.setattr(Fake, "train", lambda self, n: trained.append(n) or setattr(self, "iteration", 3))
     again, _ = rows(methods=["distilled"], reuse=True)

@@ -33,6 +33,9 @@ def test_a_belief_at_a_step_is_the_posterior_of_the_prefix():
         assert ((draws.mean(0) - loc).abs() < 4.5 * belief.scale[0] / math.sqrt(20_000)).all()
         torch.testing.assert_close(belief.scale[0].square().diag_embed(), covariance, **TIGHT)
     assert torch.equal(path.at(-1).loc, path.at(8).loc)
+    whole = truth.exact().belief(path.context, path.program)
+    torch.testing.assert_close(whole.loc, path.at(-1).loc, **TIGHT)
+    assert not whole.loc.requires_grad
     assert set(path.at(2).sample(5)) == {"z"}
     for bad in (9, -10):
         with pytest.raises(errors.OptionError, match="0 to 8"):

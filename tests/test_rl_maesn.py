@@ -20,6 +20,7 @@ from bayesmeta.rl.maesn_setups import POINT_ROBOT
 from bayesmeta.rl.maesn_trials import _adapted
 from bayesmeta.rl.policies import CategoricalHead, GaussianHead, kl
 from bayesmeta.rl.setups import Setup
+from benchmarks._sparse_maesn import maesn
 from tests.faults.driver import contents, difference
 
 # -- latents --------------------------------------------------------------------------------------------------------
@@ -219,6 +220,15 @@ def test_rewards_that_are_learned_from_are_named():
     assert learner.train(1)[0]["accepted"] == 1
 
 
+def test_the_outer_objective_may_go_over_to_the_environments_own_reward():
+    setup = Setup("point-robot", "maesn", tasks=4, copies=3, units=8).filled()
+    learner = setup.learner(setup.family())
+    learner.config = dataclasses.replace(POINT_ROBOT, own_after=2)
+    history = learner.train(4)
+    assert [row["learned"] < 0 for row in history] == [True, True, False, False]
+    assert all(row["learned"] == pytest.approx(row["after"]) for row in history[2:])
+
+
 # -- episode by episode -----------------------------------------------------------------------------------------------
 
 
@@ -374,7 +384,7 @@ def test_bad_input_is_refused():
     for options in (
         {"inner_steps": 0}, {"inner_lr": 0.0}, {"policy_lr": -1.0}, {"gradient": "both"}, {"credit": "rank"},
         {"adapted": "mode"}, {"kl_weight": -0.1}, {"kl_ramp": -1}, {"omega_lr": math.nan}, {"prior_share": 1.5},
-        {"later_rates": 0.0}, {"curvature_share": 2.0}, {"curvature_episodes": 0},
+        {"later_rates": 0.0}, {"own_after": -1}, {"curvature_share": 2.0}, {"curvature_episodes": 0},
     ):  # fmt: skip
         with pytest.raises(OptionError):
             MAESNConfig(**options)
@@ -405,3 +415,14 @@ def test_setups_name_it():
     assert math.isfinite(learner.train(1)[0]["after"])
     with pytest.raises(OptionError, match="episodes=2 is not an option of maesn"):
         Setup("bandit", "maesn", episodes=2)
+
+
+def test_the_benchmarks_learner_plays_trials_of_the_sparse_robot():
+    """Trained on all goals that it is given; read on trials of several episodes, from the prior."""
+    goals = TensorVectorEnv(SparsePointRobot(), 80, generator=0)
+    learner = maesn(goals, 2, 0)
+    assert torch.equal(learner.tasks.goal, goals.tasks.goal)
+    held_out = TensorVectorEnv(SparsePointRobot(), 20, copies=3, split="validation", episodes_per_trial=3, generator=0)
+    assert learner.curve(held_out, generator=0).returns.shape == (3, 20)
+    other = maesn(goals, 2, 1)
+    assert (learner.theta - other.theta).abs().max() > 0.01

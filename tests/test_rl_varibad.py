@@ -276,9 +276,16 @@ def test_the_policy_may_be_paid_by_another_number_than_beliefs_read():
     assert torch.equal(paid.reward, paid.extra["dense_reward"])
     assert paid.reward.max() < 0  # minus a distance
     assert told["reward"] >= 0  # what is told is the reward, and that is what contexts have
+    run.policy_reward_until = 1
+    told = run.train(1)[0]
+    assert torch.equal(seen[1].reward.sum(0).mean(), torch.tensor(told["reward"]))
+    assert seen[1].extra == {}
     plain = learner(ROBOT)
     plain.train(1)
-    assert not all(same(parameters_of(plain.policy.memory.policy_net), parameters_of(run.policy.memory.policy_net)))
+    paid_by_it = learner(ROBOT, policy_reward="dense_reward")
+    paid_by_it.train(1)
+    nets = [parameters_of(one.policy.memory.policy_net) for one in (plain, paid_by_it)]
+    assert not all(same(*nets))
 
 
 def test_options_that_do_not_fit_are_refused():
@@ -294,6 +301,9 @@ def test_options_that_do_not_fit_are_refused():
         VariBAD(env, run.policy, TransitionDecoder(run.policy.memory.spec, 3))
     with pytest.raises(OptionError, match="nothing named"):
         VariBAD(env, policy_reward="gold").train(1)
+    for name, until in ((None, 3), ("dense_reward", 0)):
+        with pytest.raises(OptionError, match="policy_reward_until"):
+            VariBAD(env, policy_reward=name, policy_reward_until=until)
 
 
 def test_a_bound_that_is_not_finite_stops_before_anything_is_spoilt():

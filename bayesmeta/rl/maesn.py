@@ -197,7 +197,9 @@ class MAESN:
             phi = self.path(self.theta, own * self.omega[rows], before, create_graph=False)
             before.append(self.episodes(env, phi, self.generator, inner=True, reward=config.inner_reward))
         phi = self.path(self.theta, own * self.omega[rows], before, create_graph=False)
-        after = self.episodes(env, phi, self.generator, inner=False, reward=config.train_reward)
+        own_reward = config.own_after is not None and self.iteration >= config.own_after
+        reward = None if own_reward else config.train_reward
+        after = self.episodes(env, phi, self.generator, inner=False, reward=reward)
         step = self._outer_step(rows, own, before, after)
         return {
             "before": before[0].steps.returns.mean().item(),

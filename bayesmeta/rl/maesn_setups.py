@@ -26,16 +26,18 @@ TASKS = 80
 LATENT = 2
 
 #: The sparse point robot: inside, a step reads the sparse reward as a new task shows it; outside, the dense reward.
-#: After 80 iterations from the tasks' own ω most tasks begin at the prior.
+#: After 60 iterations from the tasks' own ω most tasks begin at the prior; the last ones read the sparse reward outside
+#: too, where going to one of two places beats standing between them.
 POINT_ROBOT = MAESNConfig(
     inner_lr=1.0,
     credit="share",
     natural=True,
     train_reward="dense_reward",
-    kl_weight=0.02,
+    own_after=200,
+    kl_weight=0.06,
     omega_lr=0.3,
     prior_share=0.7,
-    prior_after=80,
+    prior_after=60,
     adapted="mean",
     max_kl=0.05,
     cg_steps=6,
@@ -43,11 +45,14 @@ POINT_ROBOT = MAESNConfig(
     curvature_episodes=3,
 )
 
+#: Of its actions: where the trust region is of means alone, noise that falls makes them slow to move.
+POINT_ROBOT_MIN_STD = 0.075
+
 
 def maesn_defaults(env: str) -> dict[str, Any]:
     """Settings of a run on an environment, by its name."""
     if env == "point-robot":
-        return {"tasks": 80, "copies": 10, "units": 64, "iterations": 200, "inner_steps": 1, "inner_lr": 1.0}
+        return {"tasks": 80, "copies": 10, "units": 64, "iterations": 350, "inner_steps": 1, "inner_lr": 1.0}
     return {"tasks": 20, "copies": 20, "units": 64, "iterations": 100, "inner_steps": 1, "inner_lr": 1.0}
 
 
@@ -92,6 +97,7 @@ def maesn_for(setup: Setup, family: Any, device: torch.device | str = "cpu") -> 
     assert setup.inner_lr is not None
     env = setup.vector(family, setup.tasks, copies=setup.copies, generator=setup.seed, device=device)
     tasks = family.sample_tasks(max(TASKS, setup.tasks), generator=torch.Generator(device).manual_seed(setup.seed))
-    policy = latent_policy(env, setup.units, std=setup.defaults.std, seed=setup.seed).to(device)
+    floor = POINT_ROBOT_MIN_STD if setup.env == "point-robot" else 1e-6
+    policy = latent_policy(env, setup.units, std=setup.defaults.std, seed=setup.seed, min_std=floor).to(device)
     config = maesn_config(setup.env, setup.inner_steps, setup.inner_lr)
     return MAESN(env, policy, config, tasks=tasks, seed=setup.seed)

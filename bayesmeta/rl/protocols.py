@@ -43,7 +43,8 @@ class Tensors:
 
     def as_dict(self) -> dict[str, Tensor]:
         """The tensors by name, not copied."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names: tuple[str, ...] = self.__match_args__  # the fields; every step asks for them, and fields() is slower
+        return {name: getattr(self, name) for name in names}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with ``function`` applied to each tensor."""

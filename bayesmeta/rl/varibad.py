@@ -102,6 +102,7 @@ class VariBAD(RL2):
         beliefs: settings of encoder and decoder.
         policy_reward: name of the number in ``info`` that the policy is trained on, such as ``"dense_reward"``; None is
             the reward. Beliefs read the reward in either case.
+        policy_reward_until: iterations after which the policy is trained on the reward after all; None: never.
         iterations: rollouts to train for, over which rates and entropy go to their last values.
         steps: of each rollout; None is one whole trial where episodes have a fixed length. Beliefs go on where a trial
             does, and decode what the rollout has of it.
@@ -133,6 +134,7 @@ class VariBAD(RL2):
         config: PPOConfig | None = None,
         beliefs: BeliefConfig | None = None,
         policy_reward: str | None = None,
+        policy_reward_until: int | None = None,
         iterations: int = 200,
         steps: int | None = None,
         seed: int = 0,
@@ -158,7 +160,13 @@ class VariBAD(RL2):
                 f"The decoder takes a latent of size {decoder.latent} and contexts {decoder.spec.options()}; the "
                 f"policy's are {core.latent} and {core.spec.options()}. Make both of one spec."
             )
-        self.decoder, self.beliefs, self.policy_reward = decoder, beliefs or BeliefConfig(), policy_reward
+        if policy_reward_until is not None and (policy_reward is None or not is_whole(policy_reward_until, 1)):
+            raise OptionError(
+                f"policy_reward_until={policy_reward_until!r} with policy_reward={policy_reward!r}; expected a whole "
+                "number of at least 1, beside the name of a reward."
+            )
+        self.decoder, self.beliefs = decoder, beliefs or BeliefConfig()
+        self.policy_reward, self.policy_reward_until = policy_reward, policy_reward_until
         self._noise = as_generator(seed, env.device, "varibad")
         self._learned = [*core.parameters(), *decoder.parameters()]
         self._optimizer = torch.optim.Adam(self._learned, self.beliefs.lr)
@@ -167,7 +175,8 @@ class VariBAD(RL2):
 
     def _iterate(self) -> dict[str, float]:
         state = self.policy.first(self.env.num_envs).detach() if self._state is None else self._state
-        keep = () if self.policy_reward is None else (self.policy_reward,)
+        over = self.policy_reward_until is not None and self.iteration >= self.policy_reward_until
+        keep = () if self.policy_reward is None or over else (self.policy_reward,)
         rollout = collect(
             self.env, self.policy.actor(), self.steps, generator=self.generator, start=self._moment, state=state,
             keep=keep,
@@ -276,7 +285,7 @@ class VariBAD(RL2):
             "latent_context": self.policy.latent.options(),
             "decoder": f"{type(decoder).__name__}, {type(decoder.likelihood).__name__}",
             "beliefs": dataclasses.asdict(self.beliefs),
-            "policy_reward": self.policy_reward,
+            "policy_reward": [self.policy_reward, self.policy_reward_until],
             "rl_gradient": memory.rl_gradient,
             **dataclasses.asdict(self.config),
             "iterations": self.iterations,

@@ -165,9 +165,7 @@ class BeamSteering(Family[BeamTasks, BeamState]):
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Largest absolute value of each row, ``[n, width]`` to ``[n]``: what ``abs().amax(-1)`` is, but for short rows in a
-    third of its time on a CPU.
-    """
+    """Largest absolute value of each row, ``[n, width]`` to ``[n]``; on a CPU faster than ``abs().amax(-1)``."""
     return torch.max_pool1d(values.abs().reshape(1, 1, -1), values.shape[-1]).flatten()
 
 

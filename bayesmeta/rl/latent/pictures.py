@@ -110,6 +110,7 @@ def plot_beliefs(
             a resolution below 2.
         ShapeError: for observations that are no positions.
     """
+    from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.figure import Figure
 
     _check(path, rollout, steps, env, family, extent, resolution)
@@ -122,11 +123,13 @@ def plot_beliefs(
     rows = -(-len(steps) // columns)
     figure = Figure(figsize=(2.7 * columns + 1.0, 2.7 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    low, high = (0.0, float(maps.max())) if family is not None else (float(maps.min()), float(maps.max()))
+    scale = Normalize(float(maps.min()), float(maps.max()))
+    if family is not None:  # so that one cell of 1 does not hide what is between 0 and a tenth
+        scale = PowerNorm(0.4, 0.0, float(maps.max()))
     for axes, step, values in zip(panels, steps, maps, strict=False):
         drawn = axes.imshow(
-            values.unflatten(0, (count, count)).T.numpy(), origin="lower", extent=sides, aspect="equal", vmin=low,
-            vmax=high, cmap="viridis", interpolation="bilinear" if family is None else "nearest",
+            values.unflatten(0, (count, count)).T.numpy(), origin="lower", extent=sides, aspect="equal", norm=scale,
+            cmap="viridis", interpolation="bilinear" if family is None else "nearest",
         )  # fmt: skip
         _draw_way(axes, places[:step].float().cpu(), begins[:step].cpu(), places[0, 0].float().cpu())
         if goal is not None:

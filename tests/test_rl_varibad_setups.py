@@ -1,0 +1,91 @@
+"""Settings of VariBAD by family: what the policy of the grid reads, by hand, and that families get their own."""
+
+import torch
+
+import bayesmeta as bm
+from bayesmeta.rl.latent.checks import cell_rows
+from bayesmeta.rl.varibad_decoder import LinearDecoder
+from bayesmeta.rl.varibad_policy import DecodedReadout
+from bayesmeta.rl.varibad_setups import CellSight, GoalReadout, OneHotCells, varibad_for
+
+GRID = bm.rl.Grid(cells=3, horizon=3)
+
+
+def made(family=GRID, **options):
+    env = bm.rl.TensorVectorEnv(family, 4, new_tasks=True, episodes_per_trial=2, generator=0)
+    return varibad_for(env, iterations=2, **options)
+
+
+def test_cells_are_numbered_column_by_column():
+    cells = torch.tensor([[0.0, 0.0], [0.0, 2.0], [1.0, 0.0], [2.0, 2.0]])
+    assert OneHotCells(3)(cells).argmax(-1).tolist() == [0, 2, 3, 8]
+    run = made()
+    rows = cell_rows(run.policy.memory.spec, GRID, torch.zeros(()))
+    assert torch.equal(rows, torch.eye(9))
+    seen = CellSight(3)(cells)
+    assert seen.shape == (4, CellSight(3).size)
+    assert seen[:, 9:].tolist() == [[0, 0], [0, 1], [0.5, 0], [1, 1]]
+
+
+def test_a_decoded_belief_is_what_the_decoder_expects_at_its_mean():
+    run = made()
+    decoder, rows = run.decoder, torch.eye(9)
+    loc, scale = torch.randn(5, 4, 24), torch.rand(5, 4, 24) + 0.1
+    found = DecodedReadout(decoder, rows[:4], spread=True)
+    assert found.size == 5
+    got = found(loc, scale)
+    expected = decoder.network(loc).softmax(-1)[..., :4]  # one cell alone has the goal
+    torch.testing.assert_close(got[..., :4], expected)
+    torch.testing.assert_close(got[..., 4], scale.log().mean(-1))
+    assert not torch.allclose(found(loc + 1, scale)[..., :4], expected)
+
+
+def test_the_readout_of_a_goal_has_chances_mean_place_and_how_sure_it_is():
+    run = made()
+    readout = GoalReadout.of_cells(run.decoder, 3)
+    with torch.no_grad():
+        run.decoder.network[-1].weight.zero_()
+        run.decoder.network[-1].bias.zero_()
+    flat = readout(torch.zeros(1, 24), torch.ones(1, 24))[0]
+    assert len(flat) == readout.size == 12
+    torch.testing.assert_close(flat, torch.tensor([1 / 9] * 9 + [0.5, 0.5, 1 / 9]))
+    with torch.no_grad():
+        run.decoder.network[-1].bias[5] = 50.0  # the cell (1, 2)
+    sure = readout(torch.zeros(1, 24), torch.ones(1, 24))[0]
+    torch.testing.assert_close(sure[9:], torch.tensor([0.5, 1.0, 1.0]), atol=1e-4, rtol=0)
+
+
+def test_families_have_settings_of_their_own():
+    run = made(seed=2)
+    assert isinstance(run.decoder, LinearDecoder)
+    assert run.decoder.one_of
+    assert isinstance(run.policy.memory.readout, GoalReadout)
+    assert run.policy.memory.readout.decoder is run.decoder
+    told = run.train(1)[0]
+    assert told["belief_kl"] >= 0
+    robot = made(bm.rl.SparsePointRobot(horizon=3))
+    assert (robot.policy_reward, robot.policy_reward_until) == (None, None)  # a quarter of two iterations is none
+    env = bm.rl.TensorVectorEnv(bm.rl.SparsePointRobot(horizon=3), 4, new_tasks=True, generator=0)
+    robot = varibad_for(env, iterations=8)
+    assert (robot.policy_reward, robot.policy_reward_until) == ("dense_reward", 2)
+    assert robot.policy.memory.readout.rows.norm(dim=-1).allclose(torch.ones(24))
+    other = made(bm.rl.GaussianBandit(arms=3, horizon=3), reward_shift=1.0, reward_scale=2.0, units=7)
+    assert other.policy.memory.readout is None
+    assert other.policy.memory.outputs == 7
+    spec = other.policy.memory.spec
+    assert (spec.reward_shift, spec.reward_scale) == (1.0, 2.0)
+    assert spec.inputs == ("state", "action", "successor")
+    first, again, third = (made(seed=seed).policy.memory.policy_net[0][0].weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, third)
+
+
+def test_the_decoder_is_trained_by_the_bound_and_not_by_the_policy():
+    run = made()
+    names = [name for name, _ in run.policy.named_parameters()]
+    decoder = {id(p) for p in run.decoder.parameters()}
+    assert names
+    assert not any(id(p) in decoder for p in run.policy.parameters())
+    before = [p.detach().clone() for p in run.decoder.parameters()]
+    run.train(1)
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.decoder.parameters()))
