@@ -133,7 +133,11 @@ def measure(name: str, args: argparse.Namespace, seed: int, curves: list[dict[st
     curve: list[dict[str, Any]] = []
     while run.iteration < args.iterations:
         run.train(every)
-        point = {"step": run.iteration, "seconds": time.process_time() - begin, "normalised": normalised()}
+        point: dict[str, Any] = {
+            "step": run.iteration,
+            "seconds": time.process_time() - begin,
+            "normalised": normalised(),
+        }
         curve.append(point)
         told = ", ".join(f"{x:.3f}" for x in point["normalised"])
         print(f"{name}, seed {seed}, iteration {run.iteration}: {told} after {point['seconds']:.0f} s", flush=True)

@@ -220,15 +220,6 @@ def test_rewards_that_are_learned_from_are_named():
     assert learner.train(1)[0]["accepted"] == 1
 
 
-def test_the_outer_objective_may_go_over_to_the_environments_own_reward():
-    setup = Setup("point-robot", "maesn", tasks=4, copies=3, units=8).filled()
-    learner = setup.learner(setup.family())
-    learner.config = dataclasses.replace(POINT_ROBOT, own_after=2)
-    history = learner.train(4)
-    assert [row["learned"] < 0 for row in history] == [True, True, False, False]
-    assert all(row["learned"] == pytest.approx(row["after"]) for row in history[2:])
-
-
 # -- episode by episode -----------------------------------------------------------------------------------------------
 
 
@@ -298,6 +289,26 @@ def test_trials_need_steps_that_stand_alone():
     worse = TensorVectorEnv(Quadratic(), 2, episodes_per_trial=2, dtype=torch.float64)
     with pytest.raises(OptionError, match="0 or more"):
         learner.curve(worse)
+
+
+@pytest.mark.parametrize("options", [{}, {"adapted": "mean"}])
+def test_what_is_watched_are_the_points_of_the_curve(options):
+    """Episodes that a step alone reads are no point."""
+    env = TensorVectorEnv(Navigation(horizon=4), 2, copies=3, generator=2, dtype=torch.float64)
+    learner = small(**options)
+    seen = bm.rl.watch(learner, env, points=2)
+    assert [len(paths) for paths in seen.paths] == [3, 3]
+    assert all(path.shape == (5, 2) for paths in seen.paths for path in paths)
+    returns = torch.stack([torch.stack([r.sum() for r in rewards]) for rewards in seen.rewards], 1)
+    env = TensorVectorEnv(Navigation(horizon=4), 2, copies=3, tasks=env.tasks, dtype=torch.float64)
+    wanted = []
+    episodes = learner.episodes
+    learner.episodes = lambda *args, **kw: wanted.append(episodes(*args, **kw)) or wanted[-1]
+    learner.evaluate(env, inner_steps=2, generator=0)
+    shown = wanted if not options else wanted[1::2]
+    torch.testing.assert_close(
+        returns.double(), torch.stack([w.steps.returns[:, 0] for w in shown]), rtol=1e-5, atol=1e-6
+    )
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
@@ -384,7 +395,7 @@ def test_bad_input_is_refused():
     for options in (
         {"inner_steps": 0}, {"inner_lr": 0.0}, {"policy_lr": -1.0}, {"gradient": "both"}, {"credit": "rank"},
         {"adapted": "mode"}, {"kl_weight": -0.1}, {"kl_ramp": -1}, {"omega_lr": math.nan}, {"prior_share": 1.5},
-        {"later_rates": 0.0}, {"own_after": -1}, {"curvature_share": 2.0}, {"curvature_episodes": 0},
+        {"later_rates": 0.0}, {"curvature_share": 2.0}, {"curvature_episodes": 0},
     ):  # fmt: skip
         with pytest.raises(OptionError):
             MAESNConfig(**options)

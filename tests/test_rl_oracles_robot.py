@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bayesmeta import errors
-from bayesmeta.rl.envs import SparsePointRobot
+from bayesmeta.rl.envs import Navigation, SparsePointRobot
 from bayesmeta.rl.envs.points import GoalTasks
 from bayesmeta.rl.oracles.robot import half_circle, straight_returns, thompson_returns
+from bayesmeta.rl.reference_policies import references
 
 ROBOT = SparsePointRobot()
 
@@ -66,6 +67,16 @@ def test_ideal_thompson_sampling_finds_the_goal():
     chance = float((returns[0] > 0).float().mean())
     by_chance = 13.38 * (1 - (1 - chance) ** 10)
     assert float(mean[10]) > by_chance + 2.0
+
+
+def test_it_stands_beside_learners():
+    tasks = ROBOT.sample_tasks(20, split="test")
+    found = {r.name: r for r in references(ROBOT, tasks, 4)}
+    ideal = found["ideal Thompson sampling"]
+    assert ideal.curve.returns.shape == (4, 20)
+    assert ideal.optimum is None
+    assert (ideal.curve.returns <= found["straight to the goal"].curve.returns + 1e-4).all()
+    assert "ideal Thompson sampling" not in {r.name for r in references(Navigation(sparse=True), tasks, 2)}
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,7 @@ class MAESN:
             phi = self.path(self.theta, own * self.omega[rows], before, create_graph=False)
             before.append(self.episodes(env, phi, self.generator, inner=True, reward=config.inner_reward))
         phi = self.path(self.theta, own * self.omega[rows], before, create_graph=False)
-        own_reward = config.own_after is not None and self.iteration >= config.own_after
-        reward = None if own_reward else config.train_reward
-        after = self.episodes(env, phi, self.generator, inner=False, reward=reward)
+        after = self.episodes(env, phi, self.generator, inner=False, reward=config.train_reward)
         step = self._outer_step(rows, own, before, after)
         return {
             "before": before[0].steps.returns.mean().item(),
@@ -335,10 +333,10 @@ class MAESN:
             raise OptionError(f"Expected a share for each of {steps} steps; got {list(shares)}.")
         generator = as_generator(generator, env.device, "evaluation")
         phi = self.begin(self.theta, prior_omega(env.num_tasks, self.policy.latent, self.theta)).detach()
-        found = []
+        found, apart = [], greedy or self.config.adapted == "mean"
+        aside = getattr(env, "unwatched", env) if apart else env
         for k in range(steps + 1):
-            episodes = self.episodes(env, phi, generator, inner=True)
-            apart = greedy or self.config.adapted == "mean"
+            episodes = self.episodes(aside, phi, generator, inner=True)
             shown = self.episodes(env, phi, generator, inner=False, greedy=greedy) if apart else episodes
             found.append(shown.steps.returns.mean(1))
             if k < steps:

@@ -37,7 +37,6 @@ class MAESNConfig:
         adapted: how adapted policies act in the outer objective and in evaluation, with latents drawn from their q
             (``"sample"``) or at its mean (``"mean"``). What an inner step reads is always drawn.
         inner_reward, train_reward: which reward each reads, see the head of this module.
-        own_after: iterations after which the outer objective reads the environment's own reward too; None: never.
         first_order: leave out the second derivative.
         max_kl: bound of an outer step, in nats.
         cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
@@ -65,7 +64,6 @@ class MAESNConfig:
     adapted: Adapted = "sample"
     inner_reward: str | None = None
     train_reward: str | None = None
-    own_after: int | None = None
     first_order: bool = False
     max_kl: float = 0.01
     cg_steps: int = 10
@@ -96,7 +94,5 @@ class MAESNConfig:
                 f"Expected later_rates and curvature_share in (0, 1]; got {self.later_rates} and "
                 f"{self.curvature_share}."
             )
-        if self.own_after is not None and self.own_after < 0:
-            raise OptionError(f"own_after must be 0 or more, or None; got {self.own_after}.")
         if self.curvature_episodes is not None and self.curvature_episodes < 1:
             raise OptionError(f"Expected curvature_episodes of at least 1, or None; got {self.curvature_episodes}.")

@@ -26,14 +26,12 @@ TASKS = 80
 LATENT = 2
 
 #: The sparse point robot: inside, a step reads the sparse reward as a new task shows it; outside, the dense reward.
-#: After 60 iterations from the tasks' own ω most tasks begin at the prior; the last ones read the sparse reward outside
-#: too, where going to one of two places beats standing between them.
+#: After 60 iterations from the tasks' own ω most tasks begin at the prior.
 POINT_ROBOT = MAESNConfig(
     inner_lr=1.0,
     credit="share",
     natural=True,
     train_reward="dense_reward",
-    own_after=200,
     kl_weight=0.06,
     omega_lr=0.3,
     prior_share=0.7,
@@ -52,7 +50,7 @@ POINT_ROBOT_MIN_STD = 0.075
 def maesn_defaults(env: str) -> dict[str, Any]:
     """Settings of a run on an environment, by its name."""
     if env == "point-robot":
-        return {"tasks": 80, "copies": 10, "units": 64, "iterations": 350, "inner_steps": 1, "inner_lr": 1.0}
+        return {"tasks": 80, "copies": 10, "units": 64, "iterations": 250, "inner_steps": 1, "inner_lr": 1.0}
     return {"tasks": 20, "copies": 20, "units": 64, "iterations": 100, "inner_steps": 1, "inner_lr": 1.0}
 
 

@@ -21,6 +21,7 @@ from bayesmeta.rl.oracles.bandits import bayes_optimal_bandit_value
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
 from bayesmeta.rl.oracles.grid import bayes_optimal_grid
 from bayesmeta.rl.oracles.mdps import finite_horizon_values
+from bayesmeta.rl.oracles.robot import thompson_returns
 from bayesmeta.rl.protocols import Tensors
 from bayesmeta.rl.rl2 import trial_returns
 from bayesmeta.rl.rollout import Acted, Moment, collect
@@ -115,7 +116,11 @@ def _point(family: Navigation | SparsePointRobot, tasks: Any, episodes: int, see
     # each coordinate goes towards the goal as fast as it may, so that the distance is the least at every step
     straight = _acting(family, tasks, episodes, seed, lambda moment, _: tasks.goal - moment.observation)
     still = _acting(family, tasks, episodes, seed, lambda moment, _: torch.zeros_like(moment.observation))
-    return [Reference("straight to the goal", straight, "knows the task"), Reference("standing still", still)]
+    found = [Reference("straight to the goal", straight, "knows the task"), Reference("standing still", still)]
+    if isinstance(family, SparsePointRobot):
+        returns = thompson_returns(family, tasks.goal, episodes, generator=_on(tasks, seed))
+        found.insert(1, Reference("ideal Thompson sampling", AdaptationCurve(returns, "episode")))
+    return found
 
 
 def _grid(family: Grid, tasks: Any, episodes: int, seed: int) -> list[Reference]:

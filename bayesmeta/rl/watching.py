@@ -79,6 +79,11 @@ class Watched:
             self._shoot(len(self.rewards[task]) - 1, len(self.rewards[task][-1]))
         return found
 
+    @property
+    def unwatched(self) -> Any:
+        """The environment itself, for episodes that are no point of the adaptation: what happens there is not kept."""
+        return self._env
+
     def _begin(self, task: int, observation: Tensor) -> None:
         self.paths[task].append([observation[task * self._env.copies].cpu().clone()])
         self.rewards[task].append([])

@@ -75,7 +75,7 @@ def thompson_returns(
     """
     if not is_whole(episodes, 1):
         raise OptionError(f"episodes must be a whole number, at least 1; got {episodes!r}.")
-    candidates = half_circle() if candidates is None else candidates
+    candidates = half_circle().to(goals) if candidates is None else candidates
     generator = as_generator(generator, goals.device, "thompson")
     ways = _way(family, candidates)  # [m, time, 2]
     seen = _rewards(family, ways.unsqueeze(1), candidates).gt(0).any(-1)  # [m, m]: which a guess would have met
