@@ -10,8 +10,8 @@ Settings were chosen on validation goals. Returns there after 0, 1, 2, 5 and 10 
 - noise of the actions that may fall below 0.03: 1.6, 2.9, 3.8, 5.7, 7.6 (seed 0, 67 s of CPU); a floor of 0.075: 1.5,
   2.7, 3.7, 6.2, 8.2. Without an iteration that begins at the prior (seed 0, 15 s): 1.3, 2.2, 3.1, 4.9, 6.7.
 - The sparse reward outside too, after 200 iterations or more with the dense one: from 8.2 to 8.5 after 10 on seed 0,
-  from 8.5 to 8.0 on seed 1. It is left out. So is what episodes of the prior bring themselves, as a part of the outer objective
-  (8.3 against 8.1: noise).
+  from 8.5 to 8.0 on seed 1. It is left out. So is what episodes of the prior bring themselves, as a part of the outer
+  objective (8.3 against 8.1: noise).
 
 What is left: the prior hits a goal in 15% to 18% of its episodes, and learns nothing from those that miss.
 """
