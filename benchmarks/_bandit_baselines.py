@@ -35,7 +35,7 @@ def rule(name: str, pulls: int) -> rules.BanditBaseline:
     """The algorithm of a row."""
     known: dict[str, rules.BanditBaseline] = {
         "random": rules.Random(),
-        "gittins": rules.Gittins() if pulls <= 100 else rules.Gittins(0.99),
+        "gittins": rules.Gittins() if pulls <= 100 else rules.Gittins(0.995),
         "thompson": rules.ThompsonSampling(),
         "optimistic_thompson": rules.OptimisticThompsonSampling(),
         "ucb1": rules.UCB1(0.2),

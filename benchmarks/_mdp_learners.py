@@ -5,7 +5,7 @@ action and reads by state (:class:`~bayesmeta.rl.pair_memory.PairMemory`), a dep
 
 How the settings were chosen (a core-minute each, trials of five episodes, reward of an episode where chance has 10):
 after 30 rollouts a plain GRU of 128 units had 10.7 and this one 12.2; after 20, λ = 0.5 had 11.5 and λ = 0.8 11.2; 192
-units with λ = 0.3 learned as fast by the rollout, and 1.6 times as slowly by the clock. The whole training had 14.3 an
+units with λ = 0.3 were as far after 13 rollouts, each of which took 1.6 times as long. The whole training had 14.3 an
 episode after 240 s (trials of ten, drawn actions), 15.0 after 580 s and 15.2 at its end: most of what it is worth comes
 early.
 """

@@ -236,6 +236,53 @@ def test_outer_steps_keep_their_bound(exact):
         assert torch.equal(learner.policy.theta, learner.theta)
 
 
+def test_the_bound_is_that_of_all_states_whatever_the_curvature_is_taken_from():
+    """A tenth of the states gives the direction: those of the first step alone, where all stand in the same place."""
+    learner = small(tasks=4, copies=5, horizon=10, inner_steps=1, max_kl=0.02, curvature_share=0.1)
+    objectives, kept = learner.objectives, []
+    learner.objectives = lambda *data: (kept.append(data), objectives(*data))[1]
+    for _ in range(4):
+        theta = learner.theta.clone()
+        (told,) = learner.train(1)
+        before, after = kept[-1]
+        old, new = (
+            learner.policy.distribution(learner.path(at, before, 4, create_graph=False)[-1], after.features)
+            for at in (theta, learner.theta)
+        )
+        found = kl(old, new)
+        assert told["accepted"] == 1
+        assert 0 < found.mean().item() <= 0.02
+        assert found.mean().item() == pytest.approx(told["kl"], rel=1e-6)
+        # the control: the states of the direction alone have another
+        assert found[::10].mean().item() != pytest.approx(told["kl"], rel=1e-2)
+
+
+def test_the_direction_is_from_a_share_of_the_states():
+    """So that it stays cheap: its curvature is that of the states kept, and of no other."""
+    from bayesmeta.rl.trpo import hessian_product
+
+    learner, all_states = small(inner_steps=1, curvature_share=0.5), small(inner_steps=1)
+    before, after = rollouts(learner)
+    v = torch.randn(learner.theta.shape, generator=seeded(), dtype=torch.float64)
+    _, divergence = learner.objectives(before, after)
+    curvature = learner._curvature(before, after, divergence)
+    shorter = TaskSteps(*(x[::2] for x in after[:-1]), after.returns)
+    _, of_these = all_states.objectives(before, shorter)
+    got, expected, other = (hessian_product(f, learner.theta)(v) for f in (curvature, of_these, divergence))
+    torch.testing.assert_close(got, expected)
+    assert (got - other).norm() > 0.01 * other.norm()
+
+
+def test_environments_whose_tasks_change_are_refused():
+    """What adapted on one task would be played on another; with tasks that stay it is not (the control)."""
+    learner = small()
+    family = Navigation(horizon=5)
+    for ask in (learner.evaluate, learner.curve):
+        with pytest.raises(OptionError, match="adapt on one task and be played on another"):
+            ask(TensorVectorEnv(family, 3, copies=2, new_tasks=True, generator=2, dtype=torch.float64))
+        ask(TensorVectorEnv(family, 3, copies=2, generator=2, dtype=torch.float64))
+
+
 def test_tasks_adapt_each_by_itself():
     learner = small(tasks=4)
     before, _ = rollouts(learner)

@@ -1,12 +1,15 @@
 """Settings of VariBAD by family: what the policy of the grid reads, by hand, and that families get their own."""
 
+import pytest
 import torch
 
 import bayesmeta as bm
-from bayesmeta.rl.latent.checks import cell_rows
+from bayesmeta.rl.envs.grid import CellTasks
+from bayesmeta.rl.latent.checks import admissible_cells, cell_rows, compare_goals, goal_probabilities, seen_cells
 from bayesmeta.rl.varibad_decoder import LinearDecoder
 from bayesmeta.rl.varibad_policy import DecodedReadout
 from bayesmeta.rl.varibad_setups import CellSight, GoalReadout, OneHotCells, varibad_for
+from benchmarks.grid import scale_of
 
 GRID = bm.rl.Grid(cells=3, horizon=3)
 
@@ -89,3 +92,28 @@ def test_the_decoder_is_trained_by_the_bound_and_not_by_the_policy():
     before = [p.detach().clone() for p in run.decoder.parameters()]
     run.train(1)
     assert not all(torch.equal(a, b) for a, b in zip(before, run.decoder.parameters()))
+
+
+@pytest.mark.slow
+def test_a_small_grid_is_explored_and_then_exploited_nearly_as_well_as_can_be():
+    """Against the exact optimum and random actions; the control is the policy before it has learned."""
+    family = bm.rl.Grid(cells=3, horizon=6)
+    optimal, random = scale_of(family, 3).optimal, scale_of(family, 3).random
+    env = bm.rl.TensorVectorEnv(family, 192, new_tasks=True, episodes_per_trial=3, generator=0)
+    run = varibad_for(env, iterations=60)
+    goals = family.goals()
+    each = bm.rl.TensorVectorEnv(family, len(goals), tasks=CellTasks(goals), episodes_per_trial=3, generator=1)
+
+    def reached():
+        return (run.curve(each).returns.double().mean(1) - random) / (optimal - random)
+
+    before = reached()
+    run.train()
+    after = reached()
+    assert before.max() < 0.5
+    assert after[1:].min() > 0.8
+    path, rollout = run.belief_path(each)
+    chance = goal_probabilities(path.program, run.policy.memory.spec, path.draws(100, 0), family)
+    goal = (goals[:, 0] * 3 + goals[:, 1]).long()
+    check = compare_goals(chance, seen_cells(rollout.successor, family), goal, admissible_cells(family))
+    assert check.seen_share.mean < 0.05

@@ -40,13 +40,15 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import HorizonError, NonFiniteLossError, OptionError
+from bayesmeta.errors import HorizonError, NonFiniteLossError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.chains import Chains, distillation_loss
+from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.mixture import MixtureContext, TaskLatents
+from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.posterior_sampling import Act, Exploration, inferring, play
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -362,6 +364,36 @@ class DistilledLatents:
         return curve_of_trials(
             self.evaluate(env, exploration=exploration, generator=generator, keep=told_by(env)), env
         )  # fmt: skip
+
+    @property
+    def belief_spec(self) -> ContextSpec:
+        """What stands in the context of :meth:`belief_path`."""
+        return self.spec
+
+    def belief_path(
+        self, env: TaskVectorEnv, *, greedy: bool = True, generator: Seed = None
+    ) -> tuple[BeliefPath, Rollout]:
+        """The beliefs on the way through one trial in each environment, and the rollout that they are of.
+
+        Their program is an :class:`~bayesmeta.rl.latent.undecoded.Undecoded`.
+
+        Args:
+            env: of held-out tasks. It is reset.
+            greedy: take the likeliest actions, else draw.
+            generator: of latents and actions; None means seed 0.
+
+        Raises:
+            UnsupportedError: for ``posterior="mixture"``.
+        """
+        belief = self.policy.belief
+        if not isinstance(belief, LatentContext):
+            raise UnsupportedError(
+                "The belief is a mixture of the training tasks' Gaussians, and a BeliefPath holds one Gaussian a "
+                "task. Ask policy.belief.beliefs(context) for the mixtures, or train with posterior='gaussian'."
+            )
+        rollout = self.evaluate(env, greedy=greedy, generator=generator)
+        program = Undecoded("DistilledLatents learns none; take VariBAD, or PEARL with reconstruction='reward'.")
+        return BeliefPath.of(belief, self.spec.of_rollout(rollout), program), rollout
 
     # -- going on later -------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from bayesmeta.ops.files import reason
 from bayesmeta.rl.command import POINTS, read_setup, settings_text
 from bayesmeta.rl.drawings import plot_trajectories, point_name
 from bayesmeta.rl.envs.gym_family import GymFamily
-from bayesmeta.rl.learner import AdaptationCurve, standard_error
+from bayesmeta.rl.evaluated_beliefs import evaluate_beliefs
+from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, standard_error
 from bayesmeta.rl.protocols import Tensors
 from bayesmeta.rl.reference_policies import Reference, references
 from bayesmeta.rl.runs import load_learner
@@ -35,7 +36,7 @@ def evaluate_folder(
     video: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Score a run of ``bayesmeta rl train`` on test tasks; print a table, write figures and a picture.
+    """Score a run of ``bayesmeta rl train`` on test tasks; print a table, write figures, pictures, beliefs.
 
     Args:
         folder: of the run.
@@ -47,7 +48,8 @@ def evaluate_folder(
         device: ``"auto"``, or a torch device.
 
     Returns:
-        What the file holds: rows of ``name``, ``returns``, ``standard_errors``, and ``regrets`` by name of an optimum.
+        What the file holds: rows of ``name``, ``returns``, ``standard_errors``, ``regrets`` by name of an optimum, and
+        ``beliefs`` of a learner that has them, see :func:`~bayesmeta.rl.evaluated_beliefs.evaluate_beliefs`.
 
     Raises:
         OptionError: for numbers that cannot be used.
@@ -70,7 +72,7 @@ def evaluate_folder(
     curve = learner.curve(held_out, points=points, generator=seed)
     curve = curve.cpu()
     others = references(family, known, setup.episodes or 1, seed=seed)
-    result = {
+    result: dict[str, Any] = {
         "settings": settings_text(setup),
         "tasks": tasks,
         "unit": curve.unit,
@@ -79,9 +81,14 @@ def evaluate_folder(
         "regrets": {r.name: _regret(r, curve) for r in others if _bounds(r, curve)},
     }
     print(table(result))
+    if isinstance(learner, HasBeliefs):
+        title = f"{setup.method} on {setup.env}: the belief about the first test task"
+        result["beliefs"] = evaluate_beliefs(learner, held_out, seed=seed, folder=folder, title=title)
     _write(out or folder / "evaluation.json", result)
     _draw(setup, learner, family, points, seed, place, folder)
-    print(f"{out or folder / 'evaluation.json'}, {folder / 'trajectories.png'}" + (f", {video}" if video else ""))
+    files = [out or folder / "evaluation.json", folder / "trajectories.png"]
+    files += [folder / name for name in result.get("beliefs", {"files": []})["files"]] + ([video] if video else [])
+    print(", ".join(map(str, files)))
     return result
 
 

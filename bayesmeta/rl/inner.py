@@ -114,6 +114,19 @@ def check_policy(policy: Any, env: TaskVectorEnv) -> None:
         )
 
 
+def check_tasks_stay(env: Any) -> None:
+    """See that what adapts on the tasks of an environment is played on the same ones.
+
+    Raises:
+        OptionError: for environments that draw new tasks whenever a trial begins.
+    """
+    if getattr(env, "new_tasks", False):
+        raise OptionError(
+            "This environment draws new tasks whenever a trial begins (new_tasks=True), so that a policy would adapt "
+            "on one task and be played on another. Make it with new_tasks=False."
+        )
+
+
 def phi_actor(policy: PhiPolicy, phi: Tensor, theta: Tensor, env: TaskVectorEnv, *, greedy: bool = False) -> Actor:
     """The actor that takes each task's own φ.
 

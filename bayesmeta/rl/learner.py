@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from bayesmeta.errors import HorizonError
 from bayesmeta.ops.random import Seed
 from bayesmeta.rl.protocols import TaskVectorEnv
+
+if TYPE_CHECKING:
+    from bayesmeta.rl.latent.beliefs import BeliefPath
+    from bayesmeta.rl.latent.contexts import ContextSpec
+    from bayesmeta.rl.rollout import Rollout
 
 
 class AdaptationCurve(NamedTuple):
@@ -89,6 +94,33 @@ class Learner(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, bit for bit."""
+
+
+@runtime_checkable
+class HasBeliefs(Protocol):
+    """What a learner with beliefs over tasks has besides: its beliefs on the way through a trial.
+
+    :class:`~bayesmeta.rl.varibad.VariBAD`, :class:`~bayesmeta.rl.pearl.PEARL` and
+    :class:`~bayesmeta.rl.distilled.DistilledLatents` have them.
+    """
+
+    @property
+    def belief_spec(self) -> ContextSpec:
+        """What stands in the context of these beliefs."""
+
+    def belief_path(
+        self, env: TaskVectorEnv, *, greedy: bool = True, generator: Seed = None
+    ) -> tuple[BeliefPath, Rollout]:
+        """The beliefs on the way through one trial in each environment, and the rollout that they are of.
+
+        Args:
+            env: of held-out tasks. It is reset.
+            greedy: take the likeliest actions, else draw.
+            generator: of whatever is random; None means seed 0.
+
+        Raises:
+            UnsupportedError: when its beliefs are not one Gaussian for each task.
+        """
 
 
 def horizon_of(env: Any, why: str) -> int:

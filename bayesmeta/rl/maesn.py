@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.inner import first_copies
+from bayesmeta.rl.inner import check_tasks_stay, first_copies
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.maesn_config import MAESNConfig
 from bayesmeta.rl.maesn_inner import LatentSteps, latent_episodes, latent_step, split_phi
@@ -324,8 +324,9 @@ class MAESN:
             generator: of latents and actions; None means seed 0.
 
         Raises:
-            OptionError: for shares that are not one for each step.
+            OptionError: for shares that are not one for each step, and environments that draw new tasks.
         """
+        check_tasks_stay(env)
         steps = self.config.inner_steps if inner_steps is None else inner_steps
         if shares is None:
             shares = [self.config.later_rates ** max(0, k + 1 - self.config.inner_steps) for k in range(steps)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator, normal_like
+from bayesmeta.rl.inner import check_tasks_stay
 from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.maesn_inner import latent_actor
 from bayesmeta.rl.maesn_policy import latent_distribution
@@ -36,8 +37,10 @@ def trial_curve(learner: MAESN, env: TaskVectorEnv, *, generator: Seed = None, g
         greedy: take the likeliest actions, so that latents alone explore.
 
     Raises:
-        OptionError: for a learner whose step compares episodes, reads actions or adapts θ.
+        OptionError: for a learner whose step compares episodes, reads actions or adapts θ, and for environments that
+            draw new tasks.
     """
+    check_tasks_stay(env)
     config = learner.config
     if config.credit != "share" or config.gradient != "score" or config.policy_lr > 0:
         raise OptionError(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from bayesmeta.rl.inner import (
     Estimation,
     TaskSteps,
     check_policy,
+    check_tasks_stay,
     first_copies,
     inner_step,
     phi_actor,
@@ -62,7 +63,8 @@ class MAMLRLConfig:
         exploration_credit: weight of E-MAML's term; 0 leaves it out, 1 is the paper's.
         max_kl: bound of an outer step, in nats.
         cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
-        curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
+        curvature_share: share of the steps in time from whose states the direction's curvature is taken, in (0, 1];
+            the divergence of gradient, line search and bound is that of all states.
         exact_curvature: take the divergence's curvature through the inner steps' second derivatives too. False leaves
             those out of the direction, for a step some times cheaper; gradient, line search and bound stay exact.
         curvature_episodes: of each task, how many episodes of every inner step and of the adapted policies the
@@ -234,17 +236,22 @@ class MAMLRL:
         """The outer surrogate and the divergence of the adapted policies, as functions of θ.
 
         Both run through the adaptation on the rollouts ``before``; ``divergence(θ, second_order=False)`` has the same
-        value, and leaves the second derivative of the inner steps out of its own.
+        value, and leaves the second derivative of the inner steps out of its own; ``divergence(θ, every=n)`` is that
+        over the states of every n-th step in time alone.
 
         Args:
             before: of each inner step.
             after: of the adapted policies.
         """
         tasks = after.returns.shape[0]
-        every = max(1, round(1 / self.config.curvature_share))
+        old_shared = self.parts(self.theta)[0]
         with torch.no_grad():
-            phi = self.path(self.theta, before, tasks, create_graph=False)[-1]
-            old = detached(self.policy.distribution(phi, after.features[::every], self.parts(self.theta)[0]))
+            start = self.path(self.theta, before, tasks, create_graph=False)[-1]
+
+        @cache
+        def old(every: int) -> Any:
+            with torch.no_grad():
+                return detached(self.policy.distribution(start, after.features[::every], old_shared))
 
         def surrogate(theta: Tensor) -> Tensor:
             shared, _ = self.parts(theta)
@@ -255,10 +262,10 @@ class MAMLRL:
                 value = value + self.config.exploration_credit * self._credit(phis, shared, before, after)
             return value
 
-        def divergence(theta: Tensor, second_order: bool = True) -> Tensor:
+        def divergence(theta: Tensor, second_order: bool = True, every: int = 1) -> Tensor:
             phi = self.path(theta, before, tasks, create_graph=True, second_order=second_order)[-1]
             new = self.policy.distribution(phi, after.features[::every], self.parts(theta)[0])
-            return average(kl(old, new), after.mask[::every])
+            return average(kl(old(every), new), after.mask[::every])
 
         return surrogate, divergence
 
@@ -269,12 +276,12 @@ class MAMLRL:
 
         The policies that adapted on fewer episodes are others, but stand as near to θ as those that are compared.
         """
-        few = self.config.curvature_episodes
+        few, every = self.config.curvature_episodes, max(1, round(1 / self.config.curvature_share))
         if few is not None and few < after.returns.shape[1]:
             _, divergence = self.objectives([first_copies(s, few) for s in before], first_copies(after, few))
-        elif self.config.exact_curvature:
+        elif self.config.exact_curvature and every == 1:
             return None
-        return partial(divergence, second_order=self.config.exact_curvature)
+        return partial(divergence, second_order=self.config.exact_curvature, every=every)
 
     def _credit(self, phis: list[Tensor], shared: Tensor, before: list[TaskSteps], after: TaskSteps) -> Tensor:
         """E-MAML's term for every inner step's rollouts, in the units of the surrogate."""
@@ -312,10 +319,15 @@ class MAMLRL:
             inner_steps: how many; None is as trained.
             rates: a rate for each step, a number or ``[D]`` each, in place of those trained with.
             generator: of the actions; None means seed 0.
+
+        Raises:
+            OptionError: for environments that draw new tasks when a trial ends: what adapted on one task would be
+                played on another; and for another number of rates.
         """
         inner_steps = self.config.inner_steps if inner_steps is None else inner_steps
         if rates is not None and len(rates) != inner_steps:
             raise OptionError(f"Expected a rate for each of {inner_steps} steps; got {rates}.")
+        check_tasks_stay(env)
         generator = as_generator(generator, env.device, "evaluation")
         shared, rate = self.parts(self.theta)
         phi, found = self.policy.begin(shared, env.num_tasks), []

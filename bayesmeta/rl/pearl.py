@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.ops.whole import is_whole
+from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
+from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.posterior_sampling import Act, Exploration, inferring, play
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -294,6 +296,32 @@ class PEARL:
         return curve_of_trials(
             self.evaluate(env, exploration=exploration, generator=generator, keep=told_by(env)), env
         )  # fmt: skip
+
+    @property
+    def belief_spec(self) -> ContextSpec:
+        """What stands in the context of :meth:`belief_path`: what the decoder explains, where there is one."""
+        return self.spec if self._explained is None else self._explained
+
+    @torch.no_grad()
+    def belief_path(
+        self, env: TaskVectorEnv, *, greedy: bool = True, generator: Seed = None
+    ) -> tuple[BeliefPath, Rollout]:
+        """The beliefs on the way through one trial in each environment, and the rollout that they are of.
+
+        They are those after every step; posterior sampling asks for one where an episode begins. Without
+        ``reconstruction`` nothing was learned of what z means: the program is then an
+        :class:`~bayesmeta.rl.latent.undecoded.Undecoded`.
+
+        Args:
+            env: of held-out tasks. It is reset.
+            greedy: take the likeliest actions, else draw.
+            generator: of latents and actions; None means seed 0.
+        """
+        rollout = self.evaluate(env, greedy=greedy, generator=generator)
+        q = self.policy.latent.beliefs(self.spec.of_rollout(rollout)).base_dist
+        decoder = self.policy.decoder
+        program = Undecoded("train PEARL with reconstruction='reward'.") if decoder is None else decoder.program()
+        return BeliefPath(program, self.belief_spec.of_rollout(rollout), q.loc, q.scale), rollout
 
     # -- going on later -------------------------------------------------------------------------------------------
 

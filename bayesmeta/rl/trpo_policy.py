@@ -32,8 +32,8 @@ class TRPOConfig:
         lam: λ of the advantages.
         max_kl: bound of a step, in nats.
         cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
-        curvature_share: share of the environments on which the divergence's curvature is taken, in (0, 1]. The bound
-            itself is checked on the same ones.
+        curvature_share: share of the environments on which the direction's curvature is taken, in (0, 1]. Gradient,
+            line search and bound are those of all of them.
         ridge: of the values' fit, as a share of the mean square of what the memory gives.
 
     Raises:
@@ -100,20 +100,25 @@ class TRPO:
         first = rollout.first_state
         state = None if first is None else first[some]
         with torch.no_grad():
-            old = detached(self.policy(moments, state)[0])
+            old = detached(self.policy(rollout.moments, first)[0])
+            old_some = detached(self.policy(moments, state)[0])
 
         def surrogate(at: Tensor) -> Tensor:
             distribution, _ = functional_call(self.policy, self.flat.views(at), (rollout.moments, first))
             return average(likelihood_ratio(distribution.log_prob(rollout.action), rollout.log_prob, scaled))
 
         def divergence(at: Tensor) -> Tensor:
-            return kl(old, functional_call(self.policy, self.flat.views(at), (moments, state))[0]).mean()
+            return kl(old, functional_call(self.policy, self.flat.views(at), (rollout.moments, first))[0]).mean()
+
+        def curvature(at: Tensor) -> Tensor:
+            return kl(old_some, functional_call(self.policy, self.flat.views(at), (moments, state))[0]).mean()
 
         config = self.config
         done = trust_region_step(
             theta,
             surrogate,
             divergence,
+            curvature=curvature,
             max_kl=config.max_kl,
             cg_steps=config.cg_steps,
             damping=config.damping,

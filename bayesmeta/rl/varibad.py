@@ -254,6 +254,11 @@ class VariBAD(RL2):
 
     # -- what was learned -------------------------------------------------------------------------------------------
 
+    @property
+    def belief_spec(self) -> ContextSpec:
+        """What stands in the context of :meth:`belief_path`."""
+        return self.policy.memory.spec
+
     def belief_path(
         self, env: TaskVectorEnv, *, greedy: bool = True, generator: Seed = None
     ) -> tuple[BeliefPath, Rollout]:
