@@ -65,7 +65,7 @@ def test_both_learners_have_the_same_environments_and_settings_of_ppo():
 
 def test_a_belief_that_was_not_trained_is_seen_to_be_wrong(monkeypatch):
     run = bench.make("varibad", SMALL, 3, 4, 2)
-    check = bench.belief_check(run, SMALL, 0)
+    check = bench.belief_checks(run, SMALL, 0)["belief"]
     assert check.exact_log_score.mean > check.log_score.mean
     assert check.seen_share.mean > 0.05
     assert not bench.BARS["varibad_belief_on_seen_empty"].holds(check.seen_share.mean)
@@ -76,7 +76,8 @@ def test_a_quick_run_has_all_rows_and_curves_and_no_bar(monkeypatch):
     args = options()
     rows = {row.name: row for row in bench.run(args)}
     names = [f"{name}_episode_{n}" for name in bench.LEARNERS for n in (1, 2, 3, 4)]
-    beliefs = {f"varibad_belief_{what}" for what in ("on_seen_empty", "calibration_error", "distance")}
+    kinds = ("on_seen_empty", "calibration_error", "distance", "log_score_lost")
+    beliefs = {f"varibad_{when}_{what}" for when in ("belief", "search") for what in kinds}
     assert set(names) | beliefs == set(rows)
     assert all(row.passes is None for row in rows.values())
     assert rows["varibad_episode_1"].seconds > 0

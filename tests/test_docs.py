@@ -110,6 +110,11 @@ def test_the_example_of_ones_own_model_runs(tmp_path):
     assert all(name in printed for name in ("MetaSVI", "ABML", "MAML", "coverage_90", "mu[0]"))
 
 
+def test_the_example_of_beliefs_over_tasks_runs(tmp_path):
+    printed = run_example("beliefs_over_tasks.py", folder=tmp_path)
+    assert all(words in printed for words in ("return by episode", "eti89_lb", "belief and NUTS differ", "AUROC"))
+
+
 def test_examples_stay_short():
     for path in (ROOT / "examples").glob("*.py"):
         lines = path.read_text().count("\n")

@@ -196,6 +196,25 @@ def test_exact_beliefs_about_goals():
     assert found.ece < 0.01
 
 
+def test_a_search_is_judged_by_itself():
+    family, seen, goal, _ = walks()
+    admissible = checks.admissible_cells(family)
+    exact = exact_goals(seen, goal, admissible)
+    assert checks.compare_goals(exact, seen, goal, admissible, searching=True).distance.mean < 1e-12
+    here = torch.nn.functional.one_hot(goal, 25).bool()
+    found = (seen & here).any(-1)
+    # knows the goal once it was found, and before that looks where it has been already
+    empty = seen & ~here
+    backward = torch.where(empty.any(-1, keepdim=True), empty.double(), admissible.double().expand(empty.shape))
+    backward = torch.where(found.unsqueeze(-1), here.double(), backward / backward.sum(-1, keepdim=True))
+    told = checks.compare_goals(backward, seen, goal, admissible, searching=True)
+    each = [empty[~found[:, t], t].any(-1).double().mean() for t in range(len(goal))]
+    assert told.seen_share.mean == pytest.approx(torch.stack(each).mean().item(), abs=1e-12)
+    assert told.seen_share.mean > checks.compare_goals(backward, seen, goal, admissible).seen_share.mean
+    with pytest.raises(errors.EmptyTaskError, match="found before"):
+        checks.compare_goals(here.double(), here, goal, admissible, searching=True)
+
+
 def test_wrong_beliefs_about_goals():
     family, seen, goal, _ = walks()
     admissible = checks.admissible_cells(family)

@@ -190,6 +190,20 @@ def test_what_the_guide_learns_from(critic_gradient):
     assert not {id(p) for group in actor for p in group["params"]} & {id(p) for p in guide}
 
 
+def test_the_kl_is_told_in_nats_and_weighs_as_asked():
+    told, losses = {}, {}
+    for weight in (0.0, 1.0, 3.0):
+        learner = pearl(kl_weight=weight)
+        learner.store(learner.collect())
+        update = learner.updates.update
+        learner.updates.update = lambda *a, extra, update=update, weight=weight, **o: (
+            losses.setdefault(weight, float(extra.detach())), update(*a, extra=extra, **o))[1]  # fmt: skip
+        told[weight] = float(learner.update()["kl"])
+    assert told[0.0] > 1e-3
+    assert told[0.0] == pytest.approx(told[1.0]) == pytest.approx(told[3.0])
+    assert [losses[w] for w in (0.0, 1.0, 3.0)] == pytest.approx([0.0, told[1.0], 3 * told[1.0]])
+
+
 @pytest.mark.parametrize("reconstruction", ["reward", "transition"])
 def test_a_decoder_can_be_asked_for(reconstruction):
     learner = pearl(reconstruction=reconstruction, reconstruction_weight=1.0)

@@ -36,6 +36,7 @@ _NAMES = {
     "GymVectorEnv": "bayesmeta.rl.envs.gym",
     "LatentContext": "bayesmeta.rl.latent.core",
     "LatentPolicy": "bayesmeta.rl.maesn_policy",
+    "HasBeliefs": "bayesmeta.rl.learner",
     "Learner": "bayesmeta.rl.learner",
     "LinearDecoder": "bayesmeta.rl.varibad_decoder",
     "load_learner": "bayesmeta.rl.runs",
@@ -114,7 +115,7 @@ if TYPE_CHECKING:
     from bayesmeta.rl.latent.decoder import TransitionDecoder
     from bayesmeta.rl.latent.mixture import MixtureContext
     from bayesmeta.rl.latent.pictures import plot_beliefs
-    from bayesmeta.rl.learner import AdaptationCurve, Learner
+    from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, Learner
     from bayesmeta.rl.maesn import MAESN
     from bayesmeta.rl.maesn_config import MAESNConfig
     from bayesmeta.rl.maesn_policy import LatentPolicy

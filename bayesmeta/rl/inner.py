@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import OptionError, ShapeError, SpaceError
-from bayesmeta.rl.objectives import average, likelihood_ratio, loaded_dice, policy_gradient, standardised
+from bayesmeta.errors import NonFiniteDataError, OptionError, ShapeError, SpaceError
+from bayesmeta.rl.objectives import average, deviation, likelihood_ratio, loaded_dice, policy_gradient, standardised
 from bayesmeta.rl.policies import sample
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
 from bayesmeta.rl.returns import LinearBaseline, advantages, discounted_returns
@@ -43,6 +43,7 @@ class TaskSteps(NamedTuple):
         ended: whether the episode ended after the step.
         mask: which steps count: those of each environment's first episode.
         returns: undiscounted reward of the first episode, ``[tasks, copies]``.
+        scale: what the advantages of each task were divided by, ``[tasks]``; None where they were not.
     """
 
     features: Tensor
@@ -52,6 +53,11 @@ class TaskSteps(NamedTuple):
     ended: Tensor
     mask: Tensor
     returns: Tensor
+    scale: Tensor | None = None
+
+
+#: the parts of :class:`TaskSteps` that have no time
+_OF_EPISODES = ("returns", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +69,9 @@ class Estimation:
         lam: λ of the advantages.
         standardise: each task's advantages to mean 0 and deviation 1, so that a rate does not hang on its rewards.
         estimator: of the inner objective; they share their first derivative and differ in the second:
-            ``"likelihood_ratio"`` (ProMP's, low variance, some bias), ``"dice"`` (no bias, variance that grows with the
-            horizon, which ``decay`` trades), ``"policy_gradient"`` (Finn et al. 2017; leaves out that actions were
-            drawn).
+            ``"likelihood_ratio"`` (ProMP's, low variance, some bias), ``"dice"`` (no bias with ``standardise=False``, in the
+            limit of many episodes; variance that grows with the horizon, which ``decay`` trades),
+            ``"policy_gradient"`` (Finn et al. 2017; leaves out that actions were drawn).
         decay: of ``"dice"``, see :func:`~bayesmeta.rl.objectives.loaded_dice`.
 
     Raises:
@@ -165,6 +171,9 @@ def task_steps(rollout: Rollout, env: TaskVectorEnv, estimation: Estimation, bas
         env: that it came from.
         estimation: settings.
         baseline: fitted to each task by itself.
+
+    Raises:
+        NonFiniteDataError: for rewards that are not finite, or too large for their spread to be.
     """
     by_task = rollout.by_task
     seen = features(env.single_observation_space, rollout.moments.observation, rollout.log_prob.dtype)
@@ -176,8 +185,15 @@ def task_steps(rollout: Rollout, env: TaskVectorEnv, estimation: Estimation, bas
     last = ended.clone()
     last[-1] = True
     advantage = advantages(reward, values, after, last, never, gamma=estimation.gamma, lam=estimation.lam)
+    scale = None
     if estimation.standardise:
+        scale = deviation(advantage, mask, dims=(0, 2)).flatten()
         advantage = standardised(advantage, mask, dims=(0, 2))
+        if not torch.isfinite(scale).all():
+            raise NonFiniteDataError(
+                f"The rewards reach {reward.abs().max().item():g}, too large for the spread of advantages in "
+                f"{advantage.dtype}. Scale the environment's rewards."
+            )
     return TaskSteps(
         features=seen,
         action=by_task(rollout.action),
@@ -186,6 +202,7 @@ def task_steps(rollout: Rollout, env: TaskVectorEnv, estimation: Estimation, bas
         ended=ended,
         mask=mask,
         returns=torch.where(mask, reward, 0.0).sum(0),
+        scale=scale,
     )
 
 
@@ -194,12 +211,12 @@ def to_the_last(steps: TaskSteps) -> TaskSteps:
     length = int(steps.mask.flatten(1).any(1).sum())
     if length == len(steps.mask):
         return steps
-    return steps._replace(**{n: v[:length] for n, v in steps._asdict().items() if n != "returns"})
+    return steps._replace(**{n: v[:length] for n, v in steps._asdict().items() if n not in _OF_EPISODES})
 
 
 def first_copies(steps: TaskSteps, number: int) -> TaskSteps:
     """The first ``number`` environments of each task; advantages stay those computed from all."""
-    kept = {n: v[:, :, :number] for n, v in steps._asdict().items() if n != "returns"}
+    kept = {n: v[:, :, :number] for n, v in steps._asdict().items() if n not in _OF_EPISODES}
     return steps._replace(**kept, returns=steps.returns[:, :number])
 
 

@@ -60,7 +60,9 @@ class MAMLRLConfig:
         inner_lr: their rate α.
         first_order: leave out the second derivative.
         learn_rates: Meta-SGD: one learned rate for each task parameter, beginning at ``inner_lr``.
-        exploration_credit: weight of E-MAML's term; 0 leaves it out, 1 is the paper's.
+        exploration_credit: weight of E-MAML's term; 0 leaves it out, 1 is the paper's. It counts that the actions of the
+            inner steps were drawn, so that it goes with ``Estimation(estimator="policy_gradient")`` alone: the others
+            count that once already. What an adaptation brought is compared with the other tasks: two at least.
         max_kl: bound of an outer step, in nats.
         cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
         curvature_share: share of the steps in time from whose states the direction's curvature is taken, in (0, 1];
@@ -100,6 +102,11 @@ class MAMLRLConfig:
             raise OptionError(f"Expected curvature_episodes of at least 1, or None; got {self.curvature_episodes}.")
         if self.joint_iterations < 0:
             raise OptionError(f"Expected joint_iterations ≥ 0; got {self.joint_iterations}.")
+        if self.exploration_credit > 0 and self.estimation.estimator != "policy_gradient":
+            raise OptionError(
+                "exploration_credit counts that the actions of inner steps were drawn, and so does the estimator "
+                f"{self.estimation.estimator!r}: take Estimation(estimator='policy_gradient'), or leave the credit out."
+            )
         if not 0 <= self.exploration_credit < math.inf or not 0 < self.curvature_share <= 1:
             raise OptionError(
                 f"Expected exploration_credit ≥ 0 and curvature_share in (0, 1]; got {self.exploration_credit} and "
@@ -125,7 +132,7 @@ class MAMLRL:
     Raises:
         HorizonError: for an environment without a horizon.
         SpaceError: for a policy that is not for its observations and actions.
-        OptionError: for one whose tasks cannot be drawn.
+        OptionError: for one whose tasks cannot be drawn, or that has too few for ``exploration_credit``.
     """
 
     def __init__(
@@ -140,6 +147,7 @@ class MAMLRL:
         self.env, self.policy, self.config = env, policy, MAMLRLConfig() if config is None else config
         self.horizon = horizon_of(env, "MAML-RL adapts on whole episodes")
         check_policy(policy, env)
+        _check_credit(self.config, env)
         self._sample_tasks = _sampler(env) if sample_tasks is None else sample_tasks
         self.generator = as_generator(seed, env.device, "maml-rl")
         self.baseline = LinearBaseline()
@@ -285,12 +293,13 @@ class MAMLRL:
 
     def _credit(self, phis: list[Tensor], shared: Tensor, before: list[TaskSteps], after: TaskSteps) -> Tensor:
         """E-MAML's term for every inner step's rollouts, in the units of the surrogate."""
-        returns = after.returns.mean(1)
-        # the surrogate is a mean over steps of standardised advantages
-        score = returns - returns.mean()
-        if self.config.estimation.standardise:
-            score = score / after.returns.std(dim=1).mean().clamp_min(1e-8)
-        score = score / after.mask.sum((0, 2)).mul(1 / after.returns.shape[1]).clamp_min(1)
+        returns, tasks = after.returns.mean(1), len(after.returns)
+        # what the other tasks bring does not hang on this task's episodes: a baseline without bias
+        score = (returns - returns.mean()) * tasks / (tasks - 1)
+        if after.scale is not None:  # a task whose advantages are all 0 moves nothing in the surrogate either
+            score = torch.where(after.scale > 0, score / after.scale.clamp_min(1e-30), 0.0)
+        # the surrogate is a mean over all steps, and so a return over the mean length of an episode
+        score = score * after.returns.numel() / after.mask.sum().clamp_min(1)
         total = torch.zeros_like(returns)
         for phi, steps in zip(phis, before):
             log_prob = self.policy.distribution(phi, steps.features, shared).log_prob(steps.action)
@@ -391,6 +400,21 @@ class MAMLRL:
         self.env.load_state_dict(state["env"])
         self.generator.set_state(state["generator"].cpu())
         self.iteration, self.history = state["iteration"], [dict(row) for row in state["history"]]
+
+
+def _check_credit(config: MAMLRLConfig, env: TaskVectorEnv) -> None:
+    if config.exploration_credit == 0:
+        return
+    if env.num_tasks < 2:
+        raise OptionError(
+            "exploration_credit compares what adaptation brought with other tasks, and the environment has one task; "
+            "give it two or more, or leave the credit out."
+        )
+    if env.copies < 2 and config.estimation.standardise:
+        raise OptionError(
+            "exploration_credit needs the scale of a task's advantages, and the environment has one episode of each "
+            "(copies=1); give it two or more, or take Estimation(standardise=False, estimator='policy_gradient')."
+        )
 
 
 def _sampler(env: Any) -> Callable[[int, torch.Generator], Any]:

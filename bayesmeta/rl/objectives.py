@@ -38,8 +38,25 @@ def standardised(advantages: Tensor, mask: Tensor | None = None, dims: int | tup
             time step by itself: right where returns differ in scale along a trial.
 
     Returns:
-        The same shape; 0 where all advantages are equal, up to rounding, and where the mask is False.
+        The same shape; 0 where all advantages are equal, up to rounding, and where the mask is False; NaN where their
+        deviation is not finite, so that a loss says so.
     """
+    centred, scale = _spread(advantages, mask, dims)
+    # 0 × ∞ is NaN: numbers beside an overflowing deviation must not pass for equal ones
+    return torch.where(scale > 0, centred / scale.clamp_min(1e-30) + 0 * scale, centred * scale)
+
+
+def deviation(advantages: Tensor, mask: Tensor | None = None, dims: int | tuple[int, ...] | None = None) -> Tensor:
+    """What :func:`standardised` divides by, with the dimensions kept; 0 where it gives 0.
+
+    Args:
+        advantages, mask, dims: as there.
+    """
+    return _spread(advantages, mask, dims)[1]
+
+
+def _spread(advantages: Tensor, mask: Tensor | None, dims: int | tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """Advantages less their mean, 0 where the mask is False, and their standard deviation."""
     dims = tuple(range(advantages.dim())) if dims is None else dims
     keep = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
     count = keep.sum(dims, keepdim=True).clamp_min(1)
@@ -49,7 +66,7 @@ def standardised(advantages: Tensor, mask: Tensor | None = None, dims: int | tup
     scale = (centred.square().sum(dims, keepdim=True) / count).sqrt()
     # equal numbers do not become noise: rounding leaves about eps times their size
     floor = 8 * torch.finfo(advantages.dtype).eps * (mean.abs() + 1e-8) + 1e-8
-    return torch.where(scale > floor, centred / scale.clamp_min(1e-30), 0.0)
+    return centred, torch.where(scale <= floor, 0.0, scale)
 
 
 def policy_gradient(log_prob: Tensor, advantages: Tensor) -> Tensor:

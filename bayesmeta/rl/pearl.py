@@ -153,7 +153,8 @@ class PEARL:
         replay: what was done in each task; actor and critics learn from all of it.
         fresh: how many steps of each task are of the last rollout, which the guide reads.
         iteration: iterations done.
-        history: one dict an iteration: ``reward`` (mean return of an episode of training) and figures of the updates.
+        history: one dict an iteration: ``reward`` (mean return of an episode of training) and figures of the updates;
+            ``kl`` is in nats, without its weight.
 
     Raises:
         OptionError: for environments that draw new tasks.
@@ -233,7 +234,8 @@ class PEARL:
         q = latent.posterior(self._context(self.spec, read))
         z = latent.sample(q, 1, generator)[0]
         kl = latent.kl(q).mean()
-        extra, more = kl, {"kl": kl.detach()}
+        nats = torch.distributions.kl_divergence(q, latent.prior(*q.batch_shape)).mean()
+        extra, more = kl, {"kl": nats.detach()}
         if self.policy.decoder is not None:
             assert self._explained is not None
             fit = self.policy.decoder.log_prob(z, self._context(self._explained, batch)).mean()

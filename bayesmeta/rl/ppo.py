@@ -72,6 +72,18 @@ class PPOConfig:
                 f"Unknown standardise {self.standardise!r}; expected one of {', '.join(get_args(Standardise))}."
             )
 
+    def check(self, num_envs: int) -> None:
+        """See that so many environments can be learned from.
+
+        Raises:
+            OptionError: for one environment where advantages are compared between environments: all would be 0.
+        """
+        if num_envs < 2 and self.standardise == "step":
+            raise OptionError(
+                "standardise='step' compares environments in each step, and there is one: every advantage would be 0. "
+                "Take PPOConfig(standardise='all'), or more environments."
+            )
+
     def at(self, share: float) -> tuple[float, float]:
         """Rate and entropy weight when a share of the training in [0, 1] is done."""
         share = min(max(share, 0.0), 1.0)
@@ -124,8 +136,10 @@ class PPO:
 
         Raises:
             NonFiniteLossError: for a loss that is not finite; the policy is that of the last piece before.
+            OptionError: for one environment whose advantages are to be standardised in each step.
         """
         config = self.config
+        config.check(rollout.reward.shape[1])
         assert rollout.value is not None
         rate, bonus = config.at(share)
         for group in self.optimizer.param_groups:

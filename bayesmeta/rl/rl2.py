@@ -103,7 +103,12 @@ class RL2:
         Args:
             env: with autoreset and new tasks for each trial.
             steps: of each rollout; None is one whole trial.
+
+        Raises:
+            OptionError: for no steps, or one environment where advantages are standardised in each step.
         """
+        if isinstance(self.config, PPOConfig):
+            self.config.check(env.num_envs)
         self.policy.set_trial(env)
         self.env = env
         self.steps = self.policy.trial_steps if steps is None else steps

@@ -327,6 +327,9 @@ class Setup:
         known, given = self.defaults, {"inner_steps": inner_steps, "inner_lr": inner_lr}
         if self.method != "cavia":
             given |= {**known.inner, "joint_iterations": round(known.joint_share * iterations)}
+        if self.method == "e-maml":  # whose credit stands for the second derivative of the other estimators
+            estimation = given.get("estimation", Estimation())
+            given["estimation"] = dataclasses.replace(estimation, estimator="policy_gradient")
         return MAMLRLConfig(**{**given, **_INNER[self.method]})
 
     def _stepping(self, family: Any, device: torch.device | str) -> MAMLRL:

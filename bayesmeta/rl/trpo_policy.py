@@ -85,14 +85,14 @@ class TRPO:
             ``kl``, ``improvement``, ``accepted`` and ``backtracks`` of the step, and ``value_loss``.
 
         Raises:
-            NonFiniteLossError: for advantages that are not finite.
+            NonFiniteLossError: for advantages that are not finite, or too large for their spread to be.
         """
-        if not torch.isfinite(advantage).all():
-            raise NonFiniteLossError(f"The advantages of update {step} are not finite. Scale the rewards.", step)
+        scaled = standardised(advantage)
+        if not torch.isfinite(scaled).all():
+            raise NonFiniteLossError(f"The advantages of update {step}, or their spread, are not finite. Scale the rewards.", step)
         assert rollout.value is not None
         named = dict(self.policy.named_parameters())
         theta = self.flat.flatten({n: named[n].detach() for n in self.flat.shapes})
-        scaled = standardised(advantage)
         batch = rollout.reward.shape[1]
         some = torch.randperm(batch, generator=generator, device=generator.device).to(rollout.reward.device)
         some = some[: max(1, round(batch * self.config.curvature_share))]

@@ -262,9 +262,18 @@ def goal_probabilities(program: TaskProgram, spec: ContextSpec, z: Tensor, famil
 
 @torch.no_grad()
 def compare_goals(
-    probabilities: Tensor, seen: Tensor, goal: Tensor, admissible: Tensor, *, num_bins: int = 15
+    probabilities: Tensor,
+    seen: Tensor,
+    goal: Tensor,
+    admissible: Tensor,
+    *,
+    searching: bool = False,
+    num_bins: int = 15,
 ) -> GoalsCheck:
     """Beliefs about where the goal is against the exact one: there once it was seen, before that uniform over the rest.
+
+    Most steps of a good policy come after the goal was found, where any belief that can remember is right: of a search
+    ``searching=True`` says more.
 
     Args:
         probabilities: of each cell to be the goal, ``[tasks, cells]`` or ``[steps, tasks, cells]``; of several steps
@@ -272,11 +281,12 @@ def compare_goals(
         seen: which cells were entered, of that shape.
         goal: the goal's cell, ``[tasks]``.
         admissible: cells that can be the goal, ``[cells]``.
+        searching: whether steps after the goal was entered are left out.
         num_bins: of the reliability diagram.
 
     Raises:
         ShapeError: when the shapes do not fit.
-        EmptyTaskError: when nothing is left where an unseen goal could be.
+        EmptyTaskError: when nothing is left where an unseen goal could be, or no step counts.
     """
     if probabilities.dim() == 2:
         probabilities, seen = probabilities.unsqueeze(0), seen.unsqueeze(0)
@@ -295,16 +305,21 @@ def compare_goals(
     mass = belief.sum(-1)
     share = belief / mass.clamp_min(torch.finfo(belief.dtype).tiny).unsqueeze(-1)
 
-    def figure(value: Tensor) -> Figure:
-        return Figure.of(value.mean(0))
+    counts = (~found if searching else torch.ones_like(found)).expand_as(belief)
+
+    number = counts[..., 0].sum(0)
+    if not bool(number.any()):
+        raise EmptyTaskError("Every goal was found before: no step is a search. Give earlier ones, or searching=False.")
+
+    def figure(value: Tensor) -> Figure:  # a task's mean over the steps that count
+        total = torch.where(counts[..., 0], value, 0.0).sum(0)
+        return Figure.of(total[number > 0] / number[number > 0])
 
     def log_score(p: Tensor) -> Figure:
         return figure((p * here).sum(-1).log())
 
     owner = torch.arange(len(goal), device=belief.device)[:, None].expand(belief.shape)
-    diagram = reliability(
-        belief.flatten(), here.expand(belief.shape).double().flatten(), owner.flatten(), num_bins=num_bins
-    )
+    diagram = reliability(belief[counts], here.expand(belief.shape).double()[counts], owner[counts], num_bins=num_bins)
     return GoalsCheck(
         figure((share * (seen & ~here)).sum(-1)), figure(mass), figure(0.5 * (share - exact).abs().sum(-1)),
         log_score(share), log_score(exact), diagram.ece, diagram,
