@@ -12,6 +12,7 @@ from bayesmeta.rl.distilled_setups import distilled_for
 from bayesmeta.rl.envs import SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.pearl import PEARL, PEARLConfig
 from bayesmeta.rl.sac import SACConfig
+from bayesmeta.rl.varibad_setups import robot_varibad
 from benchmarks._sparse_maesn import ITERATIONS as MAESN_ITERATIONS
 from benchmarks._sparse_maesn import QUICK as MAESN_QUICK
 from benchmarks._sparse_maesn import maesn
@@ -54,12 +55,19 @@ def _pearl(env: Any, iterations: int, seed: int) -> Any:
     return PEARL(env, config, seed=seed)
 
 
+def _varibad(env: Any, iterations: int, seed: int) -> Any:
+    """On trials of the training goals, of four episodes each; more follow at test time."""
+    trials = TensorVectorEnv(FAMILY, 256, new_tasks=True, episodes_per_trial=4, generator=seed)
+    return robot_varibad(trials, iterations=iterations, seed=seed)
+
+
 #: By their names on the command line. Rows of "pearl" are named pearl_released.
 METHODS: dict[str, Method] = {
     "pearl": Method(_pearl, 130, 2),
     "distilled": Method(_distilled, 400, 6),
     "distilled_gaussian": Method(_distilled_gaussian, 400, 6),
     "maesn": Method(maesn, MAESN_ITERATIONS, MAESN_QUICK, ()),
+    "varibad": Method(_varibad, 100, 2, ()),
 }
 
 

@@ -14,6 +14,7 @@ goals and trainings together. Settings were chosen on validation goals and seed 
   an encoder distilled onto them from chains of posterior sampling (:mod:`bayesmeta.rl.distilled`): a mixture of these
   Gaussians with weights read from the context, or one Gaussian. This is not PEARL.
 - ``maesn_after_K``: MAESN; see :mod:`benchmarks._sparse_maesn` for what an episode of a trial is.
+- ``varibad_after_K``: VariBAD, whose policy reads the belief at every step and plans with it.
 - ``pearl_best_after_K``: the one of PEARL and the two distilled forms with the highest validation return after ten
   episodes, held to the bars.
 - ``explore_STRATEGY_after_K``: the same trained learner of ``pearl_best`` with other ways to explore: the mean of the

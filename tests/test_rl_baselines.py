@@ -1,6 +1,7 @@
 """Classical baselines: each does what its rule says, and what it earns is what is known of it."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_bandit_baselines_earn_their_figures(baseline, horizon, arms, figure, er
 
 
 def test_the_table_could_have_been_missed():
-    """The control: of algorithms, none has the figure of another by accident."""
+    """The control: a rule of another kind misses these two figures by more than what is allowed."""
     ours, error = earned(b.ThompsonSampling(), 5, 10)
     assert abs(ours - 6.6) > 3 * (error**2 + 0.07**2) ** 0.5 + 0.05
     ours, error = earned(b.Greedy(ties="random"), 10, 100)
@@ -78,6 +79,25 @@ def test_scores_by_hand():
     assert bool((optimistic >= belief.mean).all())
     assert bool((optimistic > belief.mean).any())
     assert b.Gittins(0.9).scores(belief, 3, 4, generator)[0, 2] == pytest.approx(0.7029, abs=1e-4)
+
+
+def test_gittins_scores_are_those_of_the_pulls_that_are_left():
+    """An arm never pulled, (left, index): 1: its mean; 2: 2λ = ½ (1 + ⅔) + ½ λ, so 5/9; 3: by the same equation, two
+    pulls deep. The control: indices of one pull more or less are others."""
+    generator, belief = torch.Generator(), b.BetaBelief(1, 2, CPU)
+
+    def scores(horizon, left):
+        return float(b.Gittins().scores(belief, horizon - left, horizon, generator)[0, 0])
+
+    for horizon in (3, 6):
+        assert scores(horizon, 1) == pytest.approx(1 / 2, abs=1e-3)
+        assert scores(horizon, 2) == pytest.approx(5 / 9, abs=1e-3)
+    # three left, λ between 5/9 and 2/3: after a success going on twice (4/3) or λ after a failure there; after a
+    # failure λ twice
+    index = scores(6, 3)
+    won = 2 / 3 * (1 + max(3 / 4, index)) + 1 / 3 * max(1 / 2, index)
+    assert 3 * index == pytest.approx(1 / 2 * (1 + max(won, 2 * index)) + 1 / 2 * 2 * index, abs=1e-3)
+    assert index > 5 / 9 + 0.01
 
 
 def test_normal_beliefs_are_conjugate():
@@ -181,6 +201,33 @@ def test_the_optimistic_model_is_the_best_in_its_set():
         expected = float((inside @ values).max())
         ours = m._optimistic(centre.view(1, 1, 1, 3), values.view(1, 3), torch.full((1, 1, 1), width))
         assert float(ours) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("states", [2, 5])
+def test_ucrl2_is_optimistic_by_the_widths_of_the_paper(states):
+    """Two steps by hand (Jaksch et al. 2010, eqs. 3 and 4): t = 400 visits of each of S × 2 pairs, half the width of
+    transitions moves onto the better state. The control: without √S it is another value."""
+    family = envs.TabularMDP(states=states, actions=2)
+    belief = m.MDPBelief(1, family, CPU, prior_mean=0.0)
+    belief.visits += 400.0
+    belief.total[:, -1] += 401.0  # the last state pays 1 at each visit, the others nothing
+    belief.counts += 400.0 / states - 1 + 1
+    scale, delta, time = 0.2, 0.05, 400.0 * states * 2
+    rule = m.UCRL2(scale=scale, confidence=delta)
+    plan = rule.plan(belief, 2, torch.Generator())
+    reward_width = scale * math.sqrt(7 / 2 * math.log(2 * states * 2 * time / delta) / 400)
+    paid = torch.zeros(states)
+    paid[-1] = 1.0
+    torch.testing.assert_close(plan[1, 0, :, 0], paid + reward_width, rtol=1e-5, atol=1e-5)
+
+    def first(width):
+        chance = 1 / states + scale * width / 2
+        assert chance < 1
+        return paid + 2 * reward_width + chance
+
+    width = math.sqrt(14 * states * math.log(2 * 2 * time / delta) / 400)
+    torch.testing.assert_close(plan[0, 0, :, 1], first(width), rtol=1e-5, atol=1e-5)
+    assert (plan[0, 0, :, 1] - first(width / math.sqrt(states))).abs().min() > 0.01
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------

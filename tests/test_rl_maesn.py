@@ -377,6 +377,12 @@ def test_bad_input_is_refused():
     env = TensorVectorEnv(family, 3, copies=2)
     with pytest.raises(OptionError, match="new_tasks=False"):
         MAESN(TensorVectorEnv(family, 2, new_tasks=True), policy)
+    for episodes in (1, 2):  # steps of a batch, and episode by episode
+        config = MAESNConfig(credit="share" if episodes == 2 else "standardised")
+        learner = MAESN(TensorVectorEnv(family, 2, copies=2), policy, config)
+        changing = TensorVectorEnv(family, 2, new_tasks=True, episodes_per_trial=episodes)
+        with pytest.raises(OptionError, match="adapt on one task and be played on another"):
+            learner.curve(changing)
     with pytest.raises(OptionError, match="2 training tasks were given to environments of 3"):
         MAESN(env, policy, tasks=family.sample_tasks(2))
     single = TensorVectorEnv(family, 3)

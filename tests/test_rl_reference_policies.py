@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bayesmeta.rl import reference_policies
-from bayesmeta.rl.envs import BeamSteering, Machines, Navigation
+from bayesmeta.rl.baselines import mdps
+from bayesmeta.rl.envs import BeamSteering, Machines, Navigation, TabularMDP
 from bayesmeta.rl.envs.vector import TensorVectorEnv
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
 from bayesmeta.rl.rl2 import trial_returns
@@ -47,6 +48,20 @@ def test_beam_oracles_are_played_to_the_end_of_all_trials_and_no_further(monkeyp
         assert torch.equal(found[name].success, whole.extra["success"].T)
         assert len(times) == int(whole.lengths.sum(1).max())  # the steps of the longest trial
         assert len(times) < FAMILY.horizon * episodes / 3
+
+
+def test_mdp_references_plan_at_each_step_where_they_say_so():
+    """They are the stronger ones: those with the published table's settings (the controls) earn less on the same
+    MDPs."""
+    family = TabularMDP()
+    tasks = family.sample_tasks(150, generator=3)
+    found = {r.name: r.curve.returns.sum(0) for r in reference_policies.references(family, tasks, 10, seed=4)}
+    tuned = {"BEB, planned at each step": mdps.BEB(), "greedy, planned at each step": mdps.GreedyMDP()}
+    for name, weaker in tuned.items():
+        table = mdps.play_mdps(weaker, family, tasks, episodes=10, prior_mean=0.0, generator=4).sum(0)
+        gain = found[name] - table
+        assert float(gain.mean()) > 3 * float(gain.std()) / 150**0.5
+        assert (found[name].mean() < found["value iteration"].mean()).item()
 
 
 def test_trials_of_a_fixed_length_are_played_in_full():

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,7 +55,15 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.replay import Replay, Transitions
 from bayesmeta.rl.rollout import Rollout
 from bayesmeta.rl.sac import SACConfig, SACNetworks, SACUpdate, averaged
-from bayesmeta.rl.sac_learner import check_fixed_tasks, copied, curve_of_trials, load_networks, told_by
+from bayesmeta.rl.sac_learner import (
+    check_fixed_tasks,
+    copied,
+    curve_of_trials,
+    load_networks,
+    put_back,
+    remembered,
+    told_by,
+)
 
 Form = Literal["mixture", "gaussian"]
 
@@ -207,7 +215,7 @@ class DistilledLatents:
         self.env, self.iterations, self.seed = env, iterations, seed
         self.spec = ContextSpec.of(env) if spec is None else spec
         self.spec.check_env(env)
-        self.policy = self._policy(encoder_options).to(env.device)
+        self.policy = self._policy(encoder_options).to(env.device, getattr(env, "dtype", torch.float32))
         self.updates = SACUpdate(
             self.policy.networks,
             self.config.sac,
@@ -263,9 +271,10 @@ class DistilledLatents:
         keep = () if self.config.train_reward is None else (self.config.train_reward,)
         rollout = self._play(self._own_latents, episodes=1, keep=keep)
         self.replay.add(Transitions.of_rollout(rollout, keep))
-        told = [self.update() for _ in range(self.config.updates)]
-        reward = float(rollout.total().mean())
-        return {"reward": reward, **averaged(told, self.iteration + 1), **self._distilled()}
+        with put_back(self.policy, self._optimizers()):
+            told = [self.update() for _ in range(self.config.updates)]
+            figures = averaged(told, self.iteration + 1) | self._distilled()
+        return {"reward": float(rollout.total().mean()), **figures}
 
     def _distilled(self) -> dict[str, float]:
         """The encoder's part of an iteration: a chain where one is due, and steps."""
@@ -340,7 +349,11 @@ class DistilledLatents:
             greedy: take the likeliest actions, else draw.
             generator: of latents and actions; None means seed 0.
             keep: further numbers of ``info``.
+
+        Raises:
+            ContextError: for environments of another task family.
         """
+        self.spec.check_env(env)
         generator = as_generator(generator, env.device, "evaluation")
         infer = inferring(self.policy.belief, exploration)
         return play(env, self.policy.acting(greedy=greedy), infer, self.spec, generator, keep=keep)
@@ -404,19 +417,27 @@ class DistilledLatents:
             "iterations": self.iterations, "seed": self.seed,
         }  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, buffers, chains and environments too."""
+    def state_dict(self, *, replay: bool = True) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, buffers, chains and environments too.
+
+        Args:
+            replay: False leaves the replay buffer out.
+        """
         return {
             "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
             "updates": copied(self.updates.state_dict()),
             "distiller": copied(self.distiller.state_dict()),
-            "replay": self.replay.state_dict(),
+            **({"replay": self.replay.state_dict()} if replay else {}),
             "chains": self.chains.state_dict(),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "iteration": self.iteration,
             "history": [dict(row) for row in self.history],
         }
+
+    def remember(self) -> Callable[[], dict[str, Any]]:
+        """As in :class:`~bayesmeta.rl.learner.Remembers`: the replay buffer is copied where the state is asked for."""
+        return remembered(self.state_dict(replay=False), self.replay)
 
     def load_learned(self, state: Mapping[str, Any]) -> None:
         """Take the networks of a state alone, to act and not to go on training.

@@ -131,12 +131,12 @@ def _table(result: dict[str, Any]) -> str:
     points = len(result["kl"])
     heads = ["before any", *(f"after {point_name('episode', n)}" for n in range(points - 1))]
     names = {"kl": "KL from the prior, nats", "contraction": "contraction"}
-    width, wide = max(map(len, [*names.values(), "belief"])), max(18, *(len(head) + 2 for head in heads))
-    lines = ["belief".ljust(width) + "".join(head.rjust(wide) for head in heads)]
+    rows = {"belief": heads}
     for name, text in names.items():
-        cells = [f"{m:.3f} ± {e:.3f}" for m, e in zip(result[name], result[f"{name}_standard_error"], strict=True)]
-        lines.append(text.ljust(width) + "".join(cell.rjust(wide) for cell in cells))
-    return "\n".join(lines)
+        pairs = zip(result[name], result[f"{name}_standard_error"], strict=True)
+        rows[text] = [f"{mean:.3f} ± {error:.3f}" for mean, error in pairs]
+    width, wide = max(map(len, rows)), max(18, *(len(cell) + 2 for cells in rows.values() for cell in cells))
+    return "\n".join(text.ljust(width) + "".join(cell.rjust(wide) for cell in cells) for text, cells in rows.items())
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -121,6 +121,18 @@ class HasBeliefs(Protocol):
         Raises:
             UnsupportedError: when its beliefs are not one Gaussian for each task.
         """
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """What a learner with a large state may have besides, so that a run need not copy it in each iteration.
+
+    :class:`~bayesmeta.rl.sac_learner.SAC`, :class:`~bayesmeta.rl.pearl.PEARL` and
+    :class:`~bayesmeta.rl.distilled.DistilledLatents` have it, for their replay buffers.
+    """
+
+    def remember(self) -> Callable[[], dict[str, Any]]:
+        """A function that gives the ``state_dict`` of this moment, also when training has gone on."""
 
 
 def horizon_of(env: Any, why: str) -> int:

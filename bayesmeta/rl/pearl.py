@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,7 +38,15 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.replay import Replay, Transitions
 from bayesmeta.rl.rollout import Rollout
 from bayesmeta.rl.sac import SACConfig, SACNetworks, SACUpdate, averaged
-from bayesmeta.rl.sac_learner import check_fixed_tasks, copied, curve_of_trials, load_networks, told_by
+from bayesmeta.rl.sac_learner import (
+    check_fixed_tasks,
+    copied,
+    curve_of_trials,
+    load_networks,
+    put_back,
+    remembered,
+    told_by,
+)
 
 Reconstruction = Literal["reward", "transition"]
 
@@ -159,6 +167,7 @@ class PEARL:
     Raises:
         OptionError: for environments that draw new tasks.
         SpaceError: for actions that are not a bounded box.
+        ContextError: for a spec of other spaces.
     """
 
     def __init__(
@@ -175,6 +184,7 @@ class PEARL:
         check_fixed_tasks(env, "PEARL")
         self.env, self.seed = env, seed
         self.spec = ContextSpec.of(env) if spec is None else spec
+        self.spec.check_env(env)
         dtype = getattr(env, "dtype", torch.float32)
         latent = LatentContext.make(
             self.spec, config.latent, encoder, width=width, seed=seed, dtype=dtype, kl_weight=config.kl_weight
@@ -208,9 +218,11 @@ class PEARL:
         rollout = self.collect("prior" if self.iteration < self.config.warmup else "posterior_sampling")
         self.store(rollout)
         learns = self.iteration + 1 >= self.config.warmup
-        told = [self.update() for _ in range(self.config.updates)] if learns else []
+        with put_back(self.policy, self.updates.optimizers.values()):
+            told = [self.update() for _ in range(self.config.updates)] if learns else []
+            figures = averaged(told, self.iteration + 1)
         episodes = max(1, int(rollout.ended.sum()))
-        return {"reward": float(rollout.reward.sum()) / episodes, **averaged(told, self.iteration + 1)}
+        return {"reward": float(rollout.reward.sum()) / episodes, **figures}
 
     def collect(self, exploration: Exploration = "posterior_sampling") -> Rollout:
         """A trial in every training environment, with actions that are drawn."""
@@ -273,7 +285,11 @@ class PEARL:
 
         Returns:
             All steps, whose ``state`` is the last episode's latents.
+
+        Raises:
+            ContextError: for environments of another task family.
         """
+        self.spec.check_env(env)
         generator = as_generator(generator, env.device, "evaluation")
         first = self.config.prior_episodes if prior_episodes is None else prior_episodes
         infer = inferring(self.policy.latent, exploration, first)
@@ -333,18 +349,26 @@ class PEARL:
             "learner": type(self).__name__, **self.policy.latent.options(), **self.config.plain(), "seed": self.seed,
         }  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, buffers and environments too."""
+    def state_dict(self, *, replay: bool = True) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, buffers and environments too.
+
+        Args:
+            replay: False leaves the replay buffer out.
+        """
         return {
             "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
             "updates": copied(self.updates.state_dict()),
-            "replay": self.replay.state_dict(),
+            **({"replay": self.replay.state_dict()} if replay else {}),
             "fresh": self.fresh,
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "iteration": self.iteration,
             "history": [dict(row) for row in self.history],
         }
+
+    def remember(self) -> Callable[[], dict[str, Any]]:
+        """As in :class:`~bayesmeta.rl.learner.Remembers`: the replay buffer is copied where the state is asked for."""
+        return remembered(self.state_dict(replay=False), self.replay)
 
     def load_learned(self, state: Mapping[str, Any]) -> None:
         """Take the networks of a state alone, to act and not to go on training.

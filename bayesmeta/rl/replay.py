@@ -10,6 +10,7 @@ https://arxiv.org/abs/1712.00378, section 3).
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -108,6 +109,7 @@ class Replay:
         self._fields: dict[str, Tensor] = {}
         # counts live on the CPU, where looking at them waits for nothing
         self._size, self._next = torch.zeros(2, tasks, dtype=torch.int64)
+        self._remembered: weakref.WeakSet[Remembered] = weakref.WeakSet()
 
     @property
     def sizes(self) -> Tensor:
@@ -146,6 +148,8 @@ class Replay:
         count = given["reward"].shape[1]
         where = (self._next[index].unsqueeze(1) + torch.arange(count)) % self.capacity
         where = (where + index.unsqueeze(1) * self.capacity).flatten().to(self.device)
+        for earlier in self._remembered:
+            earlier.keep(where, self._fields)
         for name, value in given.items():
             self._fields[name].flatten(0, 1).index_copy_(0, where, value.detach().flatten(0, 1).to(self.device))
         self._next[index] = (self._next[index] + count) % self.capacity
@@ -167,10 +171,10 @@ class Replay:
 
         Raises:
             ReplayError: when a task has no steps, naming it.
-            OptionError: for a batch or ``recent`` below 1.
+            OptionError: for a batch or ``recent`` that is no whole number of at least 1.
         """
-        if batch < 1 or (recent is not None and recent < 1):
-            raise OptionError(f"batch and recent must be at least 1; got {batch} and {recent}.")
+        if not is_whole(batch, 1) or (recent is not None and not is_whole(recent, 1)):
+            raise OptionError(f"batch and recent must be whole numbers of at least 1; got {batch!r} and {recent!r}.")
         index = self._index(tasks)
         sizes = self._size[index]
         if not bool(sizes.all()):
@@ -235,14 +239,16 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is drawn later depends on; places never written to are left out."""
-        filled = int(self._size.max())
-        return {
-            "tasks": self.tasks,
-            "capacity": self.capacity,
-            "size": self._size.clone(),
-            "next": self._next.clone(),
-            "fields": {name: value[:, :filled].clone() for name, value in self._fields.items()},
-        }
+        return self.remember()()
+
+    def remember(self) -> Remembered:
+        """The state of this moment, to be asked for later: nothing is copied now but what is overwritten from now on.
+
+        As long as the result is held, :meth:`add` keeps what it overwrites.
+        """
+        earlier = Remembered(self.capacity, self._size.clone(), self._next.clone(), dict(self._fields))
+        self._remembered.add(earlier)
+        return earlier
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, bit for bit.
@@ -256,7 +262,50 @@ class Replay:
                 f"{self.tasks} × {self.capacity}."
             )
         self._size, self._next = state["size"].clone(), state["next"].clone()
-        self._fields = {}
+        self._fields = {}  # other tensors: what was remembered has those of before
+        self._remembered.clear()
         for name, value in state["fields"].items():
             self._fields[name] = self._room(value.shape[2:], value.dtype)
             self._fields[name][:, : value.shape[1]] = value.to(self.device)
+
+
+class Remembered:
+    """The state of a buffer as it was, see :meth:`Replay.remember`; called, it is the ``state_dict`` of that moment.
+
+    Args:
+        capacity: of the buffer.
+        size, following: steps held of each task, and where its next one goes.
+        fields: the buffer's own tensors, which it goes on writing to.
+    """
+
+    def __init__(self, capacity: int, size: Tensor, following: Tensor, fields: Mapping[str, Tensor]) -> None:
+        self._capacity, self._size, self._next, self._fields = capacity, size, following, fields
+        self._overwritten: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def keep(self, where: Tensor, fields: Mapping[str, Tensor]) -> None:
+        """Keep what is about to be overwritten.
+
+        Args:
+            where: its places, task × capacity + column.
+            fields: the buffer's tensors.
+        """
+        if not self._fields:
+            return  # nothing was there
+        self._overwritten.append((where, {n: v.flatten(0, 1).index_select(0, where) for n, v in fields.items()}))
+
+    def __call__(self) -> dict[str, Any]:
+        """The state, with tensors of its own."""
+        filled = int(self._size.max())
+        fields = {name: value[:, :filled].clone() for name, value in self._fields.items()}
+        for where, old in reversed(self._overwritten):
+            task, column = where // self._capacity, where % self._capacity
+            held = column < filled
+            for name, value in fields.items():
+                value[task[held], column[held]] = old[name][held]
+        return {
+            "tasks": len(self._size),
+            "capacity": self._capacity,
+            "size": self._size.clone(),
+            "next": self._next.clone(),
+            "fields": fields,
+        }

@@ -29,7 +29,7 @@ class RunRecord(Journal):
         self.run, self.validate_every = run, validate_every
         super().__init__(keeping, run.step, tag=_tag)
         if self.folder is not None and not keeping.resume:
-            facts = {name: run.snapshot["fingerprint"][name] for name in ("options", "environments")}
+            facts = {name: run.fingerprint[name] for name in ("options", "environments")}
             write_config(self.folder, {"settings": self.config, "iterations": keeping.steps, **facts})
 
     @property
@@ -62,18 +62,18 @@ class RunRecord(Journal):
 
     def _save(self) -> None:
         run = self.run
-        if self.folder is None or self.saved == run.snapshot["step"]:
+        if self.folder is None or self.saved == run.kept["step"]:
             return
-        run.check_finite()
+        snapshot = run.snapshot()
         self.flush()
-        checkpoint.save_last(self.folder, {**run.snapshot, "config": self.config})
-        self.saved = run.snapshot["step"]
+        checkpoint.save_last(self.folder, {**snapshot, "config": self.config})
+        self.saved = snapshot["step"]
 
     def rescue(self) -> str:
         """Save what was done before an iteration that failed; returns what was kept, in words."""
         if self.folder is None:
             return "There is no folder, so nothing was saved."
-        step = self.run.snapshot["step"]
+        step = self.run.kept["step"]
         if step == 0:
             return "There was nothing before it to be saved."
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from bayesmeta.errors import BayesMetaError, CheckpointError, NonFiniteLossError, OptionError
-from bayesmeta.rl.learner import AdaptationCurve, Learner
+from bayesmeta.rl.learner import AdaptationCurve, Learner, Remembers
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.run_record import RunRecord
 from bayesmeta.train import checkpoint, events
@@ -60,6 +61,10 @@ class Run:
         validation: held-out environments; None: no curves.
         points: of the curves, for learners that adapt by gradient steps.
         keeps: whether states are kept to save when an iteration fails.
+
+    Attributes:
+        fingerprint: of the learner; nothing of it changes in training.
+        kept: ``step``, ``seconds`` and ``curves`` of the last state that was kept.
     """
 
     def __init__(self, learner: Learner, validation: TaskVectorEnv | None, points: int | None, keeps: bool) -> None:
@@ -68,7 +73,10 @@ class Run:
         self.curves: list[dict[str, float]] = []
         self.last: AdaptationCurve | None = None
         self.seconds = 0.0
-        self.snapshot: dict[str, Any] = self._state() if keeps else {}
+        self.fingerprint: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
+        if keeps:
+            self._keep()
 
     @property
     def step(self) -> int:
@@ -76,12 +84,12 @@ class Run:
         return self.learner.iteration
 
     def advance(self) -> None:
-        """One iteration. When it fails, ``snapshot`` is the state before it."""
+        """One iteration. When it fails, :meth:`snapshot` is the state before it."""
         begin = time.perf_counter()
         self.learner.train(1)
         self.seconds += time.perf_counter() - begin
         if self.keeps:
-            self.snapshot = self._state()
+            self._keep()
 
     def measure(self) -> dict[str, float]:
         """The curve on the validation tasks, under the same noise each time; added to ``curves``."""
@@ -92,17 +100,35 @@ class Run:
         entry = {"step": float(self.step), **curve_entry(self.last)}
         self.curves.append(entry)
         if self.keeps:
-            self.snapshot["curves"] = [dict(row) for row in self.curves]
+            self.kept["curves"] = [dict(row) for row in self.curves]
         return entry
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "fingerprint": fingerprint(self.learner),
-            "learner": self.learner.state_dict(),
-            "curves": [dict(row) for row in self.curves],
-            "step": self.step,
-            "seconds": self.seconds,
-        }
+    def _keep(self) -> None:
+        """Keep the state of this moment. Replay buffers are copied only where it is asked for."""
+        if isinstance(self.learner, Remembers):
+            self._learner_state: Callable[[], dict[str, Any]] = self.learner.remember()
+        else:
+            state = self.learner.state_dict()
+            self._learner_state = lambda: state
+        self.kept = {"curves": [dict(row) for row in self.curves], "step": self.step, "seconds": self.seconds}
+        if not self.fingerprint:
+            self.fingerprint = fingerprint(self.learner, self._learner_state())
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint has of the last state that was kept.
+
+        Raises:
+            NonFiniteLossError: when it has parameters that are not finite.
+        """
+        state = self._learner_state()
+        for name, value in learned(state).items():
+            if not torch.isfinite(value).all():
+                raise NonFiniteLossError(
+                    f"The parameters {name} are not finite after iteration {self.step}; they were not saved, and the "
+                    "last good checkpoint is kept. Try a lower rate.",
+                    self.step,
+                )
+        return {"fingerprint": self.fingerprint, "learner": state, **self.kept}
 
     def restore(self, folder: Path, *, previous: bool) -> None:
         """Go on from a folder's checkpoint.
@@ -114,20 +140,10 @@ class Run:
             checkpoint.use_previous(folder)
         path = folder / checkpoint.LAST
         content = checkpoint.load_last(path)
-        check_fingerprint(content["fingerprint"], self.learner, path)
+        check_fingerprint(content["fingerprint"], self.fingerprint, path)
         self.learner.load_state_dict(content["learner"])
         self.curves, self.seconds = [dict(row) for row in content["curves"]], content["seconds"]
-        self.snapshot = self._state()
-
-    def check_finite(self) -> None:
-        """Raise NonFiniteLossError when the state to be saved has parameters that are not finite."""
-        for name, value in learned(self.snapshot["learner"]).items():
-            if not torch.isfinite(value).all():
-                raise NonFiniteLossError(
-                    f"The parameters {name} are not finite after iteration {self.step}; they were not saved, and the "
-                    "last good checkpoint is kept. Try a lower rate.",
-                    self.step,
-                )
+        self._keep()
 
 
 def fit(
@@ -264,9 +280,15 @@ def learned(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found | {"theta": state["theta"]} if "theta" in state else found
 
 
-def fingerprint(learner: Learner) -> dict[str, Any]:
-    """What a checkpoint's learner must share with the one that goes on: options, environments, parameter shapes."""
-    state = learner.state_dict()
+def fingerprint(learner: Learner, state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's learner must share with the one that goes on: options, environments, parameter shapes.
+
+    Nothing of it changes in training.
+
+    Args:
+        learner: whose options count.
+        state: its state.
+    """
     return {
         "options": learner.options(),
         "environments": state["env"].get("config", {}),
@@ -274,13 +296,12 @@ def fingerprint(learner: Learner) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: dict[str, Any], learner: Learner, path: Path) -> None:
-    """Compare a checkpoint's fingerprint with a learner.
+def check_fingerprint(saved: dict[str, Any], mine: dict[str, Any], path: Path) -> None:
+    """Compare a checkpoint's fingerprint with a learner's.
 
     Raises:
         CheckpointError: naming the first difference.
     """
-    mine = fingerprint(learner)
     for part in mine:
         theirs, ours = saved.get(part, {}), mine[part]
         for name in {**theirs, **ours}:

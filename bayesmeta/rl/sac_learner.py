@@ -7,13 +7,14 @@ It adapts to nothing: with several tasks it is joint training of one policy for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import CheckpointError, OptionError
+from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.protocols import TaskVectorEnv
@@ -98,8 +99,10 @@ class SAC:
         )  # fmt: skip
         self._moment = rollout.after
         self.replay.add(rollout, extra=keep)
-        told = [] if first else [self._update() for _ in range(self.updates_each)]
-        return {"reward": float(rollout.reward.mean()), **averaged(told, self.iteration + 1)}
+        with put_back(self.policy, self.updates.optimizers.values()):
+            told = [] if first else [self._update() for _ in range(self.updates_each)]
+            figures = averaged(told, self.iteration + 1)
+        return {"reward": float(rollout.reward.mean()), **figures}
 
     def _update(self) -> dict[str, Tensor]:
         batch = self.replay.sample(self.batch, self.generator).with_reward(self.train_reward)
@@ -137,18 +140,26 @@ class SAC:
             "train_reward": self.train_reward, "seed": self.seed,
         }  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, replay buffer and environments too."""
+    def state_dict(self, *, replay: bool = True) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, replay buffer and environments too.
+
+        Args:
+            replay: False leaves the replay buffer out.
+        """
         return {
             "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
             "updates": copied(self.updates.state_dict()),
-            "replay": self.replay.state_dict(),
+            **({"replay": self.replay.state_dict()} if replay else {}),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "moment": None if self._moment is None else dict(vars(self._moment)),
             "iteration": self.iteration,
             "history": [dict(row) for row in self.history],
         }
+
+    def remember(self) -> Callable[[], dict[str, Any]]:
+        """As in :class:`~bayesmeta.rl.learner.Remembers`: the replay buffer is copied where the state is asked for."""
+        return remembered(self.state_dict(replay=False), self.replay)
 
     def load_learned(self, state: Mapping[str, Any]) -> None:
         """Take the networks of a state alone, to act and not to go on training.
@@ -189,6 +200,34 @@ def check_fixed_tasks(env: TaskVectorEnv, who: str) -> None:
             f"{who} keeps a replay buffer for each task, and these environments draw new ones (new_tasks=True). Leave "
             "that out: num_tasks is the number of training tasks."
         )
+
+
+@contextmanager
+def put_back(policy: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Undo updates that were not finite: networks and optimizers are as before them when NonFiniteLossError leaves.
+
+    Figures are looked at once for many updates, since each look waits for the device; by then one that is not a number
+    is in all weights.
+
+    Args:
+        policy: what the updates change.
+        optimizers: that change it.
+    """
+    optimizers = list(optimizers)
+    weights, states = copied(policy.state_dict()), [copied(optimizer.state_dict()) for optimizer in optimizers]
+    try:
+        yield
+    except NonFiniteLossError:
+        policy.load_state_dict(weights)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        raise
+
+
+def remembered(state: Mapping[str, Any], replay: Replay) -> Callable[[], dict[str, Any]]:
+    """A state without its replay buffer, to which the buffer of this moment comes when it is asked for."""
+    earlier = replay.remember()
+    return lambda: {**state, "replay": earlier()}
 
 
 def uniform_actor(networks: SACNetworks) -> Actor:

@@ -89,7 +89,9 @@ class TRPO:
         """
         scaled = standardised(advantage)
         if not torch.isfinite(scaled).all():
-            raise NonFiniteLossError(f"The advantages of update {step}, or their spread, are not finite. Scale the rewards.", step)
+            raise NonFiniteLossError(
+                f"The advantages of update {step}, or their spread, are not finite. Scale the rewards.", step
+            )
         assert rollout.value is not None
         named = dict(self.policy.named_parameters())
         theta = self.flat.flatten({n: named[n].detach() for n in self.flat.shapes})

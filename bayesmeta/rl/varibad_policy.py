@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data import Observations
-from bayesmeta.errors import OptionError
+from bayesmeta.errors import ContextError, OptionError
 from bayesmeta.models.nets import mlp
 from bayesmeta.models.stepping import steps_of
 from bayesmeta.ops.random import as_generator, forked_rng
@@ -27,6 +27,7 @@ from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
+from bayesmeta.rl.learner import horizon_of
 from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
 from bayesmeta.rl.recurrent import Memory
@@ -230,7 +231,8 @@ class BeliefPolicy(MemoryPolicy):
         options: ``gamma``, ``squashed``, ``log_std`` and ``seed``, as in :class:`MemoryPolicy`.
 
     Raises:
-        ContextError: for an environment with other spaces than the spec's.
+        ContextError: for an environment with other spaces than the spec's, or with trials longer than its
+            ``max_context``.
         OptionError: for a latent context without a spec, and sizes below 1.
         UnsupportedError: for an encoder that cannot be carried on.
     """
@@ -256,6 +258,7 @@ class BeliefPolicy(MemoryPolicy):
         if not is_whole(units, 1) or not is_whole(layers, 1):
             raise OptionError(f"units and layers must be whole numbers of at least 1; got {units!r} and {layers!r}.")
         spec.check_env(env)
+        _check_length(spec, env)
         if encoder is None and spec.encode is not None:
             encoder, encoded = _Encode(spec), spec.encoded
         seen = (num_features(env.single_observation_space) if encoded is None else encoded) + _CLOCK
@@ -270,6 +273,16 @@ class BeliefPolicy(MemoryPolicy):
     def latent(self) -> LatentContext:
         """The latent context whose belief it acts on."""
         return self.memory.latent
+
+    def set_trial(self, env: TaskVectorEnv) -> None:
+        """As in :class:`MemoryPolicy`.
+
+        Raises:
+            ContextError: also for trials that are longer than the spec's ``max_context``.
+        """
+        if (memory := getattr(self, "memory", None)) is not None:
+            _check_length(memory.spec, env)
+        super().set_trial(env)
 
     def inputs(self, moment: Moment) -> Tensor:
         """What the memory reads, ``[…, inputs]``: what the policy sees, and the transition that led here."""
@@ -319,6 +332,21 @@ class BeliefPolicy(MemoryPolicy):
 
     def _value(self, hidden: Tensor, moment: Moment) -> Tensor:
         return super()._value(hidden[..., self.memory.outputs :], moment)
+
+
+def _check_length(spec: ContextSpec, env: TaskVectorEnv) -> None:
+    """See that a whole trial is no longer than contexts may be: step by step nobody would notice.
+
+    Raises:
+        ContextError: when it is.
+        HorizonError: for an environment without a horizon.
+    """
+    steps = horizon_of(env, "a belief is about all steps of a trial") * env.episodes_per_trial
+    if spec.max_context is not None and steps > spec.max_context:
+        raise ContextError(
+            f"A trial has {steps} transitions; memory is for max_context={spec.max_context}. Raise the bound, or take "
+            "shorter episodes or fewer of them (episodes_per_trial)."
+        )
 
 
 class _Encode(nn.Module):
