@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -42,17 +43,18 @@ MethodName = Literal[
 class Train:
     """Meta-train a policy on a family of environments; what is not given takes a default of environment and method."""
 
-    env: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(get_args(Env)) + ",MODULE:ATTRIBUTE}")]
-    """The family: bandits, random MDPs, points that look for a goal in the plane, a grid with a hidden goal, a maze
-    seen from within, a beam to be steered, half-cheetahs (the extra mujoco). Or one of your own, MODULE:ATTRIBUTE: a
-    family, or a function from a task to an environment of gymnasium."""
-
     out: Path
     """Folder for what is learned."""
 
-    method: MethodName = "rl2"
-    """rl2, rl2-lstm and snail remember the episodes of a trial; pearl and distilled have a belief over the task, and
-    explore by draws from it; the others take policy-gradient steps. joint does not meta-learn."""
+    env: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(get_args(Env)) + ",MODULE:ATTRIBUTE}")] = None
+    """The family, which a new run needs: bandits, random MDPs, points that look for a goal in the plane, a grid with a hidden goal, a maze
+    seen from within, a beam to be steered, half-cheetahs (the extra mujoco). Or one of your own, MODULE:ATTRIBUTE: a
+    family, or a function from a task to an environment of gymnasium."""
+
+    method: MethodName | None = None
+    """By default rl2. rl2, rl2-lstm and snail remember the episodes of a trial; varibad acts on a belief over the task;
+    pearl and distilled have one too, and explore by draws from it; the others take policy-gradient steps, maesn on
+    where its latents come from. joint does not meta-learn."""
 
     horizon: int | None = None
     """Steps of an episode."""
@@ -96,11 +98,11 @@ class Train:
     inner_lr: float | None = None
     """Their rate, or where learned rates begin."""
 
-    seed: int = 0
-    """Of tasks, first weights and actions."""
+    seed: int | None = None
+    """Of tasks, first weights and actions; by default 0."""
 
-    validation_tasks: int = 100
-    """Tasks that the learning curve is measured on."""
+    validation_tasks: int | None = None
+    """Tasks that the learning curve is measured on; by default 100."""
 
     validate_every: int | None = None
     """Iterations between two points of the learning curve; by default it has twenty."""
@@ -121,7 +123,7 @@ class Train:
     """Replace a run that the folder holds."""
 
     resume: bool = False
-    """Go on with the run that the folder holds."""
+    """Go on with the run that the folder holds. What is not given is as it was; what is given must be."""
 
     progress: bool = True
     """Show a progress bar."""
@@ -175,8 +177,48 @@ class RL:
         return self.command.out if isinstance(self.command, Train) else self.command.folder
 
 
+#: What the library tells a program to do, as one does it on the command line.
+_SAYINGS = (
+    (r"leave render_mode out", "leave --video out"),
+    (r"take PPO or TRPO", "take --method rl2"),
+    (r"Give its vector environment a horizon \(", "Give --horizon, or a limit in the environment ("),
+    (r"Install it, or ask for no pictures", "Install it, or leave --video out"),
+    (r"\b(\w+)=True\b", lambda m: _option(m[1]) or m[0]),
+    (r"\b(\w+)=(\([^()]*\)|'[^']*'|[-\w.+]+)", lambda m: f"{_option(m[1])} {_value(m[2])}" if _option(m[1]) else m[0]),
+    (r"\b(\w+)=(?=[,. ])", lambda m: _option(m[1]) or m[0]),
+    (r"\b(\w+_\w+)\b(?= \(| is | must )", lambda m: _option(m[1]) or m[0]),
+)
+
+
+def _option(name: str) -> str:
+    """A field's name as an option; of what is no field, nothing."""
+    known = {field.name for kind in (Train, EvaluateRL) for field in dataclasses.fields(kind)}
+    return "--" + name.replace("_", "-") if name in known else ""
+
+
+def _value(text: str) -> str:
+    return text.strip("(),'").replace(",", "")
+
+
+def as_options(message: str) -> str:
+    """A message of the library with its arguments as the command line names them."""
+    for pattern, option in _SAYINGS:
+        message = re.sub(pattern, option, message)
+    return message
+
+
 def run(command: RL) -> None:
-    """Run one of the commands."""
+    """Run one of the commands; errors name options as they are given here."""
+    from bayesmeta.errors import BayesMetaError
+
+    try:
+        _run(command)
+    except BayesMetaError as error:
+        error.args = (as_options(str(error)), *error.args[1:])
+        raise
+
+
+def _run(command: RL) -> None:
     options: dict[str, Any] = dataclasses.asdict(command.command)
     options.pop("threads")
     if isinstance(command.command, EvaluateRL):
@@ -184,9 +226,10 @@ def run(command: RL) -> None:
 
         evaluate_folder(options.pop("folder"), **options)
         return
-    from bayesmeta.rl.command import train_setup
+    from bayesmeta.rl.command import setup_of, train_setup
     from bayesmeta.rl.setups import Setup
 
     names = [field.name for field in dataclasses.fields(Setup)]
-    setup = Setup(**{name: options.pop(name) for name in names})
-    train_setup(setup, options.pop("out"), **options)
+    out = options.pop("out")
+    setup = setup_of({name: options.pop(name) for name in names}, out, resume=options["resume"])
+    train_setup(setup, out, **options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bayesmeta.models.likelihoods import Gaussian
 from bayesmeta.rl.envs import BeamSteering, TensorVectorEnv
 from bayesmeta.rl.latent.checks import next_calibration
 from bayesmeta.rl.latent.contexts import ContextSpec
@@ -24,8 +25,11 @@ from benchmarks.harness import Bar, Row, between
 LATENT, WIDTH, UNITS = 12, 64, 96
 ENVS, STEPS, ITERATIONS, EPISODES = 512, 16, 300, 2
 BELIEFS = BeliefConfig(
-    decode="new", kl="before", prefixes=None, epochs=1, environments=192, minibatches=3, lr=5e-3, last_lr=3e-4
+    decode="new", kl="before", prefixes=None, epochs=2, environments=192, minibatches=3, lr=5e-3, last_lr=3e-4
 )
+#: First standard deviation of a reading around what the line says: where it begins at 1, half the pipe, the belief has
+#: nothing to say until it has come down.
+NOISE = 0.1
 #: Of the next readings, in their central intervals of 90%.
 COVERAGE = between(0.85, 0.95)
 DRAWS = 200
@@ -48,7 +52,8 @@ def untrained(family: BeamSteering, config: PPOConfig, seed: int, quick: bool) -
     env = TensorVectorEnv(family, envs, new_tasks=True, episodes_per_trial=EPISODES, generator=seed)
     spec = ContextSpec.of(env, inputs=("action",), targets=("change",))
     latent = LatentContext.make(spec, LATENT, "product", width=WIDTH, seed=seed)
-    decoder = SteeringDecoder(spec, LATENT, hidden=(), offset=False, seed=seed)
+    noise = Gaussian([NOISE] * spec.outputs, learn_scale=True)
+    decoder = SteeringDecoder(spec, LATENT, noise, hidden=(), offset=False, seed=seed)
     policy = BeliefPolicy(env, latent, units=UNITS, gamma=config.gamma, log_std=-1.0, seed=seed)
     return VariBAD(env, policy, decoder, config=config, beliefs=BELIEFS, iterations=iterations, steps=STEPS, seed=seed)
 

@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
     "distilled": Method(_distilled, 400, 6),
     "distilled_gaussian": Method(_distilled_gaussian, 400, 6),
     "maesn": Method(maesn, MAESN_ITERATIONS, MAESN_QUICK, ()),
-    "varibad": Method(_varibad, 100, 2, ()),
+    "varibad": Method(_varibad, 180, 2, ()),
 }
 
 

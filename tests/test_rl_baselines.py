@@ -211,7 +211,7 @@ def test_ucrl2_is_optimistic_by_the_widths_of_the_paper(states):
     belief = m.MDPBelief(1, family, CPU, prior_mean=0.0)
     belief.visits += 400.0
     belief.total[:, -1] += 401.0  # the last state pays 1 at each visit, the others nothing
-    belief.counts += 400.0 / states - 1 + 1
+    belief.counts += 400.0 / states
     scale, delta, time = 0.2, 0.05, 400.0 * states * 2
     rule = m.UCRL2(scale=scale, confidence=delta)
     plan = rule.plan(belief, 2, torch.Generator())

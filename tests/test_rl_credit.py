@@ -1,5 +1,6 @@
 """MAML-RL: E-MAML's credit in the whole surrogate against enumeration, what acting and estimation hold of each task."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -15,6 +16,7 @@ from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import CategoricalHead, GaussianHead, TaskPolicy
 from bayesmeta.rl.returns import LinearBaseline
 from bayesmeta.rl.rollout import begin, collect
+from bayesmeta.rl.setups import Setup
 
 RAW = {"gamma": 1.0, "standardise": False, "estimator": "policy_gradient"}
 #: what two pulls bring, for two tasks: reward of [task, first arm, second arm] in steps 1 and 2
@@ -92,8 +94,8 @@ def expected_outcome(theta, scale):
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 3.0)])
 def test_the_surrogate_with_credit_has_the_gradient_of_what_adaptation_brings(scale):
-    """Two independent tasks, all 16 pairs of episodes that they may adapt on, each with its chance. The surrogate is per
-    step (2 of them) and in each task's scale. Controls: the credit's sign flipped, or without an episode's length."""
+    """Two independent tasks, all 16 pairs of episodes that they may adapt on, each with its chance. The surrogate is
+    per step (2 of them) and in each task's scale. Controls: the credit's sign flipped, or without an episode's length."""
     learner = two_pulls()
     scale = torch.tensor(scale, dtype=torch.float64)
     theta = learner.theta.clone().requires_grad_()
@@ -133,6 +135,18 @@ def test_what_credit_cannot_be_given_for_is_refused():
         assert row["accepted"] == 1
 
 
+@pytest.mark.parametrize("env", ["navigation", "bandit"])
+def test_the_named_method_counts_once_that_actions_were_drawn(env):
+    """Whatever else an environment's settings say of estimation stays; the same without credit is the control."""
+    setups = {
+        m: Setup(env, m, tasks=2, copies=2, units=4, iterations=1, horizon=3).filled() for m in ("maml", "e-maml")
+    }
+    plain, found = (s.learner(s.family()).config for s in setups.values())
+    assert (found.estimation.estimator, found.exploration_credit) == ("policy_gradient", 1.0)
+    assert (plain.estimation.estimator, plain.exploration_credit) == ("likelihood_ratio", 0.0)
+    assert dataclasses.replace(found.estimation, estimator="likelihood_ratio") == plain.estimation
+
+
 # -- each task by itself ------------------------------------------------------------------------------------------
 
 
@@ -144,7 +158,7 @@ def navigation(tasks=3, copies=3, **options):
 
 
 def test_densities_of_acting_are_those_computed_again():
-    """With as many tasks as copies, each task's φ its own: another task's φ, or a copy's, gives others (the control)."""
+    """With as many tasks as copies, each task's φ its own: another task's φ gives others (the control)."""
     learner = navigation()
     start = learner.policy.begin(learner.theta, 3)
     phi = start + 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -5,8 +5,9 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta import errors
-from bayesmeta.rl.distilled import DistilledConfig, DistilledLatents
-from bayesmeta.rl.envs import BeamSteering, Navigation, SparsePointRobot, TensorVectorEnv
+from bayesmeta.rl.distilled import DistilledLatents
+from bayesmeta.rl.distilled_config import DistilledConfig
+from bayesmeta.rl.envs import BeamSteering, BernoulliBandit, Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.envs.points import GoalTasks
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.runs import fit
@@ -200,6 +201,34 @@ def test_bad_settings(options, says):
         DistilledConfig(**options)
 
 
+@pytest.mark.parametrize("posterior", ["mixture", "gaussian"])
+def test_numbers_of_another_precision(posterior):
+    def robots(**options):
+        return TensorVectorEnv(ROBOT, 4, episodes_per_trial=2, dtype=torch.float64, generator=0, **options)
+
+    learner = DistilledLatents(robots(), DistilledConfig(**SMALL, posterior=posterior), iterations=2)
+    told = learner.train()[-1]
+    assert all(torch.tensor(value).isfinite() for value in told.values())
+    assert {p.dtype for p in learner.policy.parameters()} == {torch.float64}
+    assert learner.curve(robots(split="validation")).returns.dtype == torch.float64
+
+
+def test_an_update_that_is_not_finite_leaves_the_learner_as_it_was():
+    learner = make(chain_every=1)
+    learner.train(1)
+    before = learner.state_dict()
+    reward = learner.replay._fields["extra.dense_reward"]
+    learner.replay._fields["extra.dense_reward"] = reward.clone().fill_(torch.nan)
+    with pytest.raises(errors.NonFiniteLossError, match="iteration 2"):
+        learner.train(1)
+    after = learner.state_dict()
+    for part in ("policy", "distiller"):
+        assert difference(before[part], after[part]) is None
+    learner.replay._fields["extra.dense_reward"] = reward
+    learner.train(1)
+    assert difference(before["policy"], learner.state_dict()["policy"]) is not None  # control
+
+
 def test_bad_environments():
     with pytest.raises(errors.OptionError, match="new_tasks=True"):
         DistilledLatents(TensorVectorEnv(ROBOT, 4, new_tasks=True))
@@ -210,6 +239,8 @@ def test_bad_environments():
         make(spec=ContextSpec.of(beam))
     with pytest.raises(errors.OptionError, match="iterations must be"):
         make(iterations=0)
+    with pytest.raises(errors.ContextError, match="another task family"):
+        make().curve(TensorVectorEnv(BernoulliBandit(arms=2, horizon=4), 4))
 
 
 @pytest.mark.parametrize("where", ["loss", "step"])

@@ -281,6 +281,11 @@ def test_the_step_of_a_trial_is_that_of_a_batch():
 
 
 def test_trials_need_steps_that_stand_alone():
+    learner, _, _ = hitting(copies=2)
+    for episodes in (1, 2):  # a curve of steps, and one of episodes
+        moving = TensorVectorEnv(Quadratic(), 2, copies=2, episodes_per_trial=episodes, new_tasks=True)
+        with pytest.raises(OptionError, match="new_tasks=True"):
+            learner.curve(moving)
     for options in ({"credit": "centred"}, {"gradient": "pathwise"}, {"policy_lr": 0.1}):
         learner, env, _ = hitting(copies=2, **options)
         with pytest.raises(OptionError, match="after each episode"):

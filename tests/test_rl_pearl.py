@@ -11,9 +11,10 @@ from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.pearl import PEARL, PEARLConfig, explained
 from bayesmeta.rl.posterior_sampling import extended, inferring, play
-from bayesmeta.rl.replay import Transitions
+from bayesmeta.rl.replay import Remembered, Transitions
 from bayesmeta.rl.runs import fit, load_learner
 from bayesmeta.rl.sac import SACConfig
+from bayesmeta.train import checkpoint
 from tests.faults.driver import contents, difference
 from tests.rl_small import Coin, Parabola
 
@@ -302,6 +303,59 @@ def test_episodes_are_watched():
     assert [len(path) for path in seen.paths[0]] == [5, 5, 5]
 
 
+def test_an_update_that_is_not_finite_leaves_the_learner_as_it_was():
+    learner = pearl()
+    learner.train(1)
+    before = learner.state_dict()
+    reward = learner.replay._fields["reward"]
+    learner.replay._fields["reward"] = torch.full_like(reward, torch.nan)
+    with pytest.raises(errors.NonFiniteLossError, match="iteration 2"):
+        learner.train(1)
+    after = learner.state_dict()
+    assert difference(before["policy"], after["policy"]) is None
+    assert difference(before["updates"], after["updates"]) is None
+    learner.replay._fields["reward"] = reward
+    learner.train(1)
+    assert difference(before["policy"], learner.state_dict()["policy"]) is not None  # control
+
+
+def test_a_run_copies_the_buffer_only_where_it_is_saved(tmp_path, monkeypatch):
+    whole, copies = pearl(), []
+    fit(whole, iterations=7, progress=False)
+    given = Remembered.__call__
+    monkeypatch.setattr(Remembered, "__call__", lambda self: copies.append(int(self._size[0])) or given(self))
+    fit(
+        pearl(), iterations=7, out=tmp_path, checkpoint_every=3, validate_every=2, validation=held_out(), progress=False
+    )
+    assert copies == [0, 36, 72, 84]  # the options of the run at its begin, and 12 steps an iteration
+    again = pearl()
+    fit(again, iterations=8, out=tmp_path, checkpoint_every=8, resume=True, progress=False)
+    assert copies[4:] == [0, 96]
+    fit(whole, iterations=8, progress=False)
+    assert difference(contents(whole.state_dict()), contents(again.state_dict())) is None
+
+
+def test_what_was_done_before_a_failure_is_saved_with_its_buffer(tmp_path):
+    learner = pearl(capacity=30)  # the ring is full when it fails
+    update = learner.update
+
+    def fails():
+        if learner.iteration == 4:
+            raise RuntimeError("a wire is broken")
+        return update()
+
+    learner.update = fails
+    with pytest.raises(RuntimeError, match="a wire is broken"):
+        fit(learner, iterations=6, out=tmp_path, checkpoint_every=3, progress=False)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 4
+    fit(same := pearl(capacity=30), iterations=4, progress=False)
+    assert difference(contents(same.state_dict()), contents(saved["learner"])) is None
+    assert (
+        difference(contents(same.state_dict()["replay"]), contents(learner.replay.state_dict())) is not None
+    )  # control
+
+
 def test_bad_input_is_refused():
     for options in (
         {"latent": 0}, {"meta_batch": 0}, {"batch": 0.5}, {"updates": True}, {"warmup": 0}, {"prior_episodes": 0},
@@ -322,6 +376,12 @@ def test_bad_input_is_refused():
         pearl(train_reward="dense").train(1)
     learner = pearl()
     learner.train(1)
+    for other in (BernoulliBandit(arms=2, horizon=2), Parabola()):  # of other spaces, and of other bounds
+        elsewhere = TensorVectorEnv(other, 2, generator=0)
+        with pytest.raises(errors.ContextError, match="another task family"):
+            learner.curve(elsewhere)
+        with pytest.raises(errors.ContextError, match="another task family"):
+            PEARL(robot(), PEARLConfig(**SMALL), spec=ContextSpec.of(elsewhere))
     with pytest.raises(errors.ContextError):  # of another family
         learner.policy.latent.posterior(Observations(torch.zeros(1, 2, 7), torch.zeros(1, 2)))
     short = PEARL(robot(), PEARLConfig(**SMALL), spec=ContextSpec.of(robot(), max_context=4), width=8)

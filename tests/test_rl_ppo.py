@@ -131,7 +131,7 @@ def test_one_environment_is_not_compared_with_others():
     before = learner.policy.act_layer.weight.detach().clone()
     learner.train(1)
     assert not torch.equal(learner.policy.act_layer.weight, before)
-    policy, rollout = biased()
+    policy, _ = biased()
     one = collect(env, policy.actor(), HALF, generator=torch.Generator(), state=policy.first(1))
     with pytest.raises(OptionError, match="there is one"):
         PPO(policy, PPOConfig()).update(one, one.reward, share=0.0, generator=torch.Generator())

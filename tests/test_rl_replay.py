@@ -10,6 +10,7 @@ from bayesmeta import errors
 from bayesmeta.rl.envs import SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.replay import Replay, Transitions
 from bayesmeta.rl.rollout import Acted, collect
+from tests.faults.driver import difference
 from tests.rl_small import Constant
 
 
@@ -166,6 +167,36 @@ def test_a_state_goes_on_bit_for_bit():
     assert not torch.equal(following(replay)[0], runs[0][0])  # control: with what came later
 
 
+@pytest.mark.parametrize("held", [0, 2, 5])
+def test_a_state_is_remembered_while_more_is_added(held):
+    replay = Replay(2, 5)
+    for step in range(held):
+        replay.add(marked([[float(step)], [100.0 + step]]))
+    before, earlier = replay.state_dict(), replay.remember()
+    for step in range(7):  # around the ring, and not the same for both tasks
+        replay.add(marked([[1000.0 + step]]), torch.tensor([1]))
+        if step % 3 == 0:
+            replay.add(marked([[2000.0], [3000.0]]))
+    assert difference(before, replay.state_dict()) is not None  # control
+    assert difference(before, earlier()) is None
+    asked = earlier()
+    replay.add(marked([[1.0], [2.0]]))
+    replay.load_state_dict(Replay(2, 5).state_dict())
+    replay.add(marked([[1.0], [2.0]]))
+    replay.clear()
+    assert difference(before, earlier()) is None
+    assert difference(before, asked) is None
+
+
+def test_nothing_is_kept_for_nobody():
+    replay = Replay(1, 5)
+    replay.add(marked([[1.0]]))
+    earlier = replay.remember()
+    assert len(replay._remembered) == 1
+    del earlier
+    assert len(replay._remembered) == 0
+
+
 def test_an_empty_buffer_says_which_task():
     replay, generator = Replay(3, 5), torch.Generator()
     with pytest.raises(errors.ReplayError, match="no steps of task 0"):
@@ -195,7 +226,13 @@ def test_bad_input_is_refused():
         replay.sample(1, generator, tasks=torch.tensor([2]))
     with pytest.raises(errors.ReplayError, match=r"extra\.dense"):
         replay.add(marked([[1.0], [2.0]], extra={"dense": torch.zeros(2, 1)}))
-    for options in ({"batch": 0}, {"batch": 1, "recent": 0}):
+    for options in (
+        {"batch": 0},
+        {"batch": 2.5},
+        {"batch": True},
+        {"batch": 1, "recent": 0},
+        {"batch": 1, "recent": 1.5},
+    ):
         with pytest.raises(errors.OptionError, match="at least 1"):
             replay.sample(generator=generator, **options)
     with pytest.raises(errors.ShapeError, match="whole numbers"):

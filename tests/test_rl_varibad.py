@@ -149,6 +149,20 @@ def test_policies_are_refused_what_they_cannot_act_on():
         VariBAD(env, latent=0)
 
 
+def test_trials_longer_than_contexts_may_be_are_refused():
+    env = environments()  # trials of 2 × 3 steps
+    inputs = ("state", "action", "successor")
+    with pytest.raises(ContextError, match="A trial has 6 transitions; memory is for max_context=5"):
+        VariBAD(env, spec=ContextSpec.of(env, inputs=inputs, max_context=5), latent=2)
+    run = VariBAD(env, spec=ContextSpec.of(env, inputs=inputs, max_context=6), latent=2, width=6)
+    longer = environments(episodes=3, new_tasks=False)
+    for asked in (run.curve, run.belief_path, run.use):
+        with pytest.raises(ContextError, match="A trial has 9 transitions"):
+            asked(longer)
+    assert run.policy.trial_steps == 6
+    run.belief_path(environments(new_tasks=False))  # of as many as fit
+
+
 # -- the bound ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ _NAMES = {
     "ContextPolicy": "bayesmeta.rl.policies",
     "ContextSpec": "bayesmeta.rl.latent.contexts",
     "DecodedReadout": "bayesmeta.rl.varibad_policy",
-    "DistilledConfig": "bayesmeta.rl.distilled",
+    "DistilledConfig": "bayesmeta.rl.distilled_config",
     "DistilledLatents": "bayesmeta.rl.distilled",
     "Estimation": "bayesmeta.rl.inner",
     "fit": "bayesmeta.rl.runs",
@@ -92,7 +92,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from bayesmeta.rl.distilled import DistilledConfig, DistilledLatents
+    from bayesmeta.rl.distilled import DistilledLatents
+    from bayesmeta.rl.distilled_config import DistilledConfig
     from bayesmeta.rl.drawings import plot_learning_curve, plot_trajectories
     from bayesmeta.rl.envs import (
         BeamSteering,

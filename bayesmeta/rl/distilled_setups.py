@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayesmeta.rl.distilled import DistilledConfig, DistilledLatents, Form
+from bayesmeta.rl.distilled import DistilledLatents
+from bayesmeta.rl.distilled_config import DistilledConfig, Form
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.sac import SACConfig
 

@@ -69,9 +69,9 @@ class Estimation:
         lam: λ of the advantages.
         standardise: each task's advantages to mean 0 and deviation 1, so that a rate does not hang on its rewards.
         estimator: of the inner objective; they share their first derivative and differ in the second:
-            ``"likelihood_ratio"`` (ProMP's, low variance, some bias), ``"dice"`` (no bias with ``standardise=False``, in the
-            limit of many episodes; variance that grows with the horizon, which ``decay`` trades),
-            ``"policy_gradient"`` (Finn et al. 2017; leaves out that actions were drawn).
+            ``"likelihood_ratio"`` (ProMP's, low variance, some bias), ``"dice"`` (no bias with
+            ``standardise=False``, in the limit of many episodes; variance that grows with the horizon, which ``decay``
+            trades), ``"policy_gradient"`` (Finn et al. 2017; leaves out that actions were drawn).
         decay: of ``"dice"``, see :func:`~bayesmeta.rl.objectives.loaded_dice`.
 
     Raises:

@@ -60,7 +60,7 @@ class MAMLRLConfig:
         inner_lr: their rate α.
         first_order: leave out the second derivative.
         learn_rates: Meta-SGD: one learned rate for each task parameter, beginning at ``inner_lr``.
-        exploration_credit: weight of E-MAML's term; 0 leaves it out, 1 is the paper's. It counts that the actions of the
+        exploration_credit: weight of E-MAML's term; 0 leaves it out, 1 is the paper's. It counts that the actions of
             inner steps were drawn, so that it goes with ``Estimation(estimator="policy_gradient")`` alone: the others
             count that once already. What an adaptation brought is compared with the other tasks: two at least.
         max_kl: bound of an outer step, in nats.

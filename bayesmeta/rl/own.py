@@ -13,7 +13,7 @@ from typing import Any
 from gymnasium.wrappers import TimeLimit
 
 from bayesmeta.errors import OptionError
-from bayesmeta.rl.envs.gym_family import GymFamily
+from bayesmeta.rl.envs.gym_family import GymFamily, kind_name
 
 
 def is_path(name: str) -> bool:
@@ -79,7 +79,7 @@ def load_family(
         family = found()
         if not _is_family(family):
             raise OptionError(
-                f"{path} takes no argument and gave a {type(family).__name__}; expected a family, or a function that "
+                f"{path} takes no argument and gave {kind_name(family)}; expected a family, or a function that "
                 "takes a task."
             )
         return _own_tasks(family, path, task_values, task_range, horizon)
@@ -127,6 +127,6 @@ def _needed(found: Any, path: str) -> int:
             if len(needed) <= 1 and not forced:
                 return len(needed)
     raise OptionError(
-        f"{path} is a {type(found).__name__}; expected a family of environments, a function without arguments that "
+        f"{path} is {kind_name(found)}; expected a family of environments, a function without arguments that "
         "makes one, or a function from one task to a gymnasium environment."
     )

@@ -324,7 +324,8 @@ class Setup:
         )  # fmt: skip
 
     def _inner_config(self, inner_steps: int, inner_lr: float, iterations: int) -> MAMLRLConfig:
-        known, given = self.defaults, {"inner_steps": inner_steps, "inner_lr": inner_lr}
+        known = self.defaults
+        given: dict[str, Any] = {"inner_steps": inner_steps, "inner_lr": inner_lr}
         if self.method != "cavia":
             given |= {**known.inner, "joint_iterations": round(known.joint_share * iterations)}
         if self.method == "e-maml":  # whose credit stands for the second derivative of the other estimators

@@ -274,14 +274,17 @@ class GymVectorEnv(Generic[TaskT]):
         """What the first environment of each task looks like, ``[height, width, 3]`` uint8 each.
 
         Raises:
-            EnvError: if they were made without ``render_mode="rgb_array"``.
+            EnvError: if they were made without ``render_mode="rgb_array"``, or drawing needs a package that is missing.
         """
         if self._envs.render_mode != "rgb_array":
             raise EnvError(
                 f"the environments have no picture: their render_mode is {self._envs.render_mode!r}. Make them with "
                 '"rgb_array": GymFamily(…).vector(…, render_mode="rgb_array"), whose make takes a render_mode.'
             )
-        return list(self._guarded(lambda: self._envs.call("render"))[:: self.copies])
+        try:
+            return list(self._guarded(lambda: self._envs.call("render"))[:: self.copies])
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise EnvError(f"the environments cannot be drawn: {error}. Install it, or ask for no pictures.") from error
 
     # -- failures -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import torch
 from bayesmeta.errors import BayesMetaError, EnvCrashError, EnvError, HorizonError, OptionError, SpaceError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.envs.family import check_at_least, check_split
+from bayesmeta.rl.envs.gym_worker import place
 
 if TYPE_CHECKING:
     from bayesmeta.rl.envs.gym import GymVectorEnv
@@ -195,10 +196,11 @@ def made(make: Callable[[Any], Any], task: Any, index: int) -> gymnasium.Env[Any
         raise
     except Exception as error:
         raise EnvCrashError(
-            f"the environment of task {index}, {task!r}, cannot be made: {type(error).__name__}: {error}", index
+            f"the environment of task {index}, {task!r}, cannot be made: {type(error).__name__}: {error}{place(error)}",
+            index,
         ) from error
     if not isinstance(env, gymnasium.Env):
-        raise EnvError(f"of task {index}, {task!r}, a {type(env).__name__} was made; expected a gymnasium.Env.")
+        raise EnvError(f"of task {index}, {task!r}, {kind_name(env)} was made; expected a gymnasium.Env.")
     return env
 
 
@@ -280,9 +282,15 @@ def unpacked(task: Any) -> Any:
     return type(task)(unpacked(value) for value in task) if isinstance(task, list | tuple) else task
 
 
+def kind_name(value: Any) -> str:
+    """What kind of thing a value is, with its article: ``"an int"``, ``"a function"``."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def _refuse(task: Any) -> Any:
     raise OptionError(
-        f"the task {task!r} is a {type(task).__name__}, which a checkpoint cannot hold; describe tasks by numbers, "
+        f"the task {task!r} is {kind_name(task)}, which a checkpoint cannot hold; describe tasks by numbers, "
         "text, tensors or arrays, or lists, tuples and dicts of them, and let the function that makes environments "
         "take those."
     )

@@ -7,6 +7,9 @@ error belongs to.
 from __future__ import annotations
 
 import math
+import os
+import sysconfig
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,5 +97,19 @@ class Guarded(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             return call()
         except Exception as error:
-            message = f"the environment of task {self.task_index} failed in {what}: {type(error).__name__}: {error}"
-            raise RuntimeError(message) from error
+            told = f"{type(error).__name__}: {error}{place(error)}"
+            raise RuntimeError(f"the environment of task {self.task_index} failed in {what}: {told}") from error
+
+
+def place(error: BaseException) -> str:
+    """Where an error was raised, as `` (file, line n, in function)``: the innermost frame of the user's own code.
+
+    Frames of Python, of installed packages and of this one count only where there are no others; what raised the error
+    may lie deep in NumPy, and what is to be mended does not.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    paths = sysconfig.get_paths()
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    others = tuple(os.path.join(path, "") for path in (paths["stdlib"], paths["purelib"], paths["platlib"], package))
+    own = [frame for frame in frames if not frame.filename.startswith((*others, "<frozen"))] or frames
+    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
