@@ -47,9 +47,9 @@ class Train:
     """Folder for what is learned."""
 
     env: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(get_args(Env)) + ",MODULE:ATTRIBUTE}")] = None
-    """The family, which a new run needs: bandits, random MDPs, points that look for a goal in the plane, a grid with a hidden goal, a maze
-    seen from within, a beam to be steered, half-cheetahs (the extra mujoco). Or one of your own, MODULE:ATTRIBUTE: a
-    family, or a function from a task to an environment of gymnasium."""
+    """The family, which a new run needs: bandits, random MDPs, points that look for a goal in the plane, a grid with a
+    hidden goal, a maze seen from within, a beam to be steered, half-cheetahs (the extra mujoco). Or one of your own,
+    MODULE:ATTRIBUTE: a family, or a function from a task to an environment of gymnasium."""
 
     method: MethodName | None = None
     """By default rl2. rl2, rl2-lstm and snail remember the episodes of a trial; varibad acts on a belief over the task;

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="hardly trained, to see that all works")
     quick = parser.parse_args().quick
-    tasks, iterations = (16, 2) if quick else (256, 60)  # in full about two minutes
+    tasks, iterations = (16, 2) if quick else (256, 60)  # in full minutes
     env = bm.rl.TensorVectorEnv(GRID, tasks, new_tasks=True, episodes_per_trial=4, generator=0)
     learner = grid_varibad(env, iterations=iterations)
     bm.rl.fit(learner, progress=False)
@@ -46,7 +46,13 @@ if __name__ == "__main__":
 
     # where does it say the goal is, and what would the exact posterior under the same decoder say?
     program, spec, few = path.program, learner.belief_spec, path.tasks([0, 10])
-    nuts = bm.NUTS(program, num_chains=1, **({"num_samples": 20, "warmup": 20, "max_tree_depth": 3} if quick else {}))
+    nuts = bm.NUTS(
+        program,
+        num_chains=1,
+        num_samples=20 if quick else 200,
+        warmup=20 if quick else 200,
+        max_tree_depth=3 if quick else 6,
+    )
     for step in (5, 15):
         belief = few.at(step)
         exact = nuts.adapt(belief.support, start=belief)

@@ -8,8 +8,9 @@ import torch
 
 from bayesmeta import cli, cli_rl, errors
 from bayesmeta.diagnostics import plots
-from bayesmeta.rl.command import read_setup, train_setup
+from bayesmeta.rl.command import harm, read_setup, train_setup
 from bayesmeta.rl.evaluation import evaluate_folder, table
+from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.setups import ENVIRONMENTS, METHODS, Setup
 from bayesmeta.train import checkpoint
 
@@ -126,27 +127,80 @@ def test_a_run_is_resumed_with_its_own_options_alone(folder, tmp_path, capsys):
         capsys, "train", "--env", "navigation", "--method", "maml", "--out", tmp_path / "run", *tiny, "--seed", 4,
         "--resume",
     )  # fmt: skip
-    assert "seed=4" in told
-    assert "seed=0" in told
+    assert "--seed 4 was given" in told
+    assert "with --seed 0" in told
     train(*tiny[:6], "--iterations", "3", *tiny[8:], "--resume")  # may go on for longer
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_not_given_on_resume_is_as_it_was(tmp_path, capsys):
+    out, settings = tmp_path / "run", ("--horizon", 4, "--tasks", 3, "--units", 4, "--copies", 2, "--inner-lr", 0.05)
+    given = (*settings, "--seed", 3, "--validation-tasks", 4, "--validate-every", 2, "--method", "maml")
+    rl("train", "--env", "navigation", "--out", out, *given, "--iterations", 5, "--no-progress")
+    before = read_setup(out)
+    rl("train", "--out", out, "--resume", "--iterations", 10, "--no-progress")  # the share of joint training stays
+    found = checkpoint.load(out / "checkpoint.pt")
+    assert found["step"] == 10
+    assert [row["step"] for row in found["curves"]] == [0, 2, 4, 5, 6, 8, 10]
+    assert read_setup(out) == before
+    assert "return" in evaluate_folder(out, tasks=3)["rows"][0]["name"] + " returns"
+    whole = train_setup(before, tmp_path / "whole", validation_tasks=4, validate_every=2, progress=False)
+    again = train_setup(Setup("navigation", "maml", seed=3), out, resume=True, progress=False)  # nothing left to do
+    assert again.curves[:4] == whole.curves
+    assert again.curves[4:]
+    for option, value, told in (
+        ("--units", 8, "--units 8 was given to a run that began with --units 4"),
+        ("--validation-tasks", 100, "--validation-tasks 100 was given to a run that began with --validation-tasks 4"),
+        ("--seed", 0, "--seed 0 was given"),
+        ("--method", "fomaml", "--method fomaml was given to a run that began with --method maml"),
+        ("--env", "sparse-navigation", "--env sparse-navigation was given"),
+    ):
+        assert told in refused(capsys, "train", "--out", out, "--resume", option, value)
+    with pytest.raises(errors.OptionError, match="units=8 was given to a run that began with units=4"):
+        train_setup(Setup("navigation", "maml", seed=3, units=8), out, resume=True)
+    assert "give --env" in refused(capsys, "train", "--out", tmp_path / "new")
+    assert "holds no run" in refused(capsys, "train", "--out", tmp_path / "new", "--resume")
+
+
+def test_a_memory_is_not_resumed_with_other_iterations(folder, capsys):
+    told = refused(capsys, "train", "--out", folder, "--resume", "--iterations", 9)
+    assert "--iterations 9 was given to a run that began with --iterations 2" in told
+
+
+def test_adaptation_that_harms_is_told_and_other_is_not(tmp_path, capsys):
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    easy = torch.linspace(-500, 0, 40)  # tasks differ by more than what a step changes
+    worse = AdaptationCurve(torch.stack([easy, easy - 2 + noise, easy + 5]), "step")
+    assert "worse: -2." in harm(worse, 1)
+    assert "after 1 step." in harm(worse, 1)
+    assert harm(worse, 2) == ""
+    assert harm(AdaptationCurve(torch.stack([easy, easy - 0.1 + noise]), "step"), 1) == ""
+    far = ("--env", "navigation", "--method", "maml", *TINY, "--copies", 2, "--no-progress", "--out")
+    rl("train", *far, tmp_path / "far", "--inner-lr", 100)
+    assert "Adaptation makes it worse" in capsys.readouterr().out
+    rl("train", *far, tmp_path / "near", "--inner-lr", 1e-6)
+    assert "worse" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_used_is_refused(folder, tmp_path, capsys):
     for arguments, message in (
         (("train", "--env", "bandits", "--out", tmp_path), "Unknown environment 'bandits'"),
         (("train", "--env", "bandit", "--method", "sac", "--out", tmp_path), "invalid choice 'sac'"),
-        (("train", "--env", "grid", "--arms", 3, "--out", tmp_path), "arms=3 is not an option of grid"),
-        (("train", "--env", "grid", "--inner-lr", 1, "--out", tmp_path), "inner_lr=1.0 is not an option of rl2"),
+        (("train", "--env", "grid", "--arms", 3, "--out", tmp_path), "--arms 3 is not an option of grid"),
+        (("train", "--env", "grid", "--inner-lr", 1, "--out", tmp_path), "--inner-lr 1.0 is not an option of rl2"),
         (("train", "--env", "grid", "--method", "maml", "--episodes", 2, "--out", tmp_path), "not an option of maml"),
-        (("train", "--env", "grid", "--iterations", 0, "--out", tmp_path), "iterations must be"),
-        (("train", "--env", "grid", "--validation-tasks", 1, "--out", tmp_path), "validation_tasks"),
-        (("train", "--env", "beam", "--plane", "H", "--out", tmp_path), "plane='H' is of a file"),
+        (("train", "--env", "grid", "--iterations", 0, "--out", tmp_path), "iterations must be a whole number"),
+        (
+            ("train", "--env", "grid", "--validation-tasks", 1, "--out", tmp_path),
+            "--validation-tasks must be at least 2",
+        ),
+        (("train", "--env", "beam", "--plane", "H", "--out", tmp_path), "--plane H is of a file"),
         (("train", "--env", "grid", "--out", tmp_path / "none", "--resume"), "no run to resume"),
         (("train", "--env", "grid", "--out", tmp_path, "--device", "toaster"), "toaster"),
         (("evaluate", tmp_path / "none"), "holds no run"),
+        (("evaluate", folder / "config.json"), "is a file; give the folder of the run"),
         (("evaluate", folder, "--tasks", 1), "tasks ≥ 2"),
-        (("evaluate", folder, "--video", tmp_path / "film.mp4"), ".gif"),
     ):
         assert message in refused(capsys, *arguments).replace("\n", " ").replace("│ │", " "), arguments
     (tmp_path / "config.json").write_text("{}")
@@ -156,10 +210,34 @@ def test_what_cannot_be_used_is_refused(folder, tmp_path, capsys):
             Setup(*names)
 
 
+def test_files_that_cannot_be_written_are_refused_before_any_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Setup, "family", lambda self: pytest.fail("work was begun"))
+    for option, path, message in (
+        ("--out", tmp_path / "none" / "a.json", "there is no folder"),
+        ("--out", tmp_path, "is a folder; give a file"),
+        ("--video", tmp_path / "none" / "a.gif", "there is no folder"),
+        ("--video", tmp_path / "film.mp4", "film.mp4 was given; videos are written as .gif"),
+    ):
+        assert message in refused(capsys, "evaluate", folder, option, path)
+
+
+def test_messages_name_options_and_leave_other_words_alone():
+    for message, told in (
+        ("workers=True is not", "--workers is not"),
+        ("task_range=(-2.0, 1.0) was given", "--task-range -2.0 1.0 was given"),
+        ("Give horizon=, or wrap them", "Give --horizon, or wrap them"),
+        ("by either task_values (numbers)", "by either --task-values (numbers)"),
+        ("no picture; leave render_mode out.", "no picture; leave --video out."),
+        ("standardise=True and x=3 and the tasks of arms", "standardise=True and x=3 and the tasks of arms"),
+    ):
+        assert cli_rl.as_options(message) == told
+
+
 def test_a_video_of_what_has_no_picture_is_refused(tmp_path, capsys):
     train_setup(Setup("bandit", "rl2", tasks=3, units=4, iterations=1), tmp_path, validation_tasks=2, progress=False)
     capsys.readouterr()
-    assert "no picture" in refused(capsys, "evaluate", tmp_path, "--tasks", 3, "--video", tmp_path / "film.gif")
+    told = refused(capsys, "evaluate", tmp_path, "--tasks", 3, "--video", tmp_path / "film.gif")
+    assert "no picture; leave --video out" in told
 
 
 def test_the_table_has_a_row_a_policy_and_a_column_a_point():
@@ -172,3 +250,7 @@ def test_the_table_has_a_row_a_policy_and_a_column_a_point():
     assert lines[1].split() == ["return", "episode", "1", "episode", "2"]
     assert lines[2].split() == ["rl2", "1.000", "±", "0.100", "2.500"]
     assert lines[3].split() == ["best", "(knows", "the", "task)", "3.000", "3.000"]
+    row.update(returns=[-170.783, -5502.499], standard_errors=[22.906, 389.496])
+    wide = table({"settings": "", "iterations": 5, "tasks": 7, "unit": "step", "rows": [row, best], "regrets": {}})
+    assert "-170.783 ± 22.906  -5502.499 ± 389.496" in wide
+    assert len({len(line) for line in wide.splitlines()[1:]}) == 1

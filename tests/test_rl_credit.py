@@ -95,7 +95,7 @@ def expected_outcome(theta, scale):
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 3.0)])
 def test_the_surrogate_with_credit_has_the_gradient_of_what_adaptation_brings(scale):
     """Two independent tasks, all 16 pairs of episodes that they may adapt on, each with its chance. The surrogate is
-    per step (2 of them) and in each task's scale. Controls: the credit's sign flipped, or without an episode's length."""
+    per step (2 of them) and in each task's scale. Controls: no credit, its sign flipped, no length of an episode."""
     learner = two_pulls()
     scale = torch.tensor(scale, dtype=torch.float64)
     theta = learner.theta.clone().requires_grad_()

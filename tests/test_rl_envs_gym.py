@@ -1,7 +1,11 @@
 """Ordinary gymnasium environments behind the interface of the tensor environments, and what happens when one fails."""
 
+import fractions
 import importlib.util
+import linecache
 import os
+import re
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -13,6 +17,7 @@ from bayesmeta.rl import envs
 from bayesmeta.rl.envs.cheetah import VelocityReward, cheetah_direction, cheetah_directions, cheetah_velocities
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.envs.gym import GymVectorEnv
+from bayesmeta.rl.envs.gym_worker import place
 
 
 class Counter(gymnasium.Env):
@@ -111,6 +116,13 @@ def test_a_crash_says_which_task(workers, fault, message):
     with pytest.raises(errors.EnvCrashError, match=message) as caught:
         env.step(torch.zeros(6, 2))
     assert caught.value.task == 1
+    where = re.search(r"\((\S+), line (\d+), in (\w+)\)", str(caught.value))
+    if "raises" in fault:  # the user's line; a reward has none
+        assert where is not None
+        assert (where[1], where[3]) == (__file__, "step")
+        assert "raise ZeroDivisionError" in linecache.getline(__file__, int(where[2]))
+    else:
+        assert where is None
     with pytest.raises(errors.EnvError, match="call reset"):
         env.step(torch.zeros(6, 2))
 
@@ -122,6 +134,41 @@ def test_a_process_that_dies_says_which_task():
     with pytest.raises(errors.EnvCrashError, match="task 1 died") as caught:
         env.step(torch.zeros(2, 2))
     assert caught.value.task == 1
+
+
+def test_the_place_of_an_error_is_in_the_users_code_and_not_in_a_librarys():
+    def deep():
+        return np.linalg.inv(np.zeros((2, 3)))  # raises within NumPy
+
+    with pytest.raises(np.linalg.LinAlgError) as caught:
+        deep()
+    assert place(caught.value).endswith("in deep)")
+    with pytest.raises(KeyError) as caught:
+        fractions.Fraction.from_float.__globals__["none"]
+    assert __file__ in place(caught.value)
+    assert place(ValueError("never raised")) == ""
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_package_that_drawing_needs_is_named(workers):
+    env = GymVectorEnv(Undrawn, [0, 1], workers=workers, horizon=3)
+    env.reset(seed=0)
+    with pytest.raises(errors.EnvError, match=r"cannot be drawn: .*pip install brushes.*ask for no pictures"):
+        env.pictures()
+    env.close()
+
+
+class Undrawn(Counter):
+    """Needs a package for its picture."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, task):
+        super().__init__({})
+
+    def render(self):
+        raise gymnasium.error.DependencyNotInstalled("brushes is not installed, run `pip install brushes`")
 
 
 def test_environments_that_do_not_fit_are_refused():

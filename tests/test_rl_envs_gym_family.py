@@ -104,7 +104,7 @@ def test_a_familys_bad_input_is_refused():
         GymFamily(lambda task: Walk(task), [0.0]).vector(1, render_mode="rgb_array")
     for make, kind, message in (
         (lambda task: 1 // task, errors.EnvCrashError, "task 1, 0, cannot be made: ZeroDivisionError"),
-        (lambda task: task and walk(task), errors.EnvError, "of task 1, 0, a int was made; expected a gymnasium.Env"),
+        (lambda task: task and walk(task), errors.EnvError, "of task 1, 0, an int was made; expected a gymnasium.Env"),
     ):
         with pytest.raises(kind, match=message):
             GymVectorEnv(lambda task, make=make: walk(task) if task == 1 else make(task), [1, 0])

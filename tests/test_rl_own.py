@@ -101,10 +101,12 @@ def test_a_function_from_a_task_to_an_environment_is_trained_resumed_and_scored(
     setup = read_setup(out)
     assert (setup.env, setup.task_range, setup.horizon) == ("hill_env:make_env", (-1.0, 1.0), 4)
     told = refused(capsys, "train", *task, *SMALL, *more, "--task-values", 1, 2)
-    assert "either task_values" in told
+    assert "either --task-values (numbers) or --task-range (two numbers" in told
     rl("train", *task, *SMALL, *more, "--resume")  # there is nothing left to do
     other = [(-2 if value == -1 else value) for value in task]
-    assert "task_range=(-2.0, 1.0)" in refused(capsys, "train", *other, *SMALL, *more, "--resume").replace("\n", " ")
+    assert "--task-range -2.0 1.0 was given" in refused(capsys, "train", *other, *SMALL, *more, "--resume").replace(
+        "\n", " "
+    )
 
 
 def test_what_is_trained_on_are_the_tasks_that_were_given(here):
@@ -137,8 +139,8 @@ def test_what_cannot_be_an_environment_is_refused_by_what_is_wrong(here):
         ("broken_env:make", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
         ("hill_env:missing", "there is no missing in hill_env"),
         ("hill_env:Inner.missing", "there is no missing in hill_env"),
-        ("hill_env:number", "is a int; expected a family"),
-        ("hill_env:nothing", "takes no argument and gave a int"),
+        ("hill_env:number", "is an int; expected a family"),
+        ("hill_env:nothing", "takes no argument and gave an int"),
         ("hill_env:two", "is a function; expected a family"),
         ("hill_env:make_env", "give its tasks by either"),
     ):

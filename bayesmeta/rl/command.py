@@ -92,7 +92,7 @@ def train_setup(
             "setup": dataclasses.asdict(setup),
             "validation_tasks": validation_tasks,
             "validate_every": validate_every,
-        },  # fmt: skip
+        },
     )
     _say(setup, result, out)
     return result

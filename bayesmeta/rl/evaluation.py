@@ -52,18 +52,23 @@ def evaluate_folder(
         ``beliefs`` of a learner that has them, see :func:`~bayesmeta.rl.evaluated_beliefs.evaluate_beliefs`.
 
     Raises:
-        OptionError: for numbers that cannot be used.
+        OptionError: for numbers and kinds of videos that cannot be used.
         CheckpointError: for a folder without a good run.
-        EnvError: for a video of environments that have no picture.
+        RunFolderError: for files in folders that are not there.
+        EnvError: for a video of environments that have no picture, or that need a package for it.
     """
     if tasks < 2 or steps < 1:
         raise OptionError(f"Expected tasks ≥ 2, for standard errors, and steps ≥ 1; got {tasks} and {steps}.")
-    folder = Path(folder)
+    folder, out = Path(folder), Path(folder) / "evaluation.json" if out is None else Path(out)
     setup, place = read_setup(folder), pick_device(device)
+    _check_file(out)
     family = setup.family()
     learner: Any = load_learner(folder, setup.learner(family, place))
     points = None if setup.remembers else steps
     if video is not None:  # first, since families without pictures say so here
+        if video.suffix.lower() != ".gif":
+            raise OptionError(f"{video.name} was given; videos are written as .gif.")
+        _check_file(video)
         pictures = {"render_mode": "rgb_array"} if isinstance(family, GymFamily) else {}
         few = setup.held_out(family, FILMED, split="test", seed=seed, device=place, **pictures)
         save_video(watch(learner, few, points=points, pictures=True), video)
@@ -84,9 +89,9 @@ def evaluate_folder(
     if isinstance(learner, HasBeliefs):
         title = f"{setup.method} on {setup.env}: the belief about the first test task"
         result["beliefs"] = evaluate_beliefs(learner, held_out, seed=seed, folder=folder, title=title)
-    _write(out or folder / "evaluation.json", result)
+    _write(out, result)
     _draw(setup, learner, family, points, seed, place, folder)
-    files = [out or folder / "evaluation.json", folder / "trajectories.png"]
+    files = [out, folder / "trajectories.png"]
     files += [folder / name for name in result.get("beliefs", {"files": []})["files"]] + ([video] if video else [])
     print(", ".join(map(str, files)))
     return result
@@ -132,7 +137,9 @@ def table(result: dict[str, Any]) -> str:
     names = [r["name"] + (f" ({r['optimum']})" if r["optimum"] else "") for r in result["rows"]]
     regrets = [f"regret: {name}" for name in result["regrets"]]
     width = max(len(name) for name in [*names, *regrets, "return"])
-    wide = max(18, *(len(head) + 2 for head in heads))
+    measured = [pair for row in result["rows"] for pair in zip(row["returns"], row["standard_errors"])]
+    measured += [pair for row in result["regrets"].values() for pair in zip(row["mean"], row["standard_error"])]
+    wide = max(18, *(len(text) + 2 for text in [*heads, *(_cell(*pair) for pair in measured)]))
     lines = [f"{result['settings']}; {result['iterations']} iterations; {result['tasks']} test tasks, mean ± s.e."]
     lines.append("return".ljust(width) + "".join(head.rjust(wide) for head in heads))
     for name, row in zip(names, result["rows"]):
@@ -152,6 +159,13 @@ def _cell(mean: float, error: float) -> str:
     if not math.isfinite(error) or error < 1e-6:  # known, not measured
         return f"{mean:.3f}"
     return f"{mean:.3f} ± {error:.3f}"
+
+
+def _check_file(path: Path) -> None:
+    """Whether a file can be written there, as far as that is known before there is anything to write."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+        raise RunFolderError(f"{path} {what}; give a file in a folder that is there.")
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
