@@ -8,10 +8,14 @@ from typing import Any
 import torch
 
 from bayesmeta.errors import OptionError
+from bayesmeta.rl.envs import Grid, Navigation, SparsePointRobot
 from bayesmeta.rl.watching import Watching
 
 #: From the first point of the adaptation to the last, light to dark.
 _COLOURS = ("#f2a65a", "#d1495b", "#7b2d5b", "#1d3557")
+_GOAL = "#2a7f3f"
+#: From the first of a grid's ways to the last, in cells.
+_APART = 0.4
 
 
 def _colour(point: int, points: int) -> Any:
@@ -73,6 +77,10 @@ def plot_learning_curve(
 def plot_trajectories(watching: Watching, *, title: str = "") -> Any:
     """What a learner does on a few tasks: paths in the plane beside the goal, or the rewards in time.
 
+    Around the paths stand the start and the goal, the disc of the sparse reward of the families of points with the half
+    circle of the sparse point robot's goals, and the cells of the grid. In the grid, ways are drawn a little apart, so
+    that points of the adaptation that go the same way are all seen.
+
     Args:
         watching: see :func:`bayesmeta.rl.watch`; drawn as paths where tasks have a ``goal`` and observations two
             numbers.
@@ -92,23 +100,57 @@ def plot_trajectories(watching: Watching, *, title: str = "") -> Any:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for task in range(tasks):
         axes = panels[task // columns][task % columns]
-        for point in range(len(watching.paths[task])):
-            style = {"color": _colour(point, len(watching.paths[task])), "label": point_name(watching.unit, point)}
-            if plane:
-                x, y = watching.paths[task][point].float().T
-                axes.plot(x, y, marker=".", markersize=3, linewidth=1.2, alpha=0.9, **style)
-            else:
-                axes.plot(watching.rewards[task][point].cumsum(0), **style)
-        if plane and goal is not None:
-            axes.plot(*goal[task].float().cpu().unsqueeze(1), marker="*", markersize=14, color="#2a7f3f", linestyle="")
-            axes.set_aspect("equal")
+        if plane:
+            _draw_paths(axes, watching, task)
+        else:
+            points = len(watching.rewards[task])
+            for point, rewards in enumerate(watching.rewards[task]):
+                axes.plot(rewards.cumsum(0), color=_colour(point, points), label=point_name(watching.unit, point))
+            if task + columns >= tasks:  # the lowest of its column
+                axes.set_xlabel("step of the episode")
+                axes.tick_params(labelbottom=True)
+            if task % columns == 0:
+                axes.set_ylabel("reward so far")
         axes.set_title(f"task {task}", fontsize="small")
     for empty in range(tasks, rows * columns):
         panels[empty // columns][empty % columns].set_axis_off()
-    if not plane:
-        figure.supxlabel("step of the episode")
-        figure.supylabel("reward so far")
     figure.suptitle(title)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize="small")
     return figure
+
+
+def _draw_paths(axes: Any, watching: Watching, task: int) -> None:
+    """The paths of one task in the plane, the start and the goal."""
+    points = len(watching.paths[task])
+    grid = isinstance(watching.family, Grid)
+    for point, path in enumerate(watching.paths[task]):
+        apart = _APART * (point - (points - 1) / 2) / max(1, points - 1) if grid else 0.0
+        x, y = path.float().T + apart
+        style = {"color": _colour(point, points), "label": point_name(watching.unit, point)}
+        axes.plot(x, y, marker=".", markersize=3, linewidth=1.2, alpha=0.9, **style)
+    goal = watching.tasks["goal"][task].float().cpu()
+    axes.plot(*goal.unsqueeze(1), marker="*", markersize=14, color=_GOAL, linestyle="", zorder=1.5)
+    start = watching.paths[task][0][0].float()
+    axes.plot(*start.unsqueeze(1), marker="o", markersize=9, color="0.3", fillstyle="none", linestyle="", zorder=1.5)
+    _draw_around(axes, watching.family, goal)
+    axes.set_aspect("equal")
+
+
+def _draw_around(axes: Any, family: Any, goal: torch.Tensor) -> None:
+    """What a family has in the plane: cells; or where the sparse reward is, and where goals can be."""
+    from matplotlib.patches import Arc, Circle
+
+    if isinstance(family, Grid):
+        ends = (-0.5, family.cells - 0.5)
+        for edge in range(family.cells + 1):
+            axes.plot(ends, (edge - 0.5, edge - 0.5), color="0.85", linewidth=0.8, zorder=0.5)
+            axes.plot((edge - 0.5, edge - 0.5), ends, color="0.85", linewidth=0.8, zorder=0.5)
+        axes.set_xticks(range(family.cells))
+        axes.set_yticks(range(family.cells))
+    elif isinstance(family, Navigation | SparsePointRobot):
+        axes.add_patch(Circle(goal.tolist(), family.radius, color=_GOAL, alpha=0.15, linewidth=0, zorder=0.5))
+        if isinstance(family, SparsePointRobot):
+            axes.add_patch(Arc((0, 0), 2, 2, theta1=0, theta2=180, color="0.6", linestyle=":", zorder=0.6))
+            axes.set_xlim(min(axes.get_xlim()[0], -1.3), max(axes.get_xlim()[1], 1.3))
+            axes.set_ylim(min(axes.get_ylim()[0], -0.3), max(axes.get_ylim()[1], 1.3))

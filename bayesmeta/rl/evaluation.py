@@ -82,7 +82,7 @@ def evaluate_folder(
         "tasks": tasks,
         "unit": curve.unit,
         "iterations": learner_iterations(folder),
-        "rows": [_row(setup.method, curve, None), *(_row(r.name, r.curve, r.optimum) for r in others)],
+        "rows": [_row(setup.method, curve, None), *(_row(r.name, _beside(r, curve), r.optimum) for r in others)],
         "regrets": {r.name: _regret(r, curve) for r in others if _bounds(r, curve)},
     }
     print(table(result))
@@ -114,6 +114,15 @@ def _row(name: str, curve: AdaptationCurve, optimum: str | None) -> dict[str, An
     return row
 
 
+def _beside(reference: Reference, curve: AdaptationCurve) -> AdaptationCurve:
+    """Its curve, at every point of the learner's where it knows the task: steps of a learner change nothing for it."""
+    own, points = reference.curve, len(curve.returns)
+    if reference.optimum != "knows the task" or len(own.returns) == points:
+        return own
+    first = (None if of is None else of[:1].expand(points, -1) for of in (own.success, own.lengths))
+    return AdaptationCurve(own.returns[:1].expand(points, -1), curve.unit, *first)
+
+
 def _bounds(reference: Reference, curve: AdaptationCurve) -> bool:
     """Whether there is a regret against it: who adapts by steps between episodes may pass one who plays a trial."""
     return reference.optimum == "knows the task" or (reference.optimum is not None and curve.unit == "episode")
@@ -139,7 +148,8 @@ def table(result: dict[str, Any]) -> str:
     width = max(len(name) for name in [*names, *regrets, "return"])
     measured = [pair for row in result["rows"] for pair in zip(row["returns"], row["standard_errors"])]
     measured += [pair for row in result["regrets"].values() for pair in zip(row["mean"], row["standard_error"])]
-    wide = max(18, *(len(text) + 2 for text in [*heads, *(_cell(*pair) for pair in measured)]))
+    texts = [*heads, *(_cell(*pair) for pair in measured), *(cell for row in result["rows"] for cell in _ended(row))]
+    wide = max(18, *(len(text) + 2 for text in texts))
     lines = [f"{result['settings']}; {result['iterations']} iterations; {result['tasks']} test tasks, mean ± s.e."]
     lines.append("return".ljust(width) + "".join(head.rjust(wide) for head in heads))
     for name, row in zip(names, result["rows"]):
@@ -150,9 +160,14 @@ def table(result: dict[str, Any]) -> str:
         lines.append(name.ljust(width) + "".join(cell.rjust(wide) for cell in cells))
     for row in result["rows"]:
         if "success" in row:
-            cells = [f"{s:.0%}, {n:.2f}" for s, n in zip(row["success"], row["lengths"])]
+            cells = _ended(row)
             lines.append(f"success, length: {row['name']}".ljust(width) + "".join(cell.rjust(wide) for cell in cells))
     return "\n".join(lines)
+
+
+def _ended(row: dict[str, Any]) -> list[str]:
+    """How episodes ended, for families that say so."""
+    return [f"{s:.0%}, {n:.2f}" for s, n in zip(row["success"], row["lengths"])] if "success" in row else []
 
 
 def _cell(mean: float, error: float) -> str:

@@ -128,8 +128,9 @@ def grid_varibad(
     """For the grid: one-hot cells, and a reward decoder with one output a cell, as in Zintgraf et al. 2020.
 
     Rewards are read as 1 on the goal and 0 elsewhere, and the decoder knows that one cell alone has the goal. The
-    encoder is a product of Gaussians: a GRU of that width learned the beliefs far more slowly. The latent has about one
-    number for each cell that can be the goal. The policy reads the belief as chances of the cells and their mean place.
+    encoder is a product of Gaussians: the order of steps does not matter here. A GRU of that width learned the beliefs
+    more slowly in the one run that compared them (one seed, fewer updates, one learning rate), which does not settle
+    it. The latent has about one number for each cell that can be the goal. The policy reads the belief as chances of the cells and their mean place.
 
     Args:
         env: of a :class:`~bayesmeta.rl.Grid`.
@@ -160,7 +161,8 @@ def grid_varibad(
     )
 
 
-#: With an entropy of 0.03 some goals were never found, and from then on neither looked for nor believed in.
+#: The entropy keeps the policy searching: with a first weight of 0.03, training seeds earned 0.65 to 0.76 of the best
+#: return in episodes 2 to 4.
 GRID_PPO = PPOConfig(
     epochs=3, minibatches=8, gamma=0.95, lam=0.95, lr=3e-3, last_lr=3e-4, entropy=0.1, last_entropy=0.01
 )

@@ -120,6 +120,7 @@ class Watching(NamedTuple):
         tasks: the tasks' parameters by name; of tasks that are numbers, ``"task"``.
         unit: what adaptation goes by, ``"episode"`` or ``"step"``.
         frames: pictures of all tasks side by side, with point and step.
+        family: of the environments, for what stands around the paths; None where it is not known.
     """
 
     paths: list[list[Tensor]]
@@ -127,6 +128,7 @@ class Watching(NamedTuple):
     tasks: dict[str, Tensor]
     unit: str
     frames: list[tuple[np.ndarray, int, int]]
+    family: Any = None
 
 
 def watch(
@@ -153,7 +155,7 @@ def watch(
     curve = learner.curve(watched, points=points, generator=generator)
     paths = [[torch.stack(path) for path in task] for task in watched.paths]
     rewards = [[torch.tensor(path) for path in task] for task in watched.rewards]
-    return Watching(paths, rewards, _named(env.tasks), curve.unit, watched.frames)
+    return Watching(paths, rewards, _named(env.tasks), curve.unit, watched.frames, env.family)
 
 
 def save_video(watching: Watching, path: str | Path, *, frames_per_second: float = 10.0, scale: int = 1) -> None:
