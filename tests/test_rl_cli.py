@@ -9,8 +9,9 @@ import torch
 from bayesmeta import cli, cli_rl, errors
 from bayesmeta.diagnostics import plots
 from bayesmeta.rl.command import harm, read_setup, train_setup
-from bayesmeta.rl.evaluation import evaluate_folder, table
+from bayesmeta.rl.evaluation import _beside, evaluate_folder, table
 from bayesmeta.rl.learner import AdaptationCurve
+from bayesmeta.rl.reference_policies import Reference
 from bayesmeta.rl.setups import ENVIRONMENTS, METHODS, Setup
 from bayesmeta.train import checkpoint
 
@@ -254,3 +255,21 @@ def test_the_table_has_a_row_a_policy_and_a_column_a_point():
     wide = table({"settings": "", "iterations": 5, "tasks": 7, "unit": "step", "rows": [row, best], "regrets": {}})
     assert "-170.783 ± 22.906  -5502.499 ± 389.496" in wide
     assert len({len(line) for line in wide.splitlines()[1:]}) == 1
+    row.update(success=[0.5, 1.0], lengths=[12345678.25, 87654321.75], name="a long name of a method")
+    ended = table({"settings": "", "iterations": 5, "tasks": 7, "unit": "step", "rows": [row, best], "regrets": {}})
+    assert "50%, 12345678.25  100%, 87654321.75" in ended
+    assert len({len(line) for line in ended.splitlines()[1:]}) == 1
+
+
+def test_a_reference_that_knows_the_task_stands_beside_every_gradient_step():
+    """One that learns (the control) stands where it was played: at the first point alone."""
+    steps = AdaptationCurve(torch.zeros(3, 2), "step")
+    own = AdaptationCurve(torch.tensor([[1.0, 2.0]]), "episode", torch.tensor([[1.0, 0.5]]), torch.tensor([[3.0, 4.0]]))
+    beside = _beside(Reference("best", own, "knows the task"), steps)
+    for seen, is_ in zip((beside.returns, beside.success, beside.lengths), (own.returns, own.success, own.lengths)):
+        assert torch.equal(seen, is_.expand(3, 2))
+    assert beside.unit == "step"
+    for optimum in (None, "does not know the task"):
+        assert _beside(Reference("learns", own, optimum), steps) is own
+    episodes = AdaptationCurve(torch.rand(3, 2), "episode")
+    assert _beside(Reference("best", episodes, "knows the task"), steps) is episodes

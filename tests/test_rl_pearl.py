@@ -151,7 +151,8 @@ def test_the_guide_reads_the_last_rollout_and_the_critics_all():
     learner.store(rollout)
     learner.update()
     last = rollout.moments.observation.flatten(0, 1).unique(dim=0)
-    known = (read[0].x[..., :2].flatten(0, 1)[:, None] == last).all(-1).any(1)
+    assert read[-1].shots == 300  # the update's; those before are of the trial, the first of them empty
+    known = (read[-1].x[..., :2].flatten(0, 1)[:, None] == last).all(-1).any(1)
     assert known.all()
     seen_before = (seen[0].observation.flatten(0, 1)[:, None] == last).all(-1).any(1)
     assert 0.1 < (~seen_before).float().mean() < 0.9

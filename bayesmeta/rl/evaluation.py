@@ -145,7 +145,8 @@ def table(result: dict[str, Any]) -> str:
     heads = [point_name(result["unit"], point) for point in range(points)]
     names = [r["name"] + (f" ({r['optimum']})" if r["optimum"] else "") for r in result["rows"]]
     regrets = [f"regret: {name}" for name in result["regrets"]]
-    width = max(len(name) for name in [*names, *regrets, "return"])
+    ended = [f"success, length: {row['name']}" for row in result["rows"] if "success" in row]
+    width = max(len(name) for name in [*names, *regrets, *ended, "return"])
     measured = [pair for row in result["rows"] for pair in zip(row["returns"], row["standard_errors"])]
     measured += [pair for row in result["regrets"].values() for pair in zip(row["mean"], row["standard_error"])]
     texts = [*heads, *(_cell(*pair) for pair in measured), *(cell for row in result["rows"] for cell in _ended(row))]

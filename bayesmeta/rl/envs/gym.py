@@ -295,6 +295,10 @@ class GymVectorEnv(Generic[TaskT]):
                 # gymnasium repeats a worker's error as warnings before it raises it.
                 warnings.filterwarnings("ignore", message=_ECHO)
                 return call()
+        except gymnasium.error.DependencyNotInstalled:  # of a picture; the worker that told it has ended too
+            self._ready = False
+            self._kill()
+            raise
         except Exception as error:
             found = _MARK.search(str(error))
             task = int(found.group(1)) if found else self._dead_task()

@@ -1,0 +1,88 @@
+"""Pictures of trajectories: what stands around the paths, and that nothing hides anything else."""
+
+import pytest
+import torch
+from matplotlib.patches import Arc, Circle
+
+import bayesmeta as bm
+from bayesmeta.rl.watching import Watching
+
+
+def seen(family, *, tasks=2, points=3, steps=4):
+    """Ways that are the same at each point of the adaptation, one step of 1 along the first axis at a time."""
+    path = torch.zeros(steps + 1, 2)
+    path[:, 0] = torch.arange(steps + 1.0).clamp(max=4)
+    drawn = family.sample_tasks(tasks, generator=0, split="test")
+    rewards = [[torch.arange(float(steps))] * points] * tasks
+    return Watching([[path] * points] * tasks, rewards, drawn.as_dict(), "episode", [], family)
+
+
+def patches(axes, kind):
+    return [patch for patch in axes.patches if isinstance(patch, kind)]
+
+
+def ways(axes, points=3):
+    return [torch.tensor(line.get_xydata()) for line in axes.get_lines()[:points]]
+
+
+def test_the_legend_stands_clear_of_the_labels():
+    """Also where the lowest row has empty panels. A label of the whole figure (the control) lies under the legend."""
+    watched = seen(bm.rl.GaussianBandit(arms=2), tasks=4)
+    figure = bm.rl.plot_trajectories(watched)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    labelled = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert [axes.get_title() for axes in labelled] == ["task 1", "task 2", "task 3"]
+    for axes in labelled:
+        assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+        assert any(tick.label1.get_visible() for tick in axes.xaxis.get_major_ticks())
+    across = figure.supxlabel("step of the episode")
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().overlaps(across.get_window_extent())
+
+
+def test_the_grid_has_its_cells_and_ways_that_are_the_same_are_all_seen():
+    axes = bm.rl.plot_trajectories(seen(bm.rl.Grid(cells=4))).axes[0]
+    first, second, third = ways(axes)
+    assert (second - seen(bm.rl.Grid(cells=4)).paths[0][1]).abs().max() == 0  # the middle one, on the cells' centres
+    for one, other in ((first, second), (second, third)):
+        assert (other - one).min() > 0.1  # apart, and
+    assert (third - first).max() < 0.5  # each within its cells
+    edges = [line for line in axes.get_lines() if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+    assert [line.get_xdata()[0] for line in edges] == [-0.5, 0.5, 1.5, 2.5, 3.5]
+    one = bm.rl.plot_trajectories(seen(bm.rl.Grid(), points=1)).axes[0]
+    assert ways(one, 1)[0][0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("family", [bm.rl.Navigation(radius=0.3), bm.rl.SparsePointRobot(radius=0.15)])
+def test_points_have_the_disc_of_their_goal(family):
+    """The robot has the half circle too, navigation (the control) has none; ways stay where they are."""
+    watched = seen(family)
+    figure = bm.rl.plot_trajectories(watched)
+    robot = isinstance(family, bm.rl.SparsePointRobot)
+    for task in range(2):
+        axes = figure.axes[task]
+        (disc,) = patches(axes, Circle)
+        assert disc.radius == family.radius
+        assert list(disc.center) == watched.tasks["goal"][task].tolist()
+        halves = patches(axes, Arc)
+        assert [(arc.width, arc.theta1, arc.theta2, arc.center) for arc in halves] == [(2, 0, 180, (0, 0))] * robot
+        assert torch.equal(ways(axes)[0], watched.paths[task][0].double())
+    if robot:
+        (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert low <= -1 - family.radius
+        assert high >= 1 + family.radius
+        assert bottom < 0
+        assert top >= 1 + family.radius
+
+
+def test_without_a_family_there_are_paths_and_goals_alone():
+    axes = bm.rl.plot_trajectories(seen(bm.rl.Navigation())._replace(family=None)).axes[0]
+    assert not axes.patches
+    assert len(axes.get_lines()) == 3 + 2  # ways, goal, start
+
+
+def test_watching_knows_the_family():
+    grid = bm.rl.Grid(cells=3, horizon=3)
+    env = bm.rl.TensorVectorEnv(grid, 2, episodes_per_trial=2, generator=1)
+    assert bm.rl.watch(bm.rl.RL2(env, iterations=1, units=4), env).family is grid
