@@ -1,6 +1,7 @@
 """The benchmark of the grid: what is 0 and 1, which goals are read, and how rows are made of trainings."""
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_a_belief_that_was_not_trained_is_seen_to_be_wrong(monkeypatch):
     assert not bench.BARS["varibad_belief_on_seen_empty"].holds(check.seen_share.mean)
 
 
+def test_the_ignorant_belief_is_calibrated_on_the_same_walks_and_forgets_where_it_has_been():
+    run = bench.make("varibad", SMALL, 3, 4, 2)
+    told = bench.belief_checks(run, SMALL, 0)
+    check = told["ignorant"]
+    assert check.exact_log_score.mean == told["search"].exact_log_score.mean  # the same walks and steps
+    assert check.log_score.mean == pytest.approx(-math.log(len(SMALL.goals())), abs=1e-6)
+    assert check.exact_log_score.mean - check.log_score.mean > 0.05
+    assert check.ece < 1e-6
+    assert check.seen_share.mean > 0
+
+
 def test_a_quick_run_has_all_rows_and_curves_and_no_bar(monkeypatch):
     monkeypatch.setattr(bench, "DRAWS", 4)
     args = options()
@@ -78,6 +90,7 @@ def test_a_quick_run_has_all_rows_and_curves_and_no_bar(monkeypatch):
     names = [f"{name}_episode_{n}" for name in bench.LEARNERS for n in (1, 2, 3, 4)]
     kinds = ("on_seen_empty", "calibration_error", "distance", "log_score_lost")
     beliefs = {f"varibad_{when}_{what}" for when in ("belief", "search") for what in kinds}
+    beliefs |= {"ignorant_search_on_seen_empty", "ignorant_search_log_score_lost"}
     assert set(names) | beliefs == set(rows)
     assert all(row.passes is None for row in rows.values())
     assert rows["varibad_episode_1"].seconds > 0

@@ -1,15 +1,18 @@
 """Latents of training tasks and an encoder distilled onto them: what learns from what, and that runs go on."""
 
+import copy
+
 import pytest
 import torch
 
 import bayesmeta as bm
 from bayesmeta import errors
+from bayesmeta.rl import distilled
 from bayesmeta.rl.distilled import DistilledLatents
 from bayesmeta.rl.distilled_config import DistilledConfig
 from bayesmeta.rl.envs import BeamSteering, BernoulliBandit, Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.envs.points import GoalTasks
-from bayesmeta.rl.latent.contexts import ContextSpec
+from bayesmeta.rl.latent.contexts import ContextSpec, prefix
 from bayesmeta.rl.runs import fit
 from bayesmeta.rl.sac import SACConfig
 from tests.faults.driver import contents, difference
@@ -106,6 +109,45 @@ def test_chains_are_trials_of_their_task_in_order():
     assert seen.x.shape == (20, 12, 2)
     starts = seen.x[:, [0, 4, 8]].norm(dim=-1)  # one step away from the begin of an episode
     assert (starts <= 0.1 * 2**0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("posterior", ["mixture", "gaussian"])
+def test_each_context_goes_with_a_draw_of_its_own_task_at_every_prefix(posterior, monkeypatch):
+    """With copies, and latents so far apart that a draw tells whose it is, as a reward tells where the goal is."""
+    family = Navigation(horizon=4)
+    env = TensorVectorEnv(family, 4, copies=2, episodes_per_trial=3, generator=0)
+    spec = ContextSpec(family.observation_space, family.action_space, inputs=("successor",))
+    config = DistilledConfig(**SMALL | {"posterior": posterior, "distill_batch": 40})
+    learner = DistilledLatents(env, config, iterations=2, spec=spec)
+    with torch.no_grad():
+        learner.policy.latents.loc.copy_(10.0 * torch.arange(4).unsqueeze(-1).expand_as(learner.policy.latents.loc))
+        learner.policy.latents.log_scale.fill_(-5.0)
+
+    def raises(*args):
+        raise AssertionError("a chain that knows its task")
+
+    learner._own_latents = raises
+    learner.collect_chain()
+    goals, told = env.tasks.goal, []
+    loss = distilled.distillation_loss
+
+    def spy(belief, context, z, steps):
+        value = loss(belief, context, z, steps)
+        told.append((context, z, steps, value.detach()))
+        return value
+
+    monkeypatch.setattr(distilled, "distillation_loss", spy)
+    before = copy.deepcopy(learner.policy.belief)
+    learner.distill()
+    ((context, z, steps, value),) = told
+    assert steps.tolist() == [4, 8, 12]
+    assert context.x.shape == (40, 12, 2)
+    distance = (context.x.unsqueeze(1) - goals.view(1, 4, 1, 2)).square().sum(-1)
+    task = (context.y.unsqueeze(1) + distance).abs().amax(-1).argmin(-1)  # whose goal explains the rewards
+    assert task.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal((z / 10.0).round(), task.unsqueeze(-1).expand_as(z).to(z))
+    each = [-before.posterior(prefix(context, n)).log_prob(z).mean().detach() for n in (4, 8, 12)]
+    torch.testing.assert_close(value, torch.stack(each).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_no_chain_before_the_end_of_the_warmup():

@@ -276,7 +276,7 @@ def test_tasks_of_all_plain_kinds_can_be_saved_and_others_are_refused():
     assert np.array_equal(again.tasks[0]["place"], tasks[0]["place"])
     assert float(again.tasks[1]["place"]) == 2.5
     env.reset(options={"tasks": [{}, object()]})
-    with pytest.raises(errors.OptionError, match="is a object, which a checkpoint cannot hold"):
+    with pytest.raises(errors.OptionError, match="is an object, which a checkpoint cannot hold"):
         env.state_dict()
 
 

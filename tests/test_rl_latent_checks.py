@@ -215,6 +215,29 @@ def test_a_search_is_judged_by_itself():
         checks.compare_goals(here.double(), here, goal, admissible, searching=True)
 
 
+def test_an_ignorant_belief_is_calibrated_and_loses_log_score():
+    """Every goal is searched on one sweep from the far corner on, by a belief that forgets where it has been."""
+    admissible = checks.admissible_cells(bm.rl.Grid())
+    goal = admissible.nonzero().squeeze(-1)
+    seen = (torch.arange(25) >= 25 - torch.arange(26)[:, None]).unsqueeze(1).expand(26, 21, 25)
+    here = torch.nn.functional.one_hot(goal, 25).bool()
+    found = (seen & here).any(-1, keepdim=True)
+    ignorant = torch.where(found, here.double(), admissible.double() / 21)
+    told = checks.compare_goals(ignorant, seen, goal, admissible, searching=True)
+    assert told.ece < 1e-12
+    # before the k-th cell is entered, the exact belief has the goal among those left
+    lost = [
+        sum(math.log(21 / (21 - int((seen[k, t] & admissible).sum()))) for k in range(25 - cell)) / (25 - cell)
+        for t, cell in enumerate(goal.tolist())
+    ]
+    assert sum(lost) / 21 > 0.3
+    assert told.exact_log_score.mean - told.log_score.mean == pytest.approx(sum(lost) / 21, abs=1e-12)
+    assert told.seen_share.mean > 0.2
+    exact = checks.compare_goals(exact_goals(seen, goal, admissible), seen, goal, admissible, searching=True)
+    assert exact.ece < 0.1  # control: no better by this figure, though nothing is lost
+    assert exact.seen_share.mean == 0.0
+
+
 def test_wrong_beliefs_about_goals():
     family, seen, goal, _ = walks()
     admissible = checks.admissible_cells(family)

@@ -290,6 +290,15 @@ def test_trials_need_steps_that_stand_alone():
         learner, env, _ = hitting(copies=2, **options)
         with pytest.raises(OptionError, match="after each episode"):
             learner.curve(env)
+    learner, env, _ = hitting(copies=2)
+    for points in (0, 2):
+        with pytest.raises(OptionError, match=f"one step from the prior; got {points}"):
+            learner.curve(env, points=points)
+    assert torch.equal(learner.curve(env, points=1).returns, learner.curve(env).returns)
+    several, env, _ = hitting(copies=2, inner_steps=2)
+    with pytest.raises(OptionError, match="one step from the prior; got 2"):
+        several.curve(env)
+    assert several.curve(env, points=1).returns.shape == (4, 2)
     learner, _, _ = hitting(copies=2)
     worse = TensorVectorEnv(Quadratic(), 2, episodes_per_trial=2, dtype=torch.float64)
     with pytest.raises(OptionError, match="0 or more"):

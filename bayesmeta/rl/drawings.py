@@ -100,15 +100,16 @@ def plot_trajectories(watching: Watching, *, title: str = "") -> Any:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for task in range(tasks):
         axes = panels[task // columns][task % columns]
+        lowest = task + columns >= tasks  # of its column
+        axes.tick_params(labelbottom=lowest)
         if plane:
             _draw_paths(axes, watching, task)
         else:
             points = len(watching.rewards[task])
             for point, rewards in enumerate(watching.rewards[task]):
                 axes.plot(rewards.cumsum(0), color=_colour(point, points), label=point_name(watching.unit, point))
-            if task + columns >= tasks:  # the lowest of its column
+            if lowest:
                 axes.set_xlabel("step of the episode")
-                axes.tick_params(labelbottom=True)
             if task % columns == 0:
                 axes.set_ylabel("reward so far")
         axes.set_title(f"task {task}", fontsize="small")

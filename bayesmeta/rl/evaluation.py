@@ -62,13 +62,14 @@ def evaluate_folder(
     folder, out = Path(folder), Path(folder) / "evaluation.json" if out is None else Path(out)
     setup, place = read_setup(folder), pick_device(device)
     _check_file(out)
+    if video is not None:
+        if video.suffix.lower() != ".gif":
+            raise OptionError(f"{video.name} was given; videos are written as .gif.")
+        _check_file(video)
     family = setup.family()
     learner: Any = load_learner(folder, setup.learner(family, place))
     points = None if setup.remembers else steps
     if video is not None:  # first, since families without pictures say so here
-        if video.suffix.lower() != ".gif":
-            raise OptionError(f"{video.name} was given; videos are written as .gif.")
-        _check_file(video)
         pictures = {"render_mode": "rgb_array"} if isinstance(family, GymFamily) else {}
         few = setup.held_out(family, FILMED, split="test", seed=seed, device=place, **pictures)
         save_video(watch(learner, few, points=points, pictures=True), video)

@@ -350,11 +350,14 @@ class MAESN:
         Args:
             env: of held-out tasks. With several episodes a trial it is the return of each episode, see
                 :func:`~bayesmeta.rl.maesn_trials.trial_curve`.
-            points: inner steps; None is as trained.
+            points: inner steps; None is as trained. Of trials it must be 1.
             generator: of latents and actions; None means seed 0.
+
+        Raises:
+            OptionError: for environments that draw new tasks, and trials that this step cannot play.
         """
         if env.episodes_per_trial > 1:
-            return trial_curve(self, env, generator=generator)
+            return trial_curve(self, env, inner_steps=points, generator=generator)
         return AdaptationCurve(self.evaluate(env, inner_steps=points, generator=generator), "step")
 
     # -- going on later -------------------------------------------------------------------------------------------

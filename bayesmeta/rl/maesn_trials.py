@@ -2,8 +2,9 @@
 
 An inner step as it is trained reads a batch of episodes. In a trial they come one by one, and each should bring what it
 can: an episode is drawn from the prior as long as no credit was earned, and played at the mean of the adapted q after
-that. The step always begins at the prior and reads the episodes that were drawn from it; those that were played at the
-mean are not draws of q, and are not read.
+that (whatever ``adapted`` is: a draw of a q whose σ is still that of the prior would look elsewhere). The step always
+begins at the prior and reads the episodes that were drawn from it; those that were played at the mean are not draws of
+q, and are not read.
 """
 
 from __future__ import annotations
@@ -27,21 +28,37 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def trial_curve(learner: MAESN, env: TaskVectorEnv, *, generator: Seed = None, greedy: bool = True) -> AdaptationCurve:
+def trial_curve(
+    learner: MAESN,
+    env: TaskVectorEnv,
+    *,
+    inner_steps: int | None = None,
+    generator: Seed = None,
+    greedy: bool = True,
+) -> AdaptationCurve:
     """Return of each episode of trials, ``[episodes, tasks]``: what an episode brings after 0, 1, 2, … others.
 
     Args:
         learner: with ``credit="share"`` and ``gradient="score"``, the step of which needs no other trial of the task.
         env: each environment is a trial of its own; copies are further trials, over which is averaged.
+        inner_steps: of each episode's adaptation; None is as trained. Only 1 is possible: a second step would need
+            further episodes, drawn from the q after the first.
         generator: of latents and actions; None means seed 0.
         greedy: take the likeliest actions, so that latents alone explore.
 
     Raises:
-        OptionError: for a learner whose step compares episodes, reads actions or adapts θ, and for environments that
-            draw new tasks.
+        OptionError: for a learner whose step compares episodes, reads actions or adapts θ, for another number of steps
+            than 1, and for environments that draw new tasks.
     """
     check_tasks_stay(env)
     config = learner.config
+    steps = config.inner_steps if inner_steps is None else inner_steps
+    if steps != 1:
+        raise OptionError(
+            f"An episode of a trial is played after one step from the prior; got {steps} (points, or the inner_steps "
+            "that it was trained with). Give points=1, or use environments with episodes_per_trial=1: their copies are "
+            "the episodes of several steps."
+        )
     if config.credit != "share" or config.gradient != "score" or config.policy_lr > 0:
         raise OptionError(
             f"A step after each episode of a trial needs credit='share', gradient='score' and policy_lr=0; got "

@@ -130,7 +130,8 @@ def grid_varibad(
     Rewards are read as 1 on the goal and 0 elsewhere, and the decoder knows that one cell alone has the goal. The
     encoder is a product of Gaussians: the order of steps does not matter here. A GRU of that width learned the beliefs
     more slowly in the one run that compared them (one seed, fewer updates, one learning rate), which does not settle
-    it. The latent has about one number for each cell that can be the goal. The policy reads the belief as chances of the cells and their mean place.
+    it. The latent has about one number for each cell that can be the goal. The policy reads the belief as chances
+    of the cells and their mean place.
 
     Args:
         env: of a :class:`~bayesmeta.rl.Grid`.

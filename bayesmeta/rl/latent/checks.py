@@ -275,6 +275,10 @@ def compare_goals(
     Most steps of a good policy come after the goal was found, where any belief that can remember is right: of a search
     ``searching=True`` says more.
 
+    The calibration error alone says little: a belief that is uniform over all admissible cells until the goal is found
+    has one of 0, as it claims no more than it knows, though it forgets where it has been. Read it beside ``seen_share``
+    and what ``log_score`` loses to ``exact_log_score``, which tell the two apart.
+
     Args:
         probabilities: of each cell to be the goal, ``[tasks, cells]`` or ``[steps, tasks, cells]``; of several steps
             each task's mean is taken.
