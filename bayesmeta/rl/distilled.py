@@ -32,7 +32,7 @@ https://doi.org/10.1126/science.7761831. Putting it to learned latents of tasks,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,20 +50,14 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.mixture import MixtureContext, TaskLatents
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
+from bayesmeta.rl.off_policy import OffPolicyLearner, check_fixed_tasks, put_back
 from bayesmeta.rl.posterior_sampling import Act, Exploration, inferring, play
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.replay import Replay, Transitions
+from bayesmeta.rl.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.rollout import Rollout
 from bayesmeta.rl.sac import SACNetworks, SACUpdate, averaged
-from bayesmeta.rl.sac_learner import (
-    check_fixed_tasks,
-    copied,
-    curve_of_trials,
-    load_networks,
-    put_back,
-    remembered,
-    told_by,
-)
+from bayesmeta.rl.states import copied
 
 
 class DistilledPolicy(nn.Module):
@@ -88,7 +82,7 @@ class DistilledPolicy(nn.Module):
         return act
 
 
-class DistilledLatents:
+class DistilledLatents(OffPolicyLearner):
     """Trains what :mod:`bayesmeta.rl.distilled` describes.
 
     An iteration is one episode of every training task under its own latent, ``config.updates`` gradient steps of actor,
@@ -339,51 +333,12 @@ class DistilledLatents:
             "iterations": self.iterations, "seed": self.seed,
         }  # fmt: skip
 
-    def state_dict(self, *, replay: bool = True) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, buffers, chains and environments too.
+    def _more_state(self) -> dict[str, Any]:
+        return {"distiller": copied(self.distiller.state_dict()), "chains": self.chains.state_dict()}
 
-        Args:
-            replay: False leaves the replay buffer out.
-        """
-        return {
-            "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
-            "updates": copied(self.updates.state_dict()),
-            "distiller": copied(self.distiller.state_dict()),
-            **({"replay": self.replay.state_dict()} if replay else {}),
-            "chains": self.chains.state_dict(),
-            "generator": self.generator.get_state(),
-            "env": self.env.state_dict(),
-            "iteration": self.iteration,
-            "history": [dict(row) for row in self.history],
-        }
-
-    def remember(self) -> Callable[[], dict[str, Any]]:
-        """As in :class:`~bayesmeta.rl.learner.Remembers`: the replay buffer is copied where the state is asked for."""
-        return remembered(self.state_dict(replay=False), self.replay)
-
-    def load_learned(self, state: Mapping[str, Any]) -> None:
-        """Take the networks of a state alone, to act and not to go on training.
-
-        Raises:
-            CheckpointError: when they are of another shape.
-        """
-        load_networks(self.policy, state["policy"])
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
-
-        Raises:
-            CheckpointError: when it belongs to networks of another shape, or to other environments.
-        """
-        self.load_learned(state)
-        self.env.load_state_dict(state["env"])
-        self.updates.load_state_dict(copied(state["updates"]))
+    def _load_more(self, state: Mapping[str, Any]) -> None:
         self.distiller.load_state_dict(copied(state["distiller"]))
-        self.replay.load_state_dict(state["replay"])
         self.chains.load_state_dict(state["chains"], self.env.device)
-        self.generator.set_state(state["generator"].cpu())
-        self.iteration = state["iteration"]
-        self.history = [dict(row) for row in state["history"]]
 
 
 def _fixed_length(env: TaskVectorEnv) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,20 +33,13 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve
+from bayesmeta.rl.off_policy import OffPolicyLearner, check_fixed_tasks, put_back
 from bayesmeta.rl.posterior_sampling import Act, Exploration, inferring, play
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.replay import Replay, Transitions
+from bayesmeta.rl.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.rollout import Rollout
 from bayesmeta.rl.sac import SACConfig, SACNetworks, SACUpdate, averaged
-from bayesmeta.rl.sac_learner import (
-    check_fixed_tasks,
-    copied,
-    curve_of_trials,
-    load_networks,
-    put_back,
-    remembered,
-    told_by,
-)
 
 Reconstruction = Literal["reward", "transition"]
 
@@ -142,7 +135,7 @@ class LatentPolicy(nn.Module):
         return act
 
 
-class PEARL:
+class PEARL(OffPolicyLearner):
     """Trains actor, critics and guide on the tasks of a vector environment.
 
     An iteration is one trial in every environment, by posterior sampling, and ``config.updates`` gradient steps.
@@ -349,48 +342,11 @@ class PEARL:
             "learner": type(self).__name__, **self.policy.latent.options(), **self.config.plain(), "seed": self.seed,
         }  # fmt: skip
 
-    def state_dict(self, *, replay: bool = True) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, buffers and environments too.
+    def _more_state(self) -> dict[str, Any]:
+        return {"fresh": self.fresh}
 
-        Args:
-            replay: False leaves the replay buffer out.
-        """
-        return {
-            "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
-            "updates": copied(self.updates.state_dict()),
-            **({"replay": self.replay.state_dict()} if replay else {}),
-            "fresh": self.fresh,
-            "generator": self.generator.get_state(),
-            "env": self.env.state_dict(),
-            "iteration": self.iteration,
-            "history": [dict(row) for row in self.history],
-        }
-
-    def remember(self) -> Callable[[], dict[str, Any]]:
-        """As in :class:`~bayesmeta.rl.learner.Remembers`: the replay buffer is copied where the state is asked for."""
-        return remembered(self.state_dict(replay=False), self.replay)
-
-    def load_learned(self, state: Mapping[str, Any]) -> None:
-        """Take the networks of a state alone, to act and not to go on training.
-
-        Raises:
-            CheckpointError: when they are of another shape.
-        """
-        load_networks(self.policy, state["policy"])
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
-
-        Raises:
-            CheckpointError: when it belongs to networks of another shape, or to other environments.
-        """
-        self.load_learned(state)
-        self.env.load_state_dict(state["env"])
-        self.updates.load_state_dict(copied(state["updates"]))
-        self.replay.load_state_dict(state["replay"])
-        self.generator.set_state(state["generator"].cpu())
-        self.iteration, self.fresh = state["iteration"], state["fresh"]
-        self.history = [dict(row) for row in state["history"]]
+    def _load_more(self, state: Mapping[str, Any]) -> None:
+        self.fresh = state["fresh"]
 
 
 def explained(spec: ContextSpec, reconstruction: Reconstruction | None) -> ContextSpec | None:

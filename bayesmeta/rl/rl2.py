@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import CheckpointError, OptionError
+from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.memory_policy import MemoryPolicy
 from bayesmeta.rl.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Moment, Rollout, collect
+from bayesmeta.rl.states import copied, load_networks
 from bayesmeta.rl.trpo_policy import TRPO, TRPOConfig
 
 
@@ -189,14 +190,7 @@ class RL2:
             points: not read: the episodes of a trial are the environment's.
             generator: of whatever is random in acting; None means seed 0.
         """
-        told = getattr(getattr(env, "family", None), "tells", ())
-        found = self.evaluate(env, generator=generator, keep=told)
-
-        def by_task(values: Tensor) -> Tensor:
-            return values.unflatten(0, (env.num_tasks, env.copies)).mean(1).T
-
-        reached = by_task(found.extra["success"]) if "success" in told else None
-        return AdaptationCurve(by_task(found.episodes), "episode", reached, by_task(found.lengths))
+        return curve_of(self.evaluate(env, generator=generator, keep=told_by(env)), env)
 
     # -- going on later -------------------------------------------------------------------------------------------
 
@@ -218,7 +212,7 @@ class RL2:
         """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
         return {
             "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
-            "updates": _copied(self.updates.state_dict()),
+            "updates": copied(self.updates.state_dict()),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict(),
             "moment": None if self._moment is None else dict(vars(self._moment)),
@@ -234,14 +228,7 @@ class RL2:
         Raises:
             CheckpointError: when it belongs to a policy of another shape.
         """
-        mine = {name: value.shape for name, value in self.policy.state_dict().items()}
-        theirs = {name: value.shape for name, value in state["policy"].items()}
-        if mine != theirs:
-            name = next(n for n in {**theirs, **mine} if theirs.get(n) != mine.get(n))
-            raise CheckpointError(
-                f"The state belongs to another policy: {name!r} is {theirs.get(name)} there and {mine.get(name)} here."
-            )
-        self.policy.load_state_dict(state["policy"])
+        load_networks(self.policy, state["policy"], "another policy")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, bit for bit.
@@ -251,7 +238,7 @@ class RL2:
         """
         self.load_learned(state)
         self.env.load_state_dict(state["env"])
-        self.updates.load_state_dict(_copied(state["updates"]))
+        self.updates.load_state_dict(copied(state["updates"]))
         self.generator.set_state(state["generator"].cpu())
         # environments that cannot be put back into a state begin new trials
         goes_on = state["moment"] is not None and getattr(self.env, "restores_state", True)
@@ -286,12 +273,21 @@ def trial_returns(rollout: Rollout, episodes: int) -> TrialReturns:
     )
 
 
-def _copied(content: Any) -> Any:
-    """Nested containers with their tensors cloned."""
-    if isinstance(content, Tensor):
-        return content.clone()
-    if isinstance(content, dict):
-        return {key: _copied(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_copied(value) for value in content]
-    return content
+def told_by(env: TaskVectorEnv) -> tuple[str, ...]:
+    """Names of what the environment's family tells beside the reward."""
+    return tuple(getattr(getattr(env, "family", None), "tells", ()))
+
+
+def curve_of(found: TrialReturns, env: TaskVectorEnv) -> AdaptationCurve:
+    """The return of each episode of a trial, the mean over a task's copies."""
+
+    def by_task(values: Tensor) -> Tensor:
+        return values.unflatten(0, (env.num_tasks, env.copies)).mean(1).T
+
+    reached = by_task(found.extra["success"]) if "success" in found.extra else None
+    return AdaptationCurve(by_task(found.episodes), "episode", reached, by_task(found.lengths))
+
+
+def curve_of_trials(rollout: Rollout, env: TaskVectorEnv) -> AdaptationCurve:
+    """The curve of a rollout that begins with a trial; see :func:`curve_of`."""
+    return curve_of(trial_returns(rollout, env.episodes_per_trial), env)

@@ -7,24 +7,24 @@ It adapts to nothing: with several tasks it is joint training of one policy for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
+from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
+from bayesmeta.rl.off_policy import OffPolicyLearner, check_fixed_tasks, put_back
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.replay import Replay
-from bayesmeta.rl.rl2 import trial_returns
-from bayesmeta.rl.rollout import Acted, Actor, Moment, Rollout, collect
+from bayesmeta.rl.rl2 import curve_of_trials, told_by
+from bayesmeta.rl.rollout import Acted, Actor, Moment, collect
 from bayesmeta.rl.sac import SACConfig, SACNetworks, SACUpdate, averaged
 
 
-class SAC:
+class SAC(OffPolicyLearner):
     """Soft actor-critic on the tasks of a vector environment.
 
     Each iteration steps all environments ``steps`` times and takes ``updates`` gradient steps on batches of ``batch``
@@ -51,6 +51,8 @@ class SAC:
         OptionError: for numbers below 1, and environments that draw new tasks.
         SpaceError: for actions that are not a bounded box.
     """
+
+    policy: SACNetworks
 
     def __init__(
         self,
@@ -140,94 +142,12 @@ class SAC:
             "train_reward": self.train_reward, "seed": self.seed,
         }  # fmt: skip
 
-    def state_dict(self, *, replay: bool = True) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, replay buffer and environments too.
+    def _more_state(self) -> dict[str, Any]:
+        return {"moment": None if self._moment is None else dict(vars(self._moment))}
 
-        Args:
-            replay: False leaves the replay buffer out.
-        """
-        return {
-            "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
-            "updates": copied(self.updates.state_dict()),
-            **({"replay": self.replay.state_dict()} if replay else {}),
-            "generator": self.generator.get_state(),
-            "env": self.env.state_dict(),
-            "moment": None if self._moment is None else dict(vars(self._moment)),
-            "iteration": self.iteration,
-            "history": [dict(row) for row in self.history],
-        }
-
-    def remember(self) -> Callable[[], dict[str, Any]]:
-        """As in :class:`~bayesmeta.rl.learner.Remembers`: the replay buffer is copied where the state is asked for."""
-        return remembered(self.state_dict(replay=False), self.replay)
-
-    def load_learned(self, state: Mapping[str, Any]) -> None:
-        """Take the networks of a state alone, to act and not to go on training.
-
-        Raises:
-            CheckpointError: when they are of another shape.
-        """
-        load_networks(self.policy, state["policy"])
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
-
-        Raises:
-            CheckpointError: when it belongs to networks of another shape, or to other environments.
-        """
-        self.load_learned(state)
-        self.env.load_state_dict(state["env"])
-        self.updates.load_state_dict(copied(state["updates"]))
-        self.replay.load_state_dict(state["replay"])
-        self.generator.set_state(state["generator"].cpu())
+    def _load_more(self, state: Mapping[str, Any]) -> None:
         goes_on = state["moment"] is not None and getattr(self.env, "restores_state", True)
         self._moment = Moment(**state["moment"]).map(lambda x: x.to(self.env.device)) if goes_on else None
-        self.iteration = state["iteration"]
-        self.history = [dict(row) for row in state["history"]]
-
-
-# -- what off-policy learners share -----------------------------------------------------------------------------------
-
-
-def check_fixed_tasks(env: TaskVectorEnv, who: str) -> None:
-    """Refuse environments that draw new tasks: a row of the buffer is a task.
-
-    Raises:
-        OptionError: for such environments.
-    """
-    if getattr(env, "new_tasks", False):
-        raise OptionError(
-            f"{who} keeps a replay buffer for each task, and these environments draw new ones (new_tasks=True). Leave "
-            "that out: num_tasks is the number of training tasks."
-        )
-
-
-@contextmanager
-def put_back(policy: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Undo updates that were not finite: networks and optimizers are as before them when NonFiniteLossError leaves.
-
-    Figures are looked at once for many updates, since each look waits for the device; by then one that is not a number
-    is in all weights.
-
-    Args:
-        policy: what the updates change.
-        optimizers: that change it.
-    """
-    optimizers = list(optimizers)
-    weights, states = copied(policy.state_dict()), [copied(optimizer.state_dict()) for optimizer in optimizers]
-    try:
-        yield
-    except NonFiniteLossError:
-        policy.load_state_dict(weights)
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-        raise
-
-
-def remembered(state: Mapping[str, Any], replay: Replay) -> Callable[[], dict[str, Any]]:
-    """A state without its replay buffer, to which the buffer of this moment comes when it is asked for."""
-    earlier = replay.remember()
-    return lambda: {**state, "replay": earlier()}
 
 
 def uniform_actor(networks: SACNetworks) -> Actor:
@@ -239,46 +159,3 @@ def uniform_actor(networks: SACNetworks) -> Actor:
         return Acted(networks.to_box(action), moment.reward.new_zeros(n), state)
 
     return act
-
-
-def told_by(env: TaskVectorEnv) -> tuple[str, ...]:
-    """Names of what the environment's family tells beside the reward."""
-    return tuple(getattr(getattr(env, "family", None), "tells", ()))
-
-
-def curve_of_trials(rollout: Rollout, env: TaskVectorEnv) -> AdaptationCurve:
-    """The curve of a rollout that begins with a trial: the return of each of its episodes, mean over copies."""
-    found = trial_returns(rollout, env.episodes_per_trial)
-
-    def by_task(values: Tensor) -> Tensor:
-        return values.unflatten(0, (env.num_tasks, env.copies)).mean(1).T
-
-    reached = by_task(found.extra["success"]) if "success" in found.extra else None
-    return AdaptationCurve(by_task(found.episodes), "episode", reached, by_task(found.lengths))
-
-
-def load_networks(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load parameters by name.
-
-    Raises:
-        CheckpointError: naming the first of another shape.
-    """
-    mine = {name: value.shape for name, value in module.state_dict().items()}
-    theirs = {name: value.shape for name, value in state.items()}
-    if mine != theirs:
-        name = next(n for n in {**theirs, **mine} if theirs.get(n) != mine.get(n))
-        raise CheckpointError(
-            f"The state belongs to other networks: {name!r} is {theirs.get(name)} there and {mine.get(name)} here."
-        )
-    module.load_state_dict(state)
-
-
-def copied(content: Any) -> Any:
-    """Nested containers with their tensors cloned."""
-    if isinstance(content, Tensor):
-        return content.clone()
-    if isinstance(content, dict):
-        return {key: copied(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [copied(value) for value in content]
-    return content
