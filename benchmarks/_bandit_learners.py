@@ -17,11 +17,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from bayesmeta.rl.envs import BernoulliBandit, TensorVectorEnv
-from bayesmeta.rl.inner import Estimation
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.policies import TaskPolicy, head_for
-from bayesmeta.rl.ppo import PPOConfig
-from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.policy_gradient.inner import Estimation
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from benchmarks.harness import Bar, Row, at_least
 
 

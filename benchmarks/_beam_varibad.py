@@ -27,10 +27,10 @@ from bayesmeta.rl.latent.checks import Figure, next_calibration
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
-from bayesmeta.rl.ppo import PPOConfig
-from bayesmeta.rl.varibad import BeliefConfig, VariBAD
-from bayesmeta.rl.varibad_decoder import LinearDecoder
-from bayesmeta.rl.varibad_policy import BeliefPolicy
+from bayesmeta.rl.policy_gradient.ppo import PPOConfig
+from bayesmeta.rl.varibad.decoder import LinearDecoder
+from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
+from bayesmeta.rl.varibad.policy import BeliefPolicy
 from benchmarks.harness import Bar, Row, between
 
 LATENT, WIDTH, UNITS = 12, 64, 96

@@ -1,7 +1,7 @@
 """RL² on random tabular MDPs: a GRU trained here, on trials that grow.
 
 Trials of five episodes come first, of all ten last, the same policy throughout. The GRU writes by pairs of state and
-action and reads by state (:class:`~bayesmeta.rl.pair_memory.PairMemory`), a departure from Duan et al. 2016.
+action and reads by state (:class:`~bayesmeta.rl.memory.pair.PairMemory`), a departure from Duan et al. 2016.
 
 How the settings were chosen (a core-minute each, trials of five episodes, reward of an episode where chance has 10):
 after 30 rollouts a plain GRU of 128 units had 10.7 and this one 12.2; after 20, λ = 0.5 had 11.5 and λ = 0.8 11.2; 192
@@ -16,9 +16,9 @@ import time
 from typing import NamedTuple
 
 from bayesmeta.rl.envs import TabularMDP, TensorVectorEnv
-from bayesmeta.rl.pair_memory import PairMemory
-from bayesmeta.rl.ppo import PPOConfig
-from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.memory.pair import PairMemory
+from bayesmeta.rl.memory.rl2 import RL2
+from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from benchmarks.harness import Bar, Row, at_least
 
 

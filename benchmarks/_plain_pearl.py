@@ -1,7 +1,7 @@
 """PEARL as a plain loop: a gymnasium environment a task, a buffer of arrays a task, and networks called task by task.
 
-The networks are those of :class:`bayesmeta.rl.pearl.PEARL`, with the same weights at first and the same losses; what
-differs is that nothing is batched over tasks.
+The networks are those of :class:`bayesmeta.rl.off_policy.pearl.PEARL`, with the same weights at first and the same
+losses; what differs is that nothing is batched over tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bayesmeta.models.encoders import ProductEncoder
-from bayesmeta.rl.pearl import PEARL
+from bayesmeta.rl.off_policy.pearl import PEARL
 
 
 class PlainPEARL:

@@ -1,9 +1,9 @@
-"""MAESN on the sparse point robot: its settings are those of :mod:`bayesmeta.rl.maesn_setups`.
+"""MAESN on the sparse point robot: its settings are those of :mod:`bayesmeta.rl.maesn.setups`.
 
 Meta-training gives every training goal variational parameters of its own. Inside, a step reads the sparse reward as a
 new task shows it; outside, the dense reward is read. At test time there is no task's own parameter: a trial begins at
 the prior, draws a latent for each episode until one has brought a reward, and is then played at the mean of the adapted
-Gaussian (:mod:`bayesmeta.rl.maesn_trials`). ``maesn_after_K`` is the return of the episode that follows K others.
+Gaussian (:mod:`bayesmeta.rl.maesn.trials`). ``maesn_after_K`` is the return of the episode that follows K others.
 
 Settings were chosen on validation goals. Returns there after 0, 1, 2, 5 and 10 episodes:
 
@@ -21,8 +21,8 @@ from __future__ import annotations
 from typing import Any
 
 from bayesmeta.rl.envs import TensorVectorEnv
-from bayesmeta.rl.maesn import MAESN
-from bayesmeta.rl.maesn_setups import POINT_ROBOT, POINT_ROBOT_MIN_STD, latent_policy
+from bayesmeta.rl.maesn.learner import MAESN
+from bayesmeta.rl.maesn.setups import POINT_ROBOT, POINT_ROBOT_MIN_STD, latent_policy
 
 #: Of a full training, and of a quick one.
 ITERATIONS, QUICK = 250, 2

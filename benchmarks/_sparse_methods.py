@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bayesmeta.rl.distilled_setups import distilled_for
 from bayesmeta.rl.envs import SparsePointRobot, TensorVectorEnv
-from bayesmeta.rl.pearl import PEARL, PEARLConfig
-from bayesmeta.rl.sac import SACConfig
-from bayesmeta.rl.varibad_setups import robot_varibad
+from bayesmeta.rl.off_policy.distilled_setups import distilled_for
+from bayesmeta.rl.off_policy.pearl import PEARL, PEARLConfig
+from bayesmeta.rl.off_policy.sac import SACConfig
+from bayesmeta.rl.varibad.setups import robot_varibad
 from benchmarks._sparse_maesn import ITERATIONS as MAESN_ITERATIONS
 from benchmarks._sparse_maesn import QUICK as MAESN_QUICK
 from benchmarks._sparse_maesn import maesn

@@ -38,10 +38,10 @@ from bayesmeta.ops.random import as_generator
 from bayesmeta.rl.envs import Grid, TensorVectorEnv
 from bayesmeta.rl.envs.grid import MOVES, CellTasks
 from bayesmeta.rl.latent.checks import GoalsCheck, admissible_cells, compare_goals, goal_probabilities, seen_cells
+from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.oracles.grid import bayes_optimal_grid
-from bayesmeta.rl.rl2 import RL2
-from bayesmeta.rl.varibad import VariBAD
-from bayesmeta.rl.varibad_setups import GRID_PPO, CellSight, grid_varibad
+from bayesmeta.rl.varibad.learner import VariBAD
+from bayesmeta.rl.varibad.setups import GRID_PPO, CellSight, grid_varibad
 from benchmarks.harness import Row, at_least, at_most, below, main
 from benchmarks.runs import over_trainings, refuse_unknown
 

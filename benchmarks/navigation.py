@@ -50,9 +50,9 @@ from torch import Tensor, nn
 from bayesmeta import nets
 from bayesmeta.rl.envs import Navigation, TensorVectorEnv
 from bayesmeta.rl.envs.points import GoalTasks
-from bayesmeta.rl.inner import Estimation
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import GaussianHead, TaskPolicy
+from bayesmeta.rl.policy_gradient.inner import Estimation
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from benchmarks.harness import Bar, Row, at_least, at_most, main
 from benchmarks.runs import refuse_unknown
 

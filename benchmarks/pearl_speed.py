@@ -28,8 +28,8 @@ import torch
 
 from bayesmeta.models.encoders import ProductEncoder
 from bayesmeta.rl.envs import SparsePointRobot, TensorVectorEnv
-from bayesmeta.rl.pearl import PEARL, PEARLConfig
-from bayesmeta.rl.sac import SACConfig
+from bayesmeta.rl.off_policy.pearl import PEARL, PEARLConfig
+from bayesmeta.rl.off_policy.sac import SACConfig
 from benchmarks._peers import one_core
 from benchmarks._plain_pearl import PlainPEARL
 from benchmarks.harness import Row, at_least, main

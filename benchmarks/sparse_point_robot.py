@@ -11,8 +11,8 @@ goals and trainings together. Settings were chosen on validation goals and seed 
   goals spread evenly; the 20 test goals happen to be somewhat easier.
 - ``pearl_released_after_K``: PEARL as released: the encoder learns from the critics and the KL.
 - ``distilled_after_K``, ``distilled_gaussian_after_K``: a Gaussian for each training goal, learned by the critics, and
-  an encoder distilled onto them from chains of posterior sampling (:mod:`bayesmeta.rl.distilled`): a mixture of these
-  Gaussians with weights read from the context, or one Gaussian. This is not PEARL.
+  an encoder distilled onto them from chains of posterior sampling (:mod:`bayesmeta.rl.off_policy.distilled`): a mixture
+  of these Gaussians with weights read from the context, or one Gaussian. This is not PEARL.
 - ``maesn_after_K``: MAESN; see :mod:`benchmarks._sparse_maesn` for what an episode of a trial is.
 - ``varibad_after_K``: VariBAD, whose policy reads the belief at every step and plans with it.
 - ``pearl_best_after_K``: the one of PEARL and the two distilled forms with the highest validation return after ten

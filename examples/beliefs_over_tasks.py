@@ -12,7 +12,7 @@ import bayesmeta as bm
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.latent.checks import goal_probabilities
 from bayesmeta.rl.rollout import Acted, collect
-from bayesmeta.rl.varibad_setups import grid_varibad
+from bayesmeta.rl.varibad.setups import grid_varibad
 
 GRID = bm.rl.Grid()  # 5 × 5 cells, 15 steps an episode, +1 on the goal; it is never the start or next to it
 

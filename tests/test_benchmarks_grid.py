@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bayesmeta.rl.envs import Grid, TensorVectorEnv
-from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.rollout import Acted, collect
-from bayesmeta.rl.varibad import VariBAD
+from bayesmeta.rl.varibad.learner import VariBAD
 from benchmarks import grid as bench
 
 SMALL = Grid(cells=3, horizon=5)

@@ -10,9 +10,9 @@ from torch import nn
 
 from bayesmeta.rl.envs import Navigation, TensorVectorEnv
 from bayesmeta.rl.envs.points import GoalTasks
-from bayesmeta.rl.inner import Estimation
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import GaussianHead, TaskPolicy
+from bayesmeta.rl.policy_gradient.inner import Estimation
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.setups import Setup
 from benchmarks import navigation
 

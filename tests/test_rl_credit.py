@@ -11,10 +11,10 @@ from torch import nn
 from bayesmeta import nets
 from bayesmeta.errors import NonFiniteDataError, OptionError
 from bayesmeta.rl.envs import Navigation, TensorVectorEnv
-from bayesmeta.rl.inner import Estimation, TaskSteps, task_steps
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import CategoricalHead, GaussianHead, TaskPolicy
-from bayesmeta.rl.returns import LinearBaseline
+from bayesmeta.rl.policy_gradient.inner import Estimation, TaskSteps, task_steps
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.policy_gradient.returns import LinearBaseline
 from bayesmeta.rl.rollout import begin, collect
 from bayesmeta.rl.setups import Setup
 
@@ -176,7 +176,7 @@ def test_advantages_are_standardised_in_each_task():
     """One task's rewards are a thousand times the others': each has deviation 1, and its own scale is told."""
     learner = navigation()
     env = learner.env
-    from bayesmeta.rl.inner import phi_actor
+    from bayesmeta.rl.policy_gradient.inner import phi_actor
 
     actor = phi_actor(learner.policy, learner.policy.begin(learner.theta, 3), learner.theta, env)
     rollout = collect(env, actor, 5, generator=learner.generator, start=begin(env))

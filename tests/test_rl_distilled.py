@@ -7,14 +7,14 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta import errors
-from bayesmeta.rl import distilled
-from bayesmeta.rl.distilled import DistilledLatents
-from bayesmeta.rl.distilled_config import DistilledConfig
 from bayesmeta.rl.envs import BeamSteering, BernoulliBandit, Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.envs.points import GoalTasks
 from bayesmeta.rl.latent.contexts import ContextSpec, prefix
+from bayesmeta.rl.off_policy import distilled
+from bayesmeta.rl.off_policy.distilled import DistilledLatents
+from bayesmeta.rl.off_policy.distilled_config import DistilledConfig
+from bayesmeta.rl.off_policy.sac import SACConfig
 from bayesmeta.rl.runs import fit
-from bayesmeta.rl.sac import SACConfig
 from tests.faults.driver import contents, difference
 
 ROBOT = SparsePointRobot(horizon=4)

@@ -18,9 +18,9 @@ from bayesmeta.rl.latent.contexts import ContextSpec, prefix
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import HasBeliefs
+from bayesmeta.rl.off_policy.sac import SACConfig
 from bayesmeta.rl.rollout import Acted, collect
 from bayesmeta.rl.runs import load_learner
-from bayesmeta.rl.sac import SACConfig
 from bayesmeta.rl.setups import Setup
 from tests.rl_small import Coin
 

@@ -9,11 +9,11 @@ from pyro import poutine
 
 from bayesmeta import errors
 from bayesmeta.data import Observations
-from bayesmeta.rl.chains import Chains, distillation_loss
 from bayesmeta.rl.envs import Navigation
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.mixture import FactorEncoder, MixtureContext, TaskLatents
+from bayesmeta.rl.off_policy.chains import Chains, distillation_loss
 
 WIDE = Observations(torch.zeros(1, 2, 9), torch.zeros(1, 2))
 SPEC = ContextSpec(Navigation().observation_space, Navigation().action_space)

@@ -13,11 +13,11 @@ from bayesmeta import nets
 from bayesmeta.errors import CheckpointError, HorizonError, ModelError, OptionError, ShapeError
 from bayesmeta.rl.envs import Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.envs.points import GoalTasks
-from bayesmeta.rl.maesn import MAESN
-from bayesmeta.rl.maesn_config import MAESNConfig
-from bayesmeta.rl.maesn_policy import LOG_SCALES, LatentPolicy, latent_distribution, latents
-from bayesmeta.rl.maesn_setups import POINT_ROBOT
-from bayesmeta.rl.maesn_trials import _adapted
+from bayesmeta.rl.maesn.config import MAESNConfig
+from bayesmeta.rl.maesn.learner import MAESN
+from bayesmeta.rl.maesn.policy import LOG_SCALES, LatentPolicy, latent_distribution, latents
+from bayesmeta.rl.maesn.setups import POINT_ROBOT
+from bayesmeta.rl.maesn.trials import _adapted
 from bayesmeta.rl.policies import CategoricalHead, GaussianHead, kl
 from bayesmeta.rl.setups import Setup
 from benchmarks._sparse_maesn import maesn

@@ -19,12 +19,12 @@ from bayesmeta import nets
 from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs import Navigation, TensorVectorEnv
 from bayesmeta.rl.envs.family import Family
-from bayesmeta.rl.inner import Estimation
-from bayesmeta.rl.maesn import MAESN
-from bayesmeta.rl.maesn_config import MAESNConfig
-from bayesmeta.rl.maesn_inner import episode_credit, expected_return, latent_episodes, latent_step
-from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution
+from bayesmeta.rl.maesn.config import MAESNConfig
+from bayesmeta.rl.maesn.inner import episode_credit, expected_return, latent_episodes, latent_step
+from bayesmeta.rl.maesn.learner import MAESN
+from bayesmeta.rl.maesn.policy import LatentPolicy, latent_distribution
 from bayesmeta.rl.policies import GaussianHead
+from bayesmeta.rl.policy_gradient.inner import Estimation
 from bayesmeta.rl.protocols import Tensors
 
 TARGETS = torch.tensor([-0.5, 0.4, 1.5], dtype=torch.float64)

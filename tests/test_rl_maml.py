@@ -12,10 +12,18 @@ from torch import nn
 from bayesmeta import nets
 from bayesmeta.errors import CheckpointError, HorizonError, OptionError, ShapeError
 from bayesmeta.rl.envs import BernoulliBandit, Navigation, TensorVectorEnv
-from bayesmeta.rl.inner import Estimation, TaskSteps, inner_step, phi_actor, sampling_score, task_steps, to_the_last
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, TaskPolicy, kl
-from bayesmeta.rl.returns import LinearBaseline
+from bayesmeta.rl.policy_gradient.inner import (
+    Estimation,
+    TaskSteps,
+    inner_step,
+    phi_actor,
+    sampling_score,
+    task_steps,
+    to_the_last,
+)
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.policy_gradient.returns import LinearBaseline
 from bayesmeta.rl.rollout import collect
 
 PLAIN = {"gamma": 1.0, "lam": 1.0, "standardise": False}
@@ -189,7 +197,7 @@ def got_surrogate(surrogate, theta):
 
 
 def test_the_divergence_is_0_at_the_old_policy_and_both_products_agree():
-    from bayesmeta.rl.trpo import finite_difference_product, hessian_product
+    from bayesmeta.rl.policy_gradient.trpo import finite_difference_product, hessian_product
 
     learner = small()
     _, divergence = learner.objectives(*rollouts(learner))
@@ -259,7 +267,7 @@ def test_the_bound_is_that_of_all_states_whatever_the_curvature_is_taken_from():
 
 def test_the_direction_is_from_a_share_of_the_states():
     """So that it stays cheap: its curvature is that of the states kept, and of no other."""
-    from bayesmeta.rl.trpo import hessian_product
+    from bayesmeta.rl.policy_gradient.trpo import hessian_product
 
     learner, all_states = small(inner_steps=1, curvature_share=0.5), small(inner_steps=1)
     before, after = rollouts(learner)

@@ -8,10 +8,10 @@ import torch
 from bayesmeta import nets
 from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs import Navigation, TensorVectorEnv
-from bayesmeta.rl.inner import first_copies
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policies import GaussianHead, TaskPolicy, kl
-from bayesmeta.rl.trpo import hessian_product
+from bayesmeta.rl.policy_gradient.inner import first_copies
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.policy_gradient.trpo import hessian_product
 
 
 def learner_of(**options):

@@ -8,8 +8,15 @@ import torch
 from torch.autograd.functional import hessian
 
 from bayesmeta.errors import OptionError, ShapeError
-from bayesmeta.rl import objectives
-from bayesmeta.rl.objectives import average, dice, likelihood_ratio, loaded_dice, policy_gradient, ppo_clip
+from bayesmeta.rl.policy_gradient import objectives
+from bayesmeta.rl.policy_gradient.objectives import (
+    average,
+    dice,
+    likelihood_ratio,
+    loaded_dice,
+    policy_gradient,
+    ppo_clip,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 PHI, ALL = truth.PHI, truth.ALL

@@ -5,9 +5,9 @@ import torch
 
 from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs import TabularMDP, TensorVectorEnv
-from bayesmeta.rl.memory_policy import MemoryPolicy
-from bayesmeta.rl.pair_memory import PairMemory
-from bayesmeta.rl.recurrent import LSTMMemory
+from bayesmeta.rl.memory.pair import PairMemory
+from bayesmeta.rl.memory.policy import MemoryPolicy
+from bayesmeta.rl.memory.recurrent import LSTMMemory
 from bayesmeta.rl.rollout import collect
 from bayesmeta.rl.setups import Setup
 

@@ -9,11 +9,11 @@ from bayesmeta.data import Observations
 from bayesmeta.rl.envs import BernoulliBandit, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
-from bayesmeta.rl.pearl import PEARL, PEARLConfig, explained
-from bayesmeta.rl.posterior_sampling import extended, inferring, play
-from bayesmeta.rl.replay import Remembered, Transitions
+from bayesmeta.rl.off_policy.pearl import PEARL, PEARLConfig, explained
+from bayesmeta.rl.off_policy.posterior_sampling import extended, inferring, play
+from bayesmeta.rl.off_policy.replay import Remembered, Transitions
+from bayesmeta.rl.off_policy.sac import SACConfig
 from bayesmeta.rl.runs import fit, load_learner
-from bayesmeta.rl.sac import SACConfig
 from bayesmeta.train import checkpoint
 from tests.faults.driver import contents, difference
 from tests.rl_small import Coin, Parabola

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from bayesmeta.errors import NonFiniteLossError, OptionError
-from bayesmeta.rl import objectives
 from bayesmeta.rl.envs import Grid, Navigation, TensorVectorEnv
-from bayesmeta.rl.memory_policy import MemoryPolicy
-from bayesmeta.rl.ppo import PPO, PPOConfig
-from bayesmeta.rl.rl2 import RL2
+from bayesmeta.rl.memory.policy import MemoryPolicy
+from bayesmeta.rl.memory.rl2 import RL2
+from bayesmeta.rl.policy_gradient import objectives
+from bayesmeta.rl.policy_gradient.ppo import PPO, PPOConfig
+from bayesmeta.rl.policy_gradient.trpo_policy import TRPO, TRPOConfig
 from bayesmeta.rl.rollout import collect
-from bayesmeta.rl.trpo_policy import TRPO, TRPOConfig
 
 HALF = 5
 

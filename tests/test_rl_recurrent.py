@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from bayesmeta.errors import OptionError, ShapeError
-from bayesmeta.rl.recurrent import MEMORIES, memory
-from bayesmeta.rl.snail import SNAILMemory
+from bayesmeta.rl.memory.recurrent import MEMORIES, memory
+from bayesmeta.rl.memory.snail import SNAILMemory
 
 KINDS = [*sorted(MEMORIES), "snail"]
 

@@ -8,7 +8,7 @@ from scipy.stats import chi2
 
 from bayesmeta import errors
 from bayesmeta.rl.envs import SparsePointRobot, TensorVectorEnv
-from bayesmeta.rl.replay import Replay, Transitions
+from bayesmeta.rl.off_policy.replay import Replay, Transitions
 from bayesmeta.rl.rollout import Acted, collect
 from tests.faults.driver import difference
 from tests.rl_small import Constant

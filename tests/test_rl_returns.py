@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from bayesmeta.errors import NonFiniteDataError, OptionError, ShapeError
-from bayesmeta.rl.returns import LinearBaseline, advantages, discounted_returns, episode_clock, successors
+from bayesmeta.rl.policy_gradient.returns import (
+    LinearBaseline,
+    advantages,
+    discounted_returns,
+    episode_clock,
+    successors,
+)
 
 NO = torch.zeros(4, 1, dtype=torch.bool)
 

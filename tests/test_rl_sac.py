@@ -10,8 +10,8 @@ from gymnasium.envs.classic_control import PendulumEnv
 
 from bayesmeta import errors
 from bayesmeta.rl.envs import BernoulliBandit, TensorVectorEnv
-from bayesmeta.rl.replay import Transitions
-from bayesmeta.rl.sac import (
+from bayesmeta.rl.off_policy.replay import Transitions
+from bayesmeta.rl.off_policy.sac import (
     SACConfig,
     SACNetworks,
     SACUpdate,
@@ -22,7 +22,7 @@ from bayesmeta.rl.sac import (
     soft_value,
     temperature_loss,
 )
-from bayesmeta.rl.sac_learner import SAC
+from bayesmeta.rl.off_policy.sac_learner import SAC
 from tests.faults.driver import difference
 from tests.rl_small import Constant, Parabola, Pendulum
 

@@ -7,7 +7,7 @@ import torch
 
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.linear_solve import conjugate_gradient
-from bayesmeta.rl import trpo
+from bayesmeta.rl.policy_gradient import trpo
 
 DOUBLE = {"dtype": torch.float64}
 

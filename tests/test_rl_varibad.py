@@ -15,8 +15,8 @@ from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.rollout import collect
-from bayesmeta.rl.varibad import BeliefConfig, VariBAD
-from bayesmeta.rl.varibad_policy import BeliefPolicy
+from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
+from bayesmeta.rl.varibad.policy import BeliefPolicy
 from tests.faults.driver import contents, difference
 
 GRID = bm.rl.Grid(cells=3, horizon=3)

@@ -14,8 +14,8 @@ from bayesmeta.models.likelihoods import Bernoulli, Gaussian
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
-from bayesmeta.rl.varibad_decoder import LinearDecoder
-from bayesmeta.rl.varibad_loss import bound, decoded_steps, trial_numbers
+from bayesmeta.rl.varibad.decoder import LinearDecoder
+from bayesmeta.rl.varibad.loss import bound, decoded_steps, trial_numbers
 
 LINE = Box(-10.0, 10.0, (1,))
 

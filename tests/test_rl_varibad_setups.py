@@ -6,9 +6,9 @@ import torch
 import bayesmeta as bm
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.latent.checks import admissible_cells, cell_rows, compare_goals, goal_probabilities, seen_cells
-from bayesmeta.rl.varibad_decoder import LinearDecoder
-from bayesmeta.rl.varibad_policy import DecodedReadout
-from bayesmeta.rl.varibad_setups import CellSight, GoalReadout, OneHotCells, varibad_for
+from bayesmeta.rl.varibad.decoder import LinearDecoder
+from bayesmeta.rl.varibad.policy import DecodedReadout
+from bayesmeta.rl.varibad.setups import CellSight, GoalReadout, OneHotCells, varibad_for
 from benchmarks.grid import scale_of
 
 GRID = bm.rl.Grid(cells=3, horizon=3)

@@ -16,17 +16,17 @@ with warnings.catch_warnings():  # gymnasium adds a filter of its own to all of 
 _NAMES = {
     "AdaptationCurve": "bayesmeta.rl.learner",
     "BeamSteering": "bayesmeta.rl.envs",
-    "BeliefConfig": "bayesmeta.rl.varibad",
+    "BeliefConfig": "bayesmeta.rl.varibad.learner",
     "BeliefPath": "bayesmeta.rl.latent.beliefs",
-    "BeliefPolicy": "bayesmeta.rl.varibad_policy",
+    "BeliefPolicy": "bayesmeta.rl.varibad.policy",
     "BernoulliBandit": "bayesmeta.rl.envs",
     "CategoricalHead": "bayesmeta.rl.policies",
     "ContextPolicy": "bayesmeta.rl.policies",
     "ContextSpec": "bayesmeta.rl.latent.contexts",
-    "DecodedReadout": "bayesmeta.rl.varibad_policy",
-    "DistilledConfig": "bayesmeta.rl.distilled_config",
-    "DistilledLatents": "bayesmeta.rl.distilled",
-    "Estimation": "bayesmeta.rl.inner",
+    "DecodedReadout": "bayesmeta.rl.varibad.policy",
+    "DistilledConfig": "bayesmeta.rl.off_policy.distilled_config",
+    "DistilledLatents": "bayesmeta.rl.off_policy.distilled",
+    "Estimation": "bayesmeta.rl.policy_gradient.inner",
     "fit": "bayesmeta.rl.runs",
     "FitResult": "bayesmeta.rl.runs",
     "GaussianBandit": "bayesmeta.rl.envs",
@@ -36,42 +36,42 @@ _NAMES = {
     "GymVectorEnv": "bayesmeta.rl.envs.gym",
     "HasBeliefs": "bayesmeta.rl.learner",
     "LatentContext": "bayesmeta.rl.latent.core",
-    "LatentPolicy": "bayesmeta.rl.maesn_policy",
+    "LatentPolicy": "bayesmeta.rl.maesn.policy",
     "Learner": "bayesmeta.rl.learner",
-    "LinearDecoder": "bayesmeta.rl.varibad_decoder",
+    "LinearDecoder": "bayesmeta.rl.varibad.decoder",
     "load_learner": "bayesmeta.rl.runs",
     "Machines": "bayesmeta.rl.envs",
-    "MAESN": "bayesmeta.rl.maesn",
-    "MAESNConfig": "bayesmeta.rl.maesn_config",
-    "MAMLRL": "bayesmeta.rl.maml_rl",
-    "MAMLRLConfig": "bayesmeta.rl.maml_rl",
+    "MAESN": "bayesmeta.rl.maesn.learner",
+    "MAESNConfig": "bayesmeta.rl.maesn.config",
+    "MAMLRL": "bayesmeta.rl.policy_gradient.maml_rl",
+    "MAMLRLConfig": "bayesmeta.rl.policy_gradient.maml_rl",
     "Maze": "bayesmeta.rl.envs",
-    "MemoryPolicy": "bayesmeta.rl.memory_policy",
+    "MemoryPolicy": "bayesmeta.rl.memory.policy",
     "MixtureContext": "bayesmeta.rl.latent.mixture",
     "Navigation": "bayesmeta.rl.envs",
-    "PairMemory": "bayesmeta.rl.pair_memory",
+    "PairMemory": "bayesmeta.rl.memory.pair",
     "plot_beliefs": "bayesmeta.rl.latent.pictures",
-    "PEARL": "bayesmeta.rl.pearl",
-    "PEARLConfig": "bayesmeta.rl.pearl",
+    "PEARL": "bayesmeta.rl.off_policy.pearl",
+    "PEARLConfig": "bayesmeta.rl.off_policy.pearl",
     "plot_learning_curve": "bayesmeta.rl.drawings",
     "plot_trajectories": "bayesmeta.rl.drawings",
-    "PPOConfig": "bayesmeta.rl.ppo",
+    "PPOConfig": "bayesmeta.rl.policy_gradient.ppo",
     "Reference": "bayesmeta.rl.reference_policies",
     "references": "bayesmeta.rl.reference_policies",
-    "Replay": "bayesmeta.rl.replay",
-    "RL2": "bayesmeta.rl.rl2",
-    "SAC": "bayesmeta.rl.sac_learner",
-    "SACConfig": "bayesmeta.rl.sac",
+    "Replay": "bayesmeta.rl.off_policy.replay",
+    "RL2": "bayesmeta.rl.memory.rl2",
+    "SAC": "bayesmeta.rl.off_policy.sac_learner",
+    "SACConfig": "bayesmeta.rl.off_policy.sac",
     "save_video": "bayesmeta.rl.watching",
-    "SNAILMemory": "bayesmeta.rl.snail",
+    "SNAILMemory": "bayesmeta.rl.memory.snail",
     "SparsePointRobot": "bayesmeta.rl.envs",
     "SquashedGaussianHead": "bayesmeta.rl.policies",
     "TabularMDP": "bayesmeta.rl.envs",
     "TaskPolicy": "bayesmeta.rl.policies",
     "TensorVectorEnv": "bayesmeta.rl.envs",
     "TransitionDecoder": "bayesmeta.rl.latent.decoder",
-    "TRPOConfig": "bayesmeta.rl.trpo_policy",
-    "VariBAD": "bayesmeta.rl.varibad",
+    "TRPOConfig": "bayesmeta.rl.policy_gradient.trpo_policy",
+    "VariBAD": "bayesmeta.rl.varibad.learner",
     "watch": "bayesmeta.rl.watching",
     "Watching": "bayesmeta.rl.watching",
 }
@@ -92,8 +92,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from bayesmeta.rl.distilled import DistilledLatents
-    from bayesmeta.rl.distilled_config import DistilledConfig
     from bayesmeta.rl.drawings import plot_learning_curve, plot_trajectories
     from bayesmeta.rl.envs import (
         BeamSteering,
@@ -109,7 +107,6 @@ if TYPE_CHECKING:
     )
     from bayesmeta.rl.envs.gym import GymVectorEnv
     from bayesmeta.rl.envs.gym_family import GymFamily
-    from bayesmeta.rl.inner import Estimation
     from bayesmeta.rl.latent.beliefs import BeliefPath
     from bayesmeta.rl.latent.contexts import ContextSpec
     from bayesmeta.rl.latent.core import LatentContext
@@ -117,24 +114,27 @@ if TYPE_CHECKING:
     from bayesmeta.rl.latent.mixture import MixtureContext
     from bayesmeta.rl.latent.pictures import plot_beliefs
     from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, Learner
-    from bayesmeta.rl.maesn import MAESN
-    from bayesmeta.rl.maesn_config import MAESNConfig
-    from bayesmeta.rl.maesn_policy import LatentPolicy
-    from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
-    from bayesmeta.rl.memory_policy import MemoryPolicy
-    from bayesmeta.rl.pair_memory import PairMemory
-    from bayesmeta.rl.pearl import PEARL, PEARLConfig
+    from bayesmeta.rl.maesn.config import MAESNConfig
+    from bayesmeta.rl.maesn.learner import MAESN
+    from bayesmeta.rl.maesn.policy import LatentPolicy
+    from bayesmeta.rl.memory.pair import PairMemory
+    from bayesmeta.rl.memory.policy import MemoryPolicy
+    from bayesmeta.rl.memory.rl2 import RL2
+    from bayesmeta.rl.memory.snail import SNAILMemory
+    from bayesmeta.rl.off_policy.distilled import DistilledLatents
+    from bayesmeta.rl.off_policy.distilled_config import DistilledConfig
+    from bayesmeta.rl.off_policy.pearl import PEARL, PEARLConfig
+    from bayesmeta.rl.off_policy.replay import Replay
+    from bayesmeta.rl.off_policy.sac import SACConfig
+    from bayesmeta.rl.off_policy.sac_learner import SAC
     from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, SquashedGaussianHead, TaskPolicy
-    from bayesmeta.rl.ppo import PPOConfig
+    from bayesmeta.rl.policy_gradient.inner import Estimation
+    from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
+    from bayesmeta.rl.policy_gradient.ppo import PPOConfig
+    from bayesmeta.rl.policy_gradient.trpo_policy import TRPOConfig
     from bayesmeta.rl.reference_policies import Reference, references
-    from bayesmeta.rl.replay import Replay
-    from bayesmeta.rl.rl2 import RL2
     from bayesmeta.rl.runs import FitResult, fit, load_learner
-    from bayesmeta.rl.sac import SACConfig
-    from bayesmeta.rl.sac_learner import SAC
-    from bayesmeta.rl.snail import SNAILMemory
-    from bayesmeta.rl.trpo_policy import TRPOConfig
-    from bayesmeta.rl.varibad import BeliefConfig, VariBAD
-    from bayesmeta.rl.varibad_decoder import LinearDecoder
-    from bayesmeta.rl.varibad_policy import BeliefPolicy, DecodedReadout
+    from bayesmeta.rl.varibad.decoder import LinearDecoder
+    from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
+    from bayesmeta.rl.varibad.policy import BeliefPolicy, DecodedReadout
     from bayesmeta.rl.watching import Watching, save_video, watch

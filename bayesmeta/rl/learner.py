@@ -56,8 +56,8 @@ def standard_error(values: Tensor) -> list[float]:
 
 
 class Learner(Protocol):
-    """What :func:`bayesmeta.rl.fit` trains; :class:`~bayesmeta.rl.rl2.RL2` and :class:`~bayesmeta.rl.maml_rl.MAMLRL`
-    are learners.
+    """What :func:`bayesmeta.rl.fit` trains: :class:`~bayesmeta.rl.memory.rl2.RL2` and
+    :class:`~bayesmeta.rl.policy_gradient.maml_rl.MAMLRL` are learners.
 
     Attributes:
         env: the environments that it trains on.
@@ -100,8 +100,8 @@ class Learner(Protocol):
 class HasBeliefs(Protocol):
     """What a learner with beliefs over tasks has besides: its beliefs on the way through a trial.
 
-    :class:`~bayesmeta.rl.varibad.VariBAD`, :class:`~bayesmeta.rl.pearl.PEARL` and
-    :class:`~bayesmeta.rl.distilled.DistilledLatents` have them.
+    :class:`~bayesmeta.rl.varibad.learner.VariBAD`, :class:`~bayesmeta.rl.off_policy.pearl.PEARL` and
+    :class:`~bayesmeta.rl.off_policy.distilled.DistilledLatents` have them.
     """
 
     @property
@@ -127,8 +127,8 @@ class HasBeliefs(Protocol):
 class Remembers(Protocol):
     """What a learner with a large state may have besides, so that a run need not copy it in each iteration.
 
-    :class:`~bayesmeta.rl.sac_learner.SAC`, :class:`~bayesmeta.rl.pearl.PEARL` and
-    :class:`~bayesmeta.rl.distilled.DistilledLatents` have it, for their replay buffers.
+    :class:`~bayesmeta.rl.off_policy.sac_learner.SAC`, :class:`~bayesmeta.rl.off_policy.pearl.PEARL` and
+    :class:`~bayesmeta.rl.off_policy.distilled.DistilledLatents` have it, for their replay buffers.
     """
 
     def remember(self) -> Callable[[], dict[str, Any]]:

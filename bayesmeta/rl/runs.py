@@ -169,7 +169,7 @@ def fit(
     :class:`~bayesmeta.rl.envs.gym.GymVectorEnv`) are put back by repeating what was done since their trials began.
 
     Args:
-        learner: with its environments, such as :class:`~bayesmeta.rl.rl2.RL2`.
+        learner: with its environments, such as :class:`~bayesmeta.rl.memory.rl2.RL2`.
         iterations: in all; a resumed run goes on to this number. None is the learner's own number.
         validation: environments of held-out tasks, on which the curve is measured: the mean return after 0, 1, …
             episodes or gradient steps and its standard error over tasks, with the same tasks and noise each time.

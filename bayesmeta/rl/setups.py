@@ -21,15 +21,15 @@ from bayesmeta.rl.envs import cheetah
 from bayesmeta.rl.envs.gym import GymVectorEnv
 from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.envs.vector import TensorVectorEnv
-from bayesmeta.rl.inner import Estimation
-from bayesmeta.rl.maesn_setups import TEXT, maesn_defaults, maesn_for
-from bayesmeta.rl.maml_rl import MAMLRL, MAMLRLConfig
-from bayesmeta.rl.pair_memory import PairMemory
+from bayesmeta.rl.maesn.setups import TEXT, maesn_defaults, maesn_for
+from bayesmeta.rl.memory.pair import PairMemory
+from bayesmeta.rl.memory.recurrent import Memory
+from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.policies import ContextPolicy, TaskPolicy, head_for
-from bayesmeta.rl.ppo import PPOConfig
+from bayesmeta.rl.policy_gradient.inner import Estimation
+from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
+from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
-from bayesmeta.rl.recurrent import Memory
-from bayesmeta.rl.rl2 import RL2
 from bayesmeta.rl.setups_latent import LATENT_METHODS
 
 
@@ -51,7 +51,7 @@ class EnvDefaults:
         memory: of ``rl2``: from a family and a width to what makes the memory; None is a GRU.
         config: of learners that remember; None is PPO's own defaults.
         stepping: of learners that take steps, but for CAVIA: what differs from :meth:`Setup.filled`'s defaults.
-        inner: of the same: settings of :class:`~bayesmeta.rl.maml_rl.MAMLRLConfig`.
+        inner: of the same: settings of :class:`~bayesmeta.rl.policy_gradient.maml_rl.MAMLRLConfig`.
         joint_share: of the same: which part of the iterations, the first ones, takes no inner step.
     """
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bayesmeta.rl.distilled import DistilledLatents
-from bayesmeta.rl.distilled_setups import distilled_for
-from bayesmeta.rl.pearl import PEARL, PEARLConfig
-from bayesmeta.rl.sac import SACConfig
-from bayesmeta.rl.varibad import VariBAD
-from bayesmeta.rl.varibad_setups import varibad_for
+from bayesmeta.rl.off_policy.distilled import DistilledLatents
+from bayesmeta.rl.off_policy.distilled_setups import distilled_for
+from bayesmeta.rl.off_policy.pearl import PEARL, PEARLConfig
+from bayesmeta.rl.off_policy.sac import SACConfig
+from bayesmeta.rl.varibad.learner import VariBAD
+from bayesmeta.rl.varibad.setups import varibad_for
 
 if TYPE_CHECKING:
     from bayesmeta.rl.setups import EnvDefaults, Setup

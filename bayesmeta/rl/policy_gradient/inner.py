@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from bayesmeta.errors import NonFiniteDataError, OptionError, ShapeError, SpaceError
-from bayesmeta.rl.objectives import average, deviation, likelihood_ratio, loaded_dice, policy_gradient, standardised
 from bayesmeta.rl.policies import sample
+from bayesmeta.rl.policy_gradient.objectives import (
+    average,
+    deviation,
+    likelihood_ratio,
+    loaded_dice,
+    policy_gradient,
+    standardised,
+)
+from bayesmeta.rl.policy_gradient.returns import LinearBaseline, advantages, discounted_returns
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
-from bayesmeta.rl.returns import LinearBaseline, advantages, discounted_returns
 from bayesmeta.rl.rollout import Acted, Actor, Moment, Rollout
 
 Estimator = Literal["likelihood_ratio", "dice", "policy_gradient"]
@@ -72,7 +79,7 @@ class Estimation:
             ``"likelihood_ratio"`` (ProMP's, low variance, some bias), ``"dice"`` (no bias with
             ``standardise=False``, in the limit of many episodes; variance that grows with the horizon, which ``decay``
             trades), ``"policy_gradient"`` (Finn et al. 2017; leaves out that actions were drawn).
-        decay: of ``"dice"``, see :func:`~bayesmeta.rl.objectives.loaded_dice`.
+        decay: of ``"dice"``, see :func:`~bayesmeta.rl.policy_gradient.objectives.loaded_dice`.
 
     Raises:
         OptionError: for settings outside their range.

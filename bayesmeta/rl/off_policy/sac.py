@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from bayesmeta.errors import NonFiniteLossError, OptionError, ShapeError, SpaceError
 from bayesmeta.models.nets import mlp
 from bayesmeta.ops.random import as_generator
+from bayesmeta.rl.off_policy.replay import Transitions
 from bayesmeta.rl.policies import SquashedGaussianHead, SquashedNormal, mode
 from bayesmeta.rl.protocols import features, num_features
-from bayesmeta.rl.replay import Transitions
 
 
 @dataclasses.dataclass(frozen=True)

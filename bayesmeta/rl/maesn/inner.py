@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import normal_like
-from bayesmeta.rl.inner import Estimation, TaskSteps, task_steps
-from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution, latents
-from bayesmeta.rl.objectives import likelihood_ratio, loaded_dice, policy_gradient, standardised
+from bayesmeta.rl.maesn.policy import LatentPolicy, latent_distribution, latents
 from bayesmeta.rl.policies import mode, sample
+from bayesmeta.rl.policy_gradient.inner import Estimation, TaskSteps, task_steps
+from bayesmeta.rl.policy_gradient.objectives import likelihood_ratio, loaded_dice, policy_gradient, standardised
+from bayesmeta.rl.policy_gradient.returns import LinearBaseline
 from bayesmeta.rl.protocols import TaskVectorEnv, features
-from bayesmeta.rl.returns import LinearBaseline
 from bayesmeta.rl.rollout import Acted, Actor, Moment, begin, collect
 
 #: Through what ω's inner gradient goes.

@@ -7,10 +7,11 @@ https://arxiv.org/abs/1703.03400, algorithm 3: REINFORCE with a linear baseline 
     θ  ← up Σ_i J_i(φ_i), with mean KL(old ‖ new) of the adapted policies ≤ δ
 
 Options: first order; learned rates (Meta-SGD, Z. Li et al. 2017, https://arxiv.org/abs/1707.09835); the inner
-estimator of ProMP (Rothfuss et al. 2019) or DiCE (Foerster et al. 2018), see :class:`~bayesmeta.rl.inner.Estimation`;
-E-MAML's credit to exploration (Stadie et al. 2018), see :func:`~bayesmeta.rl.inner.sampling_score`; CAVIA (Zintgraf et
-al. 2019) by a :class:`~bayesmeta.rl.policies.ContextPolicy`. Without inner steps it is joint training, the baseline
-that does not meta-learn.
+estimator of ProMP (Rothfuss et al. 2019) or DiCE (Foerster et al. 2018), see
+:class:`~bayesmeta.rl.policy_gradient.inner.Estimation`; E-MAML's credit to exploration (Stadie et al. 2018), see
+:func:`~bayesmeta.rl.policy_gradient.inner.sampling_score`; CAVIA (Zintgraf et al. 2019) by a
+:class:`~bayesmeta.rl.policies.ContextPolicy`. Without inner steps it is joint training, the baseline that does not
+meta-learn.
 
 Departures: the default inner estimator is ProMP's, since differentiating the paper's surrogate leaves out that
 actions were drawn (a test shows it wrong on an enumerated problem); the line search follows the whole path from θ to
@@ -30,7 +31,9 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.inner import (
+from bayesmeta.rl.learner import AdaptationCurve, horizon_of
+from bayesmeta.rl.policies import detached, kl
+from bayesmeta.rl.policy_gradient.inner import (
     Estimation,
     TaskSteps,
     check_policy,
@@ -42,13 +45,11 @@ from bayesmeta.rl.inner import (
     task_steps,
     to_the_last,
 )
-from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.objectives import average, likelihood_ratio
-from bayesmeta.rl.policies import detached, kl
+from bayesmeta.rl.policy_gradient.objectives import average, likelihood_ratio
+from bayesmeta.rl.policy_gradient.returns import LinearBaseline
+from bayesmeta.rl.policy_gradient.trpo import Product, trust_region_step
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.returns import LinearBaseline
 from bayesmeta.rl.rollout import begin, collect
-from bayesmeta.rl.trpo import Product, trust_region_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class MAMLRLConfig:
             inner steps were drawn, so that it goes with ``Estimation(estimator="policy_gradient")`` alone: the others
             count that once already. What an adaptation brought is compared with the other tasks: two at least.
         max_kl: bound of an outer step, in nats.
-        cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
+        cg_steps, damping, product: see :func:`~bayesmeta.rl.policy_gradient.trpo.trust_region_step`.
         curvature_share: share of the steps in time from whose states the direction's curvature is taken, in (0, 1];
             the divergence of gradient, line search and bound is that of all states.
         exact_curvature: take the divergence's curvature through the inner steps' second derivatives too. False leaves

@@ -6,7 +6,7 @@ decoder learn by a bound that decodes the trial from the belief after each of it
 learns by PPO on whole trials, whose ends of episodes are ordinary steps, so that what is worth knowing later is worth
 exploring for now.
 
-Departures: those of :mod:`bayesmeta.rl.varibad_policy`; encoder and decoder learn from the trials that PPO has just
+Departures: those of :mod:`bayesmeta.rl.varibad.policy`; encoder and decoder learn from the trials that PPO has just
 collected, without a buffer of older ones, since the environments are many; with prefixes drawn at random (``prefixes``)
 each update decodes from some of the beliefs, the same in expectation.
 """
@@ -30,12 +30,12 @@ from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
-from bayesmeta.rl.ppo import PPOConfig, trial_advantages
+from bayesmeta.rl.memory.rl2 import RL2
+from bayesmeta.rl.policy_gradient.ppo import PPOConfig, trial_advantages
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.rl2 import RL2
 from bayesmeta.rl.rollout import Rollout, collect
-from bayesmeta.rl.varibad_loss import Against, Bound, Decode, bound, decoded_steps, trial_numbers
-from bayesmeta.rl.varibad_policy import BeliefPolicy
+from bayesmeta.rl.varibad.loss import Against, Bound, Decode, bound, decoded_steps, trial_numbers
+from bayesmeta.rl.varibad.policy import BeliefPolicy
 
 #: in a learner's state, before the names of the decoder's parameters
 _DECODER = "decoder."
@@ -47,7 +47,7 @@ class BeliefConfig:
 
     Attributes:
         decode: which steps each belief is asked to decode: those of the whole ``"trial"``, of the ``"past"`` alone, or
-            the ``"new"`` one; see :mod:`bayesmeta.rl.varibad_loss`.
+            the ``"new"`` one; see :mod:`bayesmeta.rl.varibad.loss`.
         kl: what the KL is to: the belief one step ``"before"``, or the ``"prior"``. Its weight and free bits are
             those of the latent context.
         prefixes: how many beliefs of a rollout each update decodes from, drawn at random; None: all.
@@ -87,7 +87,7 @@ class BeliefConfig:
 
 
 class VariBAD(RL2):
-    """Trains a :class:`~bayesmeta.rl.varibad_policy.BeliefPolicy` and a decoder on trials.
+    """Trains a :class:`~bayesmeta.rl.varibad.policy.BeliefPolicy` and a decoder on trials.
 
     Args:
         env: with autoreset and new tasks for each trial.
@@ -107,7 +107,7 @@ class VariBAD(RL2):
         steps: of each rollout; None is one whole trial where episodes have a fixed length. Beliefs go on where a trial
             does, and decode what the rollout has of it.
         seed: of actions, minibatches, draws and first weights.
-        policy_options: of a new policy, see :class:`~bayesmeta.rl.varibad_policy.BeliefPolicy`.
+        policy_options: of a new policy, see :class:`~bayesmeta.rl.varibad.policy.BeliefPolicy`.
 
     Attributes:
         iteration: rollouts done.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.errors import OptionError
-from bayesmeta.rl.recurrent import Memory
+from bayesmeta.rl.memory.recurrent import Memory
 
 
 class SNAILMemory(Memory):
@@ -64,20 +64,20 @@ class SNAILMemory(Memory):
             width += values
 
     def advance(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`."""
         begins = torch.zeros(1, len(x), dtype=torch.bool, device=x.device)
         out, state = self._run(x.unsqueeze(0), state, begins)
         return out[0], state
 
     def step(self, x: Tensor, state: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`."""
         if begins is None:
             return self.advance(x, state)
         out, state = self._run(x.unsqueeze(0), state, begins.unsqueeze(0))
         return out[0], state
 
     def unroll(self, x: Tensor, state: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`; all steps at once."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`; all steps at once."""
         self.check(x, state, begins)
         return self._run(x, state, begins)
 

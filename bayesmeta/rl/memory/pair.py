@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.errors import OptionError
-from bayesmeta.rl.recurrent import Memory
+from bayesmeta.rl.memory.recurrent import Memory
 
 
 class PairMemory(Memory):
     """A GRU that writes by pairs of state and action, and reads by state.
 
-    The first ``states + actions + 1`` inputs must be what :class:`~bayesmeta.rl.memory_policy.MemoryPolicy` puts there
+    The first ``states + actions + 1`` inputs must be what :class:`~bayesmeta.rl.memory.policy.MemoryPolicy` puts there
     without an encoder: the state now and the action before, one-hot, and its reward. Its state holds the hidden state
     and the state of the environment before.
 
@@ -58,12 +58,12 @@ class PairMemory(Memory):
                     nn.init.orthogonal_(block)
 
     def advance(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`."""
         out, state = self._run(x.unsqueeze(0), state)
         return out[0], state
 
     def unroll(self, x: Tensor, state: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`; a rollout of one trial goes through the GRU at once."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`; a rollout of one trial goes through the GRU at once."""
         self.check(x, state, begins)
         if bool(begins[1:].any()):
             return super().unroll(x, state, begins)

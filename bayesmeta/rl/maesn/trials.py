@@ -16,15 +16,15 @@ from torch import Tensor
 
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator, normal_like
-from bayesmeta.rl.inner import check_tasks_stay
 from bayesmeta.rl.learner import AdaptationCurve
-from bayesmeta.rl.maesn_inner import latent_actor
-from bayesmeta.rl.maesn_policy import latent_distribution
+from bayesmeta.rl.maesn.inner import latent_actor
+from bayesmeta.rl.maesn.policy import latent_distribution
+from bayesmeta.rl.policy_gradient.inner import check_tasks_stay
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import begin, collect
 
 if TYPE_CHECKING:
-    from bayesmeta.rl.maesn import MAESN
+    from bayesmeta.rl.maesn.learner import MAESN
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """Policies that act on their belief: (s, mean, log standard deviation) of a latent task, carried on step by step.
 
-Source: Zintgraf et al. 2020 (see :mod:`bayesmeta.rl.varibad_loss`), section 3.3: a recurrent encoder reads the
+Source: Zintgraf et al. 2020 (see :mod:`bayesmeta.rl.varibad.loss`), section 3.3: a recurrent encoder reads the
 transitions of a trial, the policy reads the state and the belief's parameters. No gradient of the policy's objective
 reaches the encoder, unless asked for.
 
 Departures: the policy reads a clock too, since what is worth exploring hangs on the steps that are left; policy and
-value have no layer in common; the value is an annuity, as in :mod:`bayesmeta.rl.memory_policy`; any encoder that can be
+value have no layer in common; the value is an annuity, as in :mod:`bayesmeta.rl.memory.policy`; any encoder that can be
 carried on will do, a product of Gaussians too.
 """
 
@@ -28,9 +28,9 @@ from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.learner import horizon_of
-from bayesmeta.rl.memory_policy import MemoryPolicy
+from bayesmeta.rl.memory.policy import MemoryPolicy
+from bayesmeta.rl.memory.recurrent import Memory
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
-from bayesmeta.rl.recurrent import Memory
 from bayesmeta.rl.rollout import Moment, Rollout
 
 #: what the policy reads of the time: share of the trial gone, steps left in it, share of the episode gone
@@ -196,14 +196,14 @@ class BeliefMemory(Memory):
     # -- as a memory ------------------------------------------------------------------------------------------------
 
     def advance(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`."""
         with self._gradient():
             now = self.absorb(x, state)
             belief = self.belief(now)
         return self.give(x, belief), torch.cat([now, x.split(self._parts, -1)[2]], -1)
 
     def unroll(self, x: Tensor, state: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.recurrent.Memory`; in one pass where no trial begins on the way."""
+        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`; in one pass where no trial begins on the way."""
         self.check(x, state, begins)
         with self._gradient():
             states = self.states(x, state, begins)

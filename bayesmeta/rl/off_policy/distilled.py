@@ -42,21 +42,21 @@ from bayesmeta.data import Observations
 from bayesmeta.errors import HorizonError, NonFiniteLossError, OptionError, UnsupportedError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.ops.whole import is_whole
-from bayesmeta.rl.chains import Chains, distillation_loss
-from bayesmeta.rl.distilled_config import DistilledConfig
 from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.mixture import MixtureContext, TaskLatents
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.off_policy import OffPolicyLearner, check_fixed_tasks, put_back
-from bayesmeta.rl.posterior_sampling import Act, Exploration, inferring, play
+from bayesmeta.rl.memory.rl2 import curve_of_trials, told_by
+from bayesmeta.rl.off_policy.chains import Chains, distillation_loss
+from bayesmeta.rl.off_policy.distilled_config import DistilledConfig
+from bayesmeta.rl.off_policy.learner import OffPolicyLearner, check_fixed_tasks, put_back
+from bayesmeta.rl.off_policy.posterior_sampling import Act, Exploration, inferring, play
+from bayesmeta.rl.off_policy.replay import Replay, Transitions
+from bayesmeta.rl.off_policy.sac import SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.replay import Replay, Transitions
-from bayesmeta.rl.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.rollout import Rollout
-from bayesmeta.rl.sac import SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.states import copied
 
 
@@ -83,7 +83,7 @@ class DistilledPolicy(nn.Module):
 
 
 class DistilledLatents(OffPolicyLearner):
-    """Trains what :mod:`bayesmeta.rl.distilled` describes.
+    """Trains what :mod:`bayesmeta.rl.off_policy.distilled` describes.
 
     An iteration is one episode of every training task under its own latent, ``config.updates`` gradient steps of actor,
     critics and latents, a chain where it is due, and ``config.distill_steps`` of the encoder.
@@ -261,7 +261,7 @@ class DistilledLatents(OffPolicyLearner):
         Args:
             env: of held-out tasks. It is reset.
             exploration: how an episode's latent comes from the belief; see
-                :func:`~bayesmeta.rl.posterior_sampling.inferring`.
+                :func:`~bayesmeta.rl.off_policy.posterior_sampling.inferring`.
             greedy: take the likeliest actions, else draw.
             generator: of latents and actions; None means seed 0.
             keep: further numbers of ``info``.

@@ -1,6 +1,6 @@
 """Policies that remember their trial: what was seen, done and received since it began goes through a memory.
 
-Source: Duan et al. 2016 (see :mod:`bayesmeta.rl.recurrent`), section 2.2: in each step the memory reads the
+Source: Duan et al. 2016 (see :mod:`bayesmeta.rl.memory.recurrent`), section 2.2: in each step the memory reads the
 observation, the action before, its reward and whether an episode ended; its state crosses the episodes of a trial.
 
 Departures: a clock is read too (what to explore hangs on the steps that are left); the value is an annuity of the steps
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from bayesmeta.errors import OptionError, SpaceError
 from bayesmeta.ops.random import as_generator
 from bayesmeta.rl.learner import horizon_of
+from bayesmeta.rl.memory.recurrent import Memory, memory
+from bayesmeta.rl.memory.snail import SNAILMemory
 from bayesmeta.rl.policies import GaussianHead, head_for, mode, sample
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
-from bayesmeta.rl.recurrent import Memory, memory
 from bayesmeta.rl.rollout import Acted, Moment
-from bayesmeta.rl.snail import SNAILMemory
 
 
 class MemoryPolicy(nn.Module):
@@ -33,7 +33,7 @@ class MemoryPolicy(nn.Module):
     Args:
         env: whose spaces, horizon and episodes a trial it is for; it is not kept.
         memory_kind: ``"gru"``, ``"lstm"`` or ``"snail"`` (with a capacity of one trial), or a function from the number
-            of inputs to a :class:`~bayesmeta.rl.recurrent.Memory`.
+            of inputs to a :class:`~bayesmeta.rl.memory.recurrent.Memory`.
         units: width of the memory; of ``"snail"`` that of its first layer.
         encoder: module for observations, from their features ``[…, F]`` to ``[…, encoded]``; None passes them on.
         encoded: what the encoder gives.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bayesmeta.rl.maesn import MAESN
-from bayesmeta.rl.maesn_config import MAESNConfig
-from bayesmeta.rl.maesn_policy import LatentPolicy
+from bayesmeta.rl.maesn.config import MAESNConfig
+from bayesmeta.rl.maesn.learner import MAESN
+from bayesmeta.rl.maesn.policy import LatentPolicy
 from bayesmeta.rl.policies import GaussianHead, head_for
 from bayesmeta.rl.protocols import TaskVectorEnv, num_features
 

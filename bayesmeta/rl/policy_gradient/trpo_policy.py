@@ -1,6 +1,6 @@
-"""Trust-region updates of policies that unroll, in the place of :class:`~bayesmeta.rl.ppo.PPO`: RL²'s own choice.
+"""Trust-region updates of policies that unroll, in the place of PPO: RL²'s own choice.
 
-Source: Schulman et al. 2015 (see :mod:`bayesmeta.rl.trpo`); Duan et al. 2016, RL², section 3.
+Source: Schulman et al. 2015 (see :mod:`bayesmeta.rl.policy_gradient.trpo`); Duan et al. 2016, RL², section 3.
 
 Departure: the values are linear in what the memory gives, fitted by ridge regression to each rollout after the step, so
 that fitting them moves no policy; the paper trains a second recurrent network.
@@ -17,10 +17,10 @@ from torch.func import functional_call
 
 from bayesmeta.errors import NonFiniteLossError, OptionError
 from bayesmeta.ops.batched import FlatParameters
-from bayesmeta.rl.objectives import average, likelihood_ratio, standardised
 from bayesmeta.rl.policies import detached, kl
+from bayesmeta.rl.policy_gradient.objectives import average, likelihood_ratio, standardised
+from bayesmeta.rl.policy_gradient.trpo import Product, trust_region_step
 from bayesmeta.rl.rollout import Rollout
-from bayesmeta.rl.trpo import Product, trust_region_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TRPOConfig:
         gamma: discount.
         lam: λ of the advantages.
         max_kl: bound of a step, in nats.
-        cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
+        cg_steps, damping, product: see :func:`~bayesmeta.rl.policy_gradient.trpo.trust_region_step`.
         curvature_share: share of the environments on which the direction's curvature is taken, in (0, 1]. Gradient,
             line search and bound are those of all of them.
         ridge: of the values' fit, as a share of the mean square of what the memory gives.
@@ -60,7 +60,7 @@ class TRPO:
     """The updates of one policy.
 
     Args:
-        policy: a :class:`~bayesmeta.rl.memory_policy.MemoryPolicy`.
+        policy: a :class:`~bayesmeta.rl.memory.policy.MemoryPolicy`.
         config: settings.
     """
 

@@ -1,5 +1,4 @@
-"""Settings of :class:`~bayesmeta.rl.distilled.DistilledLatents` by family of environments, as benchmarks and the
-command line take them.
+"""Settings of distilled latents by family of environments, as benchmarks and the command line take them.
 
 Those of the sparse point robot were chosen on its validation goals (``python -m benchmarks.sparse_point_robot``); the
 general ones are a start and were not tuned.
@@ -9,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayesmeta.rl.distilled import DistilledLatents
-from bayesmeta.rl.distilled_config import DistilledConfig, Form
 from bayesmeta.rl.latent.contexts import ContextSpec
-from bayesmeta.rl.sac import SACConfig
+from bayesmeta.rl.off_policy.distilled import DistilledLatents
+from bayesmeta.rl.off_policy.distilled_config import DistilledConfig, Form
+from bayesmeta.rl.off_policy.sac import SACConfig
 
 
 def distilled_for(

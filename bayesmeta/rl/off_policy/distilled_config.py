@@ -1,4 +1,4 @@
-"""Settings of :class:`~bayesmeta.rl.distilled.DistilledLatents`."""
+"""Settings of :class:`~bayesmeta.rl.off_policy.distilled.DistilledLatents`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args
 
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.whole import is_whole
-from bayesmeta.rl.sac import SACConfig
+from bayesmeta.rl.off_policy.sac import SACConfig
 
 Form = Literal["mixture", "gaussian"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DistilledConfig:
-    """Settings of :class:`~bayesmeta.rl.distilled.DistilledLatents`.
+    """Settings of :class:`~bayesmeta.rl.off_policy.distilled.DistilledLatents`.
 
     Attributes:
         sac: of the updates of actor and critics.

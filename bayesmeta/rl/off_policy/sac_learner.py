@@ -1,7 +1,8 @@
 """SAC as a learner: one policy, soft actor-critic and a replay buffer, on environments with a box of actions.
 
 It adapts to nothing: with several tasks it is joint training of one policy for all of them, against which
-:class:`~bayesmeta.rl.pearl.PEARL` is to be compared. Source of the algorithm: see :mod:`bayesmeta.rl.sac`.
+:class:`~bayesmeta.rl.off_policy.pearl.PEARL` is to be compared. Source of the algorithm: see
+:mod:`bayesmeta.rl.off_policy.sac`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.off_policy import OffPolicyLearner, check_fixed_tasks, put_back
+from bayesmeta.rl.memory.rl2 import curve_of_trials, told_by
+from bayesmeta.rl.off_policy.learner import OffPolicyLearner, check_fixed_tasks, put_back
+from bayesmeta.rl.off_policy.replay import Replay
+from bayesmeta.rl.off_policy.sac import SACConfig, SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.replay import Replay
-from bayesmeta.rl.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.rollout import Acted, Actor, Moment, collect
-from bayesmeta.rl.sac import SACConfig, SACNetworks, SACUpdate, averaged
 
 
 class SAC(OffPolicyLearner):

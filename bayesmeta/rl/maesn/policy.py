@@ -1,7 +1,7 @@
 """A policy that holds a latent through an episode, and the Gaussians that the latents of the tasks are drawn from.
 
 A task's variational parameters ω = (μ, log σ) are one flat vector ``[2 × latent]``; its latents z ~ Normal(μ, σ) are
-drawn once an episode (:mod:`bayesmeta.rl.maesn`).
+drawn once an episode (:mod:`bayesmeta.rl.maesn.learner`).
 """
 
 from __future__ import annotations

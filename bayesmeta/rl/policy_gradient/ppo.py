@@ -1,7 +1,7 @@
 """Proximal policy optimisation of policies that unroll.
 
-Source: Schulman et al. 2017 (see :func:`bayesmeta.rl.objectives.ppo_clip`), algorithm 1. A minibatch is some of the
-environments with all their steps, so that a memory is unrolled whole.
+Source: Schulman et al. 2017 (see :func:`bayesmeta.rl.policy_gradient.objectives.ppo_clip`), algorithm 1. A minibatch is
+some of the environments with all their steps, so that a memory is unrolled whole.
 
 Departures: advantages may be standardised in each time step by itself (returns at the begin of a trial vary more than
 at its end); rate and entropy bonus go linearly to their last values; the value's error is counted per step that is
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.errors import NonFiniteLossError, OptionError
-from bayesmeta.rl.objectives import average, ppo_clip, standardised
-from bayesmeta.rl.returns import advantages
+from bayesmeta.rl.policy_gradient.objectives import average, ppo_clip, standardised
+from bayesmeta.rl.policy_gradient.returns import advantages
 from bayesmeta.rl.rollout import Moment, Rollout
 
 Standardise = Literal["step", "all", "none"]

@@ -33,13 +33,13 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve
-from bayesmeta.rl.off_policy import OffPolicyLearner, check_fixed_tasks, put_back
-from bayesmeta.rl.posterior_sampling import Act, Exploration, inferring, play
+from bayesmeta.rl.memory.rl2 import curve_of_trials, told_by
+from bayesmeta.rl.off_policy.learner import OffPolicyLearner, check_fixed_tasks, put_back
+from bayesmeta.rl.off_policy.posterior_sampling import Act, Exploration, inferring, play
+from bayesmeta.rl.off_policy.replay import Replay, Transitions
+from bayesmeta.rl.off_policy.sac import SACConfig, SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.replay import Replay, Transitions
-from bayesmeta.rl.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.rollout import Rollout
-from bayesmeta.rl.sac import SACConfig, SACNetworks, SACUpdate, averaged
 
 Reconstruction = Literal["reward", "transition"]
 
@@ -270,7 +270,7 @@ class PEARL(OffPolicyLearner):
         Args:
             env: of held-out tasks. It is reset.
             exploration: how an episode's latent comes from the belief; see
-                :func:`~bayesmeta.rl.posterior_sampling.inferring`.
+                :func:`~bayesmeta.rl.off_policy.posterior_sampling.inferring`.
             prior_episodes: see there; None is as trained.
             greedy: take the likeliest actions, else draw.
             generator: of latents and actions; None means seed 0.

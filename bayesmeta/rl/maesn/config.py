@@ -1,4 +1,4 @@
-"""Settings of MAESN, see :mod:`bayesmeta.rl.maesn`."""
+"""Settings of MAESN, see :mod:`bayesmeta.rl.maesn.learner`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from typing import Literal, get_args
 
 from bayesmeta.errors import OptionError
-from bayesmeta.rl.inner import Estimation
-from bayesmeta.rl.maesn_inner import Credit, Gradient
-from bayesmeta.rl.trpo import Product
+from bayesmeta.rl.maesn.inner import Credit, Gradient
+from bayesmeta.rl.policy_gradient.inner import Estimation
+from bayesmeta.rl.policy_gradient.trpo import Product
 
 #: How adapted policies act.
 Adapted = Literal["sample", "mean"]
@@ -23,9 +23,9 @@ class MAESNConfig:
         inner_steps: policy-gradient steps on each task; at least 1.
         inner_lr: where the step sizes α of μ and log σ begin.
         learn_rates: learn α, a number for each dimension.
-        gradient: of ω inside, see :mod:`bayesmeta.rl.maesn_inner`.
-        credit: of latents inside, see :func:`~bayesmeta.rl.maesn_inner.episode_credit`.
-        natural: inside, ω's natural gradient, see :func:`~bayesmeta.rl.maesn_inner.latent_step`.
+        gradient: of ω inside, see :mod:`bayesmeta.rl.maesn.inner`.
+        credit: of latents inside, see :func:`~bayesmeta.rl.maesn.inner.episode_credit`.
+        natural: inside, ω's natural gradient, see :func:`~bayesmeta.rl.maesn.inner.latent_step`.
         policy_lr: where the step sizes of θ inside begin; 0 leaves θ as it is, and is the paper's default.
         later_rates: what is left of a rate in each step beyond ``inner_steps`` (a half in the authors' program).
         kl_weight: w, of KL(q_{ω_i} ‖ p) in the outer objective, in the units of a step's standardised advantage.
@@ -39,7 +39,7 @@ class MAESNConfig:
         inner_reward, train_reward: which reward each reads, see the head of this module.
         first_order: leave out the second derivative.
         max_kl: bound of an outer step, in nats.
-        cg_steps, damping, product: see :func:`~bayesmeta.rl.trpo.trust_region_step`.
+        cg_steps, damping, product: see :func:`~bayesmeta.rl.policy_gradient.trpo.trust_region_step`.
         curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
         curvature_episodes: of each task, how many episodes the direction's curvature is taken from; None is all.
         estimation: of advantages, and of second derivatives.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
-from bayesmeta.rl.ppo import PPOConfig
-from bayesmeta.rl.varibad import BeliefConfig, VariBAD
-from bayesmeta.rl.varibad_decoder import LinearDecoder
-from bayesmeta.rl.varibad_policy import BeliefPolicy, DecodedReadout
+from bayesmeta.rl.policy_gradient.ppo import PPOConfig
+from bayesmeta.rl.varibad.decoder import LinearDecoder
+from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
+from bayesmeta.rl.varibad.policy import BeliefPolicy, DecodedReadout
 
 
 @dataclasses.dataclass(frozen=True)

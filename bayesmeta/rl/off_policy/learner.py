@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from bayesmeta.errors import NonFiniteLossError, OptionError
+from bayesmeta.rl.off_policy.replay import Replay
+from bayesmeta.rl.off_policy.sac import SACUpdate
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.replay import Replay
-from bayesmeta.rl.sac import SACUpdate
 from bayesmeta.rl.states import copied, load_networks
 
 

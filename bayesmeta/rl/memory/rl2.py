@@ -5,8 +5,8 @@ Slow Reinforcement Learning", 2016, https://arxiv.org/abs/1611.02779; the same i
 Reinforcement Learn", 2016, https://arxiv.org/abs/1611.05763. The fast learner is the state of the memory, which crosses
 the episodes of a trial and is cleared between trials; the slow one is a policy gradient on whole trials.
 
-Departures: PPO in place of TRPO by default (TRPO by a :class:`~bayesmeta.rl.trpo_policy.TRPOConfig`), and those of
-:mod:`bayesmeta.rl.memory_policy` and :mod:`bayesmeta.rl.ppo`.
+Departures: PPO in place of TRPO by default (TRPO by a :class:`~bayesmeta.rl.policy_gradient.trpo_policy.TRPOConfig`),
+and those of :mod:`bayesmeta.rl.memory.policy` and :mod:`bayesmeta.rl.policy_gradient.ppo`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve
-from bayesmeta.rl.memory_policy import MemoryPolicy
-from bayesmeta.rl.ppo import PPO, PPOConfig, trial_advantages
+from bayesmeta.rl.memory.policy import MemoryPolicy
+from bayesmeta.rl.policy_gradient.ppo import PPO, PPOConfig, trial_advantages
+from bayesmeta.rl.policy_gradient.trpo_policy import TRPO, TRPOConfig
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Moment, Rollout, collect
 from bayesmeta.rl.states import copied, load_networks
-from bayesmeta.rl.trpo_policy import TRPO, TRPOConfig
 
 
 class TrialReturns(NamedTuple):
@@ -46,7 +46,7 @@ class TrialReturns(NamedTuple):
 
 
 class RL2:
-    """Trains a :class:`~bayesmeta.rl.memory_policy.MemoryPolicy` on trials.
+    """Trains a :class:`~bayesmeta.rl.memory.policy.MemoryPolicy` on trials.
 
     Args:
         env: with autoreset and new tasks for each trial.
@@ -56,7 +56,7 @@ class RL2:
         steps: of each rollout; None is one whole trial where episodes have a fixed length.
         units: width of the memory of a new policy.
         seed: of actions, minibatches and a new policy's first weights.
-        policy_options: of a new policy, see :class:`~bayesmeta.rl.memory_policy.MemoryPolicy`.
+        policy_options: of a new policy, see :class:`~bayesmeta.rl.memory.policy.MemoryPolicy`.
 
     Attributes:
         iteration: rollouts done.

@@ -33,16 +33,16 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
-from bayesmeta.rl.inner import check_tasks_stay, first_copies
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.maesn_config import MAESNConfig
-from bayesmeta.rl.maesn_inner import LatentSteps, latent_episodes, latent_step, split_phi
-from bayesmeta.rl.maesn_policy import LatentPolicy, latent_distribution, latents, prior_omega
-from bayesmeta.rl.maesn_trials import trial_curve
-from bayesmeta.rl.objectives import average, likelihood_ratio
+from bayesmeta.rl.maesn.config import MAESNConfig
+from bayesmeta.rl.maesn.inner import LatentSteps, latent_episodes, latent_step, split_phi
+from bayesmeta.rl.maesn.policy import LatentPolicy, latent_distribution, latents, prior_omega
+from bayesmeta.rl.maesn.trials import trial_curve
 from bayesmeta.rl.policies import detached, kl
+from bayesmeta.rl.policy_gradient.inner import check_tasks_stay, first_copies
+from bayesmeta.rl.policy_gradient.objectives import average, likelihood_ratio
+from bayesmeta.rl.policy_gradient.trpo import TrustRegionStep, gradient, trust_region_step
 from bayesmeta.rl.protocols import TaskVectorEnv
-from bayesmeta.rl.trpo import TrustRegionStep, gradient, trust_region_step
 
 
 class MAESN:
@@ -349,7 +349,7 @@ class MAESN:
 
         Args:
             env: of held-out tasks. With several episodes a trial it is the return of each episode, see
-                :func:`~bayesmeta.rl.maesn_trials.trial_curve`.
+                :func:`~bayesmeta.rl.maesn.trials.trial_curve`.
             points: inner steps; None is as trained. Of trials it must be 1.
             generator: of latents and actions; None means seed 0.
 

@@ -1,0 +1,1 @@
+"""MAESN: a Gaussian over latents for each task, adapted by policy gradients."""

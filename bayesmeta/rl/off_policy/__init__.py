@@ -1,0 +1,1 @@
+"""Learning from replayed steps: buffers, soft actor-critic, PEARL and distilled latents."""

@@ -1,0 +1,1 @@
+"""Policy gradients: objectives, returns, PPO, TRPO, inner gradient steps and MAML-RL."""

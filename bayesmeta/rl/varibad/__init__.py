@@ -1,0 +1,1 @@
+"""VariBAD: a belief over the task at every step, and a policy that acts on it."""
