@@ -53,13 +53,14 @@ from bayesmeta import nets
 from bayesmeta.errors import DataError
 from bayesmeta.rl.envs import BeamSteering, Machines, TensorVectorEnv
 from bayesmeta.rl.envs.family import check_split
-from bayesmeta.rl.memory.rl2 import RL2, trial_returns
+from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
 from bayesmeta.rl.policies import GaussianHead, TaskPolicy
 from bayesmeta.rl.policy_gradient.inner import Estimation, inner_step, phi_actor
 from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.rollout import collect
+from bayesmeta.rl.trials import trial_returns
 from benchmarks import _beam_varibad
 from benchmarks._multilevel_model import data_folder
 from benchmarks.harness import Bar, Row, at_least, at_most, main, standard_error

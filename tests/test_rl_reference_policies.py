@@ -7,9 +7,9 @@ from bayesmeta.rl import reference_policies
 from bayesmeta.rl.baselines import mdps
 from bayesmeta.rl.envs import BeamSteering, Machines, Navigation, TabularMDP
 from bayesmeta.rl.envs.vector import TensorVectorEnv
-from bayesmeta.rl.memory.rl2 import trial_returns
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
 from bayesmeta.rl.rollout import Acted, collect
+from bayesmeta.rl.trials import trial_returns
 
 FAMILY = BeamSteering(Machines.built_in(20), horizon=40)
 

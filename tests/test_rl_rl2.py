@@ -10,11 +10,12 @@ from rl_envs import Counting
 from bayesmeta.errors import CheckpointError, HorizonError, NonFiniteLossError, OptionError, SpaceError
 from bayesmeta.rl.envs import BernoulliBandit, Grid, Navigation, SparsePointRobot, TensorVectorEnv
 from bayesmeta.rl.memory.policy import MemoryPolicy
-from bayesmeta.rl.memory.rl2 import RL2, trial_returns
+from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.policy_gradient.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.policy_gradient.trpo_policy import TRPOConfig
 from bayesmeta.rl.rollout import Acted, collect
+from bayesmeta.rl.trials import trial_returns
 
 
 def seeded(seed=0):

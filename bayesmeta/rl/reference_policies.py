@@ -17,7 +17,6 @@ from bayesmeta.rl.baselines import bandits, mdps
 from bayesmeta.rl.envs import BeamSteering, BernoulliBandit, GaussianBandit, Grid, Maze, Navigation, SparsePointRobot
 from bayesmeta.rl.envs.tabular import TabularMDP
 from bayesmeta.rl.learner import AdaptationCurve
-from bayesmeta.rl.memory.rl2 import trial_returns
 from bayesmeta.rl.oracles.bandits import bayes_optimal_bandit_value
 from bayesmeta.rl.oracles.beam import box_least_squares_actions, inverse_response_actions
 from bayesmeta.rl.oracles.grid import bayes_optimal_grid
@@ -25,6 +24,7 @@ from bayesmeta.rl.oracles.mdps import finite_horizon_values
 from bayesmeta.rl.oracles.robot import thompson_returns
 from bayesmeta.rl.protocols import Tensors
 from bayesmeta.rl.rollout import Acted, Moment, collect
+from bayesmeta.rl.trials import trial_returns
 
 #: Pulls up to which the Bayes-optimal value of a bandit is computed (seconds).
 MOST_PULLS = 12

@@ -21,7 +21,7 @@ from bayesmeta.rl.envs import cheetah
 from bayesmeta.rl.envs.gym import GymVectorEnv
 from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.envs.vector import TensorVectorEnv
-from bayesmeta.rl.maesn.setups import TEXT, maesn_defaults, maesn_for
+from bayesmeta.rl.maesn.setups import TEXT, maesn_defaults
 from bayesmeta.rl.memory.pair import PairMemory
 from bayesmeta.rl.memory.recurrent import Memory
 from bayesmeta.rl.memory.rl2 import RL2
@@ -30,7 +30,7 @@ from bayesmeta.rl.policy_gradient.inner import Estimation
 from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
-from bayesmeta.rl.setups_latent import LATENT_METHODS
+from bayesmeta.rl.setups_latent import LATENT_METHODS, maesn_for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bayesmeta.rl.maesn.learner import MAESN
+from bayesmeta.rl.maesn.setups import POINT_ROBOT_MIN_STD, latent_policy, maesn_config
 from bayesmeta.rl.off_policy.distilled import DistilledLatents
 from bayesmeta.rl.off_policy.distilled_setups import distilled_for
 from bayesmeta.rl.off_policy.pearl import PEARL, PEARLConfig
@@ -21,6 +23,10 @@ from bayesmeta.rl.varibad.setups import varibad_for
 
 if TYPE_CHECKING:
     from bayesmeta.rl.setups import EnvDefaults, Setup
+
+
+#: Training tasks of MAESN, each with variational parameters of its own, where a family has no fixed number.
+MAESN_TASKS = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,22 @@ def _distilled(setup: Setup, family: Any, device: torch.device | str) -> Distill
         env, iterations=setup.iterations, seed=setup.seed, units=setup.units, reward_shift=known.reward_shift,
         reward_scale=known.reward_scale,
     )  # fmt: skip
+
+
+def maesn_for(setup: Setup, family: Any, device: torch.device | str = "cpu") -> MAESN:
+    """The learner with its environments; of settings that are filled."""
+    assert setup.tasks
+    assert setup.units
+    assert setup.inner_steps
+    assert setup.inner_lr is not None
+    env = setup.vector(family, setup.tasks, copies=setup.copies, generator=setup.seed, device=device)
+    tasks = family.sample_tasks(
+        max(MAESN_TASKS, setup.tasks), generator=torch.Generator(device).manual_seed(setup.seed)
+    )
+    floor = POINT_ROBOT_MIN_STD if setup.env == "point-robot" else 1e-6
+    policy = latent_policy(env, setup.units, std=setup.defaults.std, seed=setup.seed, min_std=floor).to(device)
+    config = maesn_config(setup.env, setup.inner_steps, setup.inner_lr)
+    return MAESN(env, policy, config, tasks=tasks, seed=setup.seed)
 
 
 #: Methods by their names on the command line.

@@ -1,4 +1,4 @@
-"""MAESN by name, with settings to begin from: what :mod:`bayesmeta.rl.setups` adds to its own.
+"""Settings of MAESN by environment, as benchmarks and the command line take them.
 
 Those of ``point-robot`` were chosen on its validation goals; the others are a start and were not tuned.
 """
@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bayesmeta.rl.maesn.config import MAESNConfig
-from bayesmeta.rl.maesn.learner import MAESN
 from bayesmeta.rl.maesn.policy import LatentPolicy
 from bayesmeta.rl.policies import GaussianHead, head_for
 from bayesmeta.rl.protocols import TaskVectorEnv, num_features
 
-if TYPE_CHECKING:
-    from bayesmeta.rl.setups import Setup
-
 TEXT = "MAESN: a latent for each episode, and policy-gradient steps on where latents come from (Gupta et al. 2018)"
-#: Training tasks, each with variational parameters of its own, where a family has no fixed number.
-TASKS = 80
 LATENT = 2
 
 #: The sparse point robot: inside, a step reads the sparse reward as a new task shows it; outside, the dense reward.
@@ -85,17 +79,3 @@ def latent_policy(
     for name, value in zip(("weight", "bias"), list(network.parameters())[-2:]):
         value.data.mul_(0.1 if name == "weight" else 0.0)
     return LatentPolicy(network, head, latent)
-
-
-def maesn_for(setup: Setup, family: Any, device: torch.device | str = "cpu") -> MAESN:
-    """The learner with its environments; of settings that are filled."""
-    assert setup.tasks
-    assert setup.units
-    assert setup.inner_steps
-    assert setup.inner_lr is not None
-    env = setup.vector(family, setup.tasks, copies=setup.copies, generator=setup.seed, device=device)
-    tasks = family.sample_tasks(max(TASKS, setup.tasks), generator=torch.Generator(device).manual_seed(setup.seed))
-    floor = POINT_ROBOT_MIN_STD if setup.env == "point-robot" else 1e-6
-    policy = latent_policy(env, setup.units, std=setup.defaults.std, seed=setup.seed, min_std=floor).to(device)
-    config = maesn_config(setup.env, setup.inner_steps, setup.inner_lr)
-    return MAESN(env, policy, config, tasks=tasks, seed=setup.seed)

@@ -48,7 +48,6 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.mixture import MixtureContext, TaskLatents
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.memory.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.off_policy.chains import Chains, distillation_loss
 from bayesmeta.rl.off_policy.distilled_config import DistilledConfig
 from bayesmeta.rl.off_policy.learner import OffPolicyLearner, check_fixed_tasks, put_back
@@ -58,6 +57,7 @@ from bayesmeta.rl.off_policy.sac import SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Rollout
 from bayesmeta.rl.states import copied
+from bayesmeta.rl.trials import curve_of_trials, told_by
 
 
 class DistilledPolicy(nn.Module):

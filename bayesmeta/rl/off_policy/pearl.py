@@ -33,13 +33,13 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import AdaptationCurve
-from bayesmeta.rl.memory.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.off_policy.learner import OffPolicyLearner, check_fixed_tasks, put_back
 from bayesmeta.rl.off_policy.posterior_sampling import Act, Exploration, inferring, play
 from bayesmeta.rl.off_policy.replay import Replay, Transitions
 from bayesmeta.rl.off_policy.sac import SACConfig, SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Rollout
+from bayesmeta.rl.trials import curve_of_trials, told_by
 
 Reconstruction = Literal["reward", "transition"]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
-from bayesmeta.rl.memory.rl2 import curve_of_trials, told_by
 from bayesmeta.rl.off_policy.learner import OffPolicyLearner, check_fixed_tasks, put_back
 from bayesmeta.rl.off_policy.replay import Replay
 from bayesmeta.rl.off_policy.sac import SACConfig, SACNetworks, SACUpdate, averaged
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Acted, Actor, Moment, collect
+from bayesmeta.rl.trials import curve_of_trials, told_by
 
 
 class SAC(OffPolicyLearner):
