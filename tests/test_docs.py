@@ -21,9 +21,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"^(?P<marker><!-- not run:(?P<reason>.*)-->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-#: ``steps=2_000`` (not ``inner_steps=5``) and ``range(1_000)``; numbers below 1000 stay.
-LONG = re.compile(r"(?P<head>\b(?:steps=|range\())(?P<number>\d[\d_]*)")
-SHORT = 12
+#: ``steps=2_000`` (not ``inner_steps=5``), ``range(1_000)`` and ``iterations=260``; numbers below the least stay.
+LONG = re.compile(r"(?P<head>\b(?:steps=|range\(|iterations=))(?P<number>\d[\d_]*)")
+LEAST = {"iterations=": 100}
+SHORT, SHORT_ITERATIONS = 12, 2
 
 
 def shorten(code):
@@ -31,7 +32,9 @@ def shorten(code):
 
     def cut(match):
         number = int(match["number"].replace("_", ""))
-        return match["head"] + str(number if number < 1000 else SHORT + number // 1000)
+        if number < LEAST.get(match["head"], 1000):
+            return match["head"] + str(number)
+        return match["head"] + str(SHORT_ITERATIONS if match["head"] in LEAST else SHORT + number // 1000)
 
     return LONG.sub(cut, code)
 
@@ -82,8 +85,12 @@ def test_every_python_block_is_recognised():
 
 
 def test_only_long_runs_are_shortened():
-    code = "fit(m, steps=2_000, inner_steps=5000)\nfor _ in range(1_000):\n    f(steps=40, n=3000, x=range(10))"
-    expected = "fit(m, steps=14, inner_steps=5000)\nfor _ in range(13):\n    f(steps=40, n=3000, x=range(10))"
+    code = "fit(m, steps=2_000, inner_steps=5000)\nfor _ in range(1_000):\n    f(steps=40, n=3000, x=range(10), iterations=99)"
+    code += "\ng(iterations=260, old_iterations=300)"
+    expected = (
+        "fit(m, steps=14, inner_steps=5000)\nfor _ in range(13):\n    f(steps=40, n=3000, x=range(10), iterations=99)"
+    )
+    expected += "\ng(iterations=2, old_iterations=300)"
     assert shorten(code) == expected
 
 
