@@ -34,7 +34,7 @@ from bayesmeta.rl.varibad.policy import BeliefPolicy
 from benchmarks.harness import Bar, Row, between
 
 LATENT, WIDTH, UNITS = 12, 64, 96
-ENVS, STEPS, ITERATIONS, EPISODES = 512, 16, 300, 2
+ENVS, STEPS, ITERATIONS, EPISODES = 512, 16, 400, 2
 BELIEFS = BeliefConfig(
     decode="new", kl="before", prefixes=None, epochs=2, environments=192, minibatches=3, lr=5e-3, last_lr=3e-4
 )
