@@ -296,8 +296,9 @@ def _run(command: Command) -> None:
         print(methods_table())
         return
     if isinstance(command, cli_rl.RL):
-        _refuse_ranks("rl")
-        _set_threads(command.threads)
+        if command.threads is not None:
+            _refuse_ranks("rl")
+            _set_threads(command.threads)
         cli_rl.run(command)
         return
     options = dataclasses.asdict(command)
@@ -449,14 +450,14 @@ def _say_stopped(how: str, command: Command, said: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     what = f"; {_kept(command)}"
-    if said.startswith("Training was stopped after step"):
+    if re.match("Training was stopped (after step|after iteration|within)", said):
         what = " " + _as_options(said.removeprefix("Training was stopped ").rstrip("."))
     print(f"bayesmeta: {how}{what}", file=sys.stderr)
 
 
 def _kept(command: Command) -> str:
     """What a folder has of a run, in words."""
-    if isinstance(command, Profile) or not isinstance(command, Fit | Demo | cli_rl.RL):
+    if isinstance(command, Profile) or not isinstance(command, Fit | Demo | cli_rl.RL) or command.out is None:
         return "nothing was kept"
     from bayesmeta.errors import BayesMetaError
     from bayesmeta.train import checkpoint

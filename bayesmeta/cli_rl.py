@@ -1,105 +1,30 @@
-"""The commands of meta-reinforcement learning: ``bayesmeta rl train`` and ``bayesmeta rl evaluate``."""
+"""The commands of meta-reinforcement learning: ``bayesmeta rl list``, ``rl train`` and ``rl evaluate``."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import tyro
 
-Env = Literal[
-    "bandit",
-    "gaussian-bandit",
-    "mdp",
-    "navigation",
-    "sparse-navigation",
-    "point-robot",
-    "grid",
-    "maze",
-    "beam",
-    "half-cheetah-direction",
-    "half-cheetah-velocity",
-]
-MethodName = Literal[
-    "rl2",
-    "rl2-lstm",
-    "snail",
-    "maml",
-    "maesn",
-    "fomaml",
-    "meta-sgd",
-    "e-maml",
-    "cavia",
-    "joint",
-    "pearl",
-    "varibad",
-    "distilled",
-]
+from bayesmeta.rl.settings import Settings, listing
 
 
 @dataclasses.dataclass
 class Train:
     """Meta-train a policy on a family of environments; what is not given takes a default of environment and method."""
 
-    out: Path
+    out: Path | None = None
     """Folder for what is learned."""
 
-    env: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(get_args(Env)) + ",MODULE:ATTRIBUTE}")] = None
-    """The family, which a new run needs: bandits, random MDPs, points that look for a goal in the plane, a grid with a
-    hidden goal, a maze seen from within, a beam to be steered, half-cheetahs (the extra mujoco). Or one of your own,
-    MODULE:ATTRIBUTE: a family, or a function from a task to an environment of gymnasium."""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+    """What is trained on what."""
 
-    method: MethodName | None = None
-    """By default rl2. rl2, rl2-lstm and snail remember the episodes of a trial; varibad acts on a belief over the task;
-    pearl and distilled have one too, and explore by draws from it; the others take policy-gradient steps, maesn on
-    where its latents come from. joint does not meta-learn."""
-
-    horizon: int | None = None
-    """Steps of an episode."""
-
-    arms: int | None = None
-    """Arms of a bandit."""
-
-    data: str | None = None
-    """Of beam: file of machines (.npz with responseH and responseV). By default a model that is built in."""
-
-    plane: Literal["H", "V"] | None = None
-    """Of beam: which plane of the file."""
-
-    task_values: tuple[float, ...] | None = None
-    """Of your own function from a task to an environment: its tasks."""
-
-    task_range: tuple[float, float] | None = None
-    """Instead: tasks are drawn between two numbers."""
-
-    workers: bool = False
-    """Run gymnasium's environments in a process each."""
-
-    episodes: int | None = None
-    """Episodes of a trial, for methods that remember."""
-
-    tasks: int | None = None
-    """Tasks at a time."""
-
-    copies: int | None = None
-    """Episodes of each task before and after a step, for methods that take steps."""
-
-    units: int | None = None
-    """Width of the memory, or of the two hidden layers."""
-
-    iterations: int | None = None
-    """Of training. Rates of methods that remember fall over them; the others may be resumed with more."""
-
-    inner_steps: int | None = None
-    """Policy-gradient steps on each task."""
-
-    inner_lr: float | None = None
-    """Their rate, or where learned rates begin."""
-
-    seed: int | None = None
-    """Of tasks, first weights and actions; by default 0."""
+    dry_run: bool = False
+    """Say what the run would be, with what each setting means, and stop."""
 
     validation_tasks: int | None = None
     """Tasks that the learning curve is measured on; by default 100."""
@@ -126,7 +51,7 @@ class Train:
     """Go on with the run that the folder holds. What is not given is as it was; what is given must be."""
 
     progress: bool = True
-    """Show a progress bar."""
+    """Show the settings and a progress bar."""
 
 
 @dataclasses.dataclass
@@ -157,24 +82,34 @@ class EvaluateRL:
     threads: int = 1
     """CPU threads; 0 leaves the choice to torch."""
 
+    progress: bool = True
+    """Show what is being done; never where the output is no terminal."""
+
+
+@dataclasses.dataclass
+class ListRL:
+    """Name all environments and methods, and say what they are."""
+
 
 @dataclasses.dataclass
 class RL:
-    """Meta-reinforcement learning: rl train, rl evaluate."""
+    """Meta-reinforcement learning: rl list, rl train, rl evaluate."""
 
     command: tyro.conf.OmitSubcommandPrefixes[
-        Annotated[Train, tyro.conf.subcommand("train")] | Annotated[EvaluateRL, tyro.conf.subcommand("evaluate")]
+        Annotated[ListRL, tyro.conf.subcommand("list")]
+        | Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[EvaluateRL, tyro.conf.subcommand("evaluate")]
     ]
 
     @property
-    def threads(self) -> int:
-        """CPU threads that the command was given."""
-        return self.command.threads
+    def threads(self) -> int | None:
+        """CPU threads that the command was given; None for one that needs no torch."""
+        return None if isinstance(self.command, ListRL) else self.command.threads
 
     @property
-    def out(self) -> Path:
-        """Where a checkpoint would be."""
-        return self.command.out if isinstance(self.command, Train) else self.command.folder
+    def out(self) -> Path | None:
+        """Where a checkpoint would be; None where there would be none."""
+        return self.command.out if isinstance(self.command, Train) else None
 
 
 #: What the library tells a program to do, as one does it on the command line.
@@ -192,7 +127,7 @@ _SAYINGS = (
 
 def _option(name: str) -> str:
     """A field's name as an option; of what is no field, nothing."""
-    known = {field.name for kind in (Train, EvaluateRL) for field in dataclasses.fields(kind)}
+    known = {field.name for kind in (Settings, Train, EvaluateRL) for field in dataclasses.fields(kind)}
     return "--" + name.replace("_", "-") if name in known else ""
 
 
@@ -209,6 +144,9 @@ def as_options(message: str) -> str:
 
 def run(command: RL) -> None:
     """Run one of the commands; errors name options as they are given here."""
+    if isinstance(command.command, ListRL):  # which needs no torch
+        print(listing())
+        return
     from bayesmeta.errors import BayesMetaError
 
     try:
@@ -216,6 +154,19 @@ def run(command: RL) -> None:
     except BayesMetaError as error:
         error.args = (as_options(str(error)), *error.args[1:])
         raise
+    except KeyboardInterrupt as error:
+        error.args = (_how_to_go_on(str(error), command.command),)
+        raise
+
+
+def _how_to_go_on(told: str, stopped: Train | EvaluateRL) -> str:
+    """What a run that was stopped says, with the command that goes on with it."""
+    if isinstance(stopped, EvaluateRL):
+        return told
+    command = f"bayesmeta rl train --out {shlex.quote(str(stopped.out))} --resume"
+    if stopped.resume and stopped.settings.iterations is not None:  # more than the run began with
+        command += f" --iterations {stopped.settings.iterations}"
+    return told.replace("go on with resume", f"go on with: {command}")
 
 
 def _run(command: RL) -> None:
@@ -226,10 +177,16 @@ def _run(command: RL) -> None:
 
         evaluate_folder(options.pop("folder"), **options)
         return
-    from bayesmeta.rl.command import setup_of, train_setup
-    from bayesmeta.rl.setups import Setup
+    from bayesmeta.errors import OptionError
+    from bayesmeta.rl.command import dry_run, train_setup
+    from bayesmeta.rl.plan import setup_of
 
-    names = [field.name for field in dataclasses.fields(Setup)]
-    out = options.pop("out")
-    setup = setup_of({name: options.pop(name) for name in names}, out, resume=options["resume"])
+    out, settings = options.pop("out"), options.pop("settings")
+    setup = setup_of(settings, out, resume=options["resume"])
+    if options.pop("dry_run"):
+        names = ("validation_tasks", "validate_every", "device", "overwrite", "resume")
+        print(dry_run(setup, out, **{name: options[name] for name in names}))
+        return
+    if out is None:
+        raise OptionError("no folder was given; give --out, where what is learned is kept, or --dry-run.")
     train_setup(setup, out, **options)

@@ -23,12 +23,28 @@ the goal, since the cells not yet seen lie on the way.
 - ``varibad_belief_distance``: total variation of that belief from the exact one, which is uniform over the cells not
   yet entered until the goal is found.
 - ``rl2_episode_1`` … ``4``: RL² on as many environments, steps and updates of PPO.
+
+Ways to explore on equal terms: the same trained VariBAD, its encoder brought up to date with every step, and a cell to
+aim at; the way there is a shortest one, a coin at each fork (:mod:`benchmarks._grid_strategies`). Trials of each goal:
+``--copies``. Errors are over trainings; those of the ideal rows, and of one training, are of the copies.
+
+- ``explore_belief_conditioned_episode_N``: VariBAD's own policy, as above.
+- ``explore_posterior_sampling_episode_N``: when an episode begins z is drawn from the belief, and the cell from what
+  the decoder says at z, so that a cell is aimed at as often as the belief says; ``…_until_reached``: also when that
+  cell was reached or the goal found; ``…_each_step``: at every step.
+- ``explore_latent_draw_episode_N``: the likeliest cell at the drawn z. It is the same where a z is one task; a latent
+  that was trained to foretell the rest of a trial is not.
+- ``explore_mean_episode_N``: the likeliest cell at the belief's mean.
+- ``explore_prior_episode_N``: draws of the prior throughout; what comes of learning nothing.
+- ``ideal_STRATEGY_episode_N``: under the exact belief, uniform over cells not yet entered until the goal is. All of
+  these are equally likely: ``mean`` takes the nearest. The belief-conditioned policy is the Bayes-optimal one, 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,13 +52,23 @@ from torch import Tensor
 
 from bayesmeta.ops.random import as_generator
 from bayesmeta.rl.envs import Grid, TensorVectorEnv
-from bayesmeta.rl.envs.grid import MOVES, CellTasks
+from bayesmeta.rl.envs.grid import MOVES
 from bayesmeta.rl.latent.checks import GoalsCheck, admissible_cells, compare_goals, goal_probabilities, seen_cells
 from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.oracles.grid import bayes_optimal_grid
 from bayesmeta.rl.varibad.learner import VariBAD
 from bayesmeta.rl.varibad.setups import GRID_PPO, CellSight, grid_varibad
-from benchmarks.harness import Row, at_least, at_most, below, main
+from benchmarks._grid_strategies import (
+    IDEAL,
+    STRATEGIES,
+    exact,
+    explore,
+    goals_env,
+    learned,
+    plain_spec,
+    sampling_error,
+)
+from benchmarks.harness import Row, at_least, at_most, below, main, plain
 from benchmarks.runs import over_trainings, refuse_unknown
 
 FAMILY, EPISODES = Grid(), 4
@@ -54,6 +80,10 @@ DRAWS = 200
 IGNORANT = ("on_seen_empty", "log_score_lost")
 #: Seed of the first training, added to --seed; 0 is the one that settings were chosen on.
 FIRST = 1
+#: Trials of each goal for a way to explore under the learned belief; under the exact one so many times more.
+COPIES, IDEAL_COPIES = 60, 10
+#: Trainings that are done, by learner and seed: with --reuse, later runs read them.
+KEPT = Path("runs/bench/grid")
 BARS = {
     **{f"varibad_episode_{n}": at_least(0.95) for n in range(2, EPISODES + 1)},
     "varibad_belief_on_seen_empty": below(0.05),
@@ -102,10 +132,7 @@ def scale_of(family: Grid, episodes: int) -> Scale:
 
 def all_goals(family: Grid, seed: int) -> TensorVectorEnv:
     """One environment for each goal."""
-    goals = family.goals()
-    return TensorVectorEnv(
-        family, len(goals), tasks=CellTasks(goals), episodes_per_trial=EPISODES, split="test", generator=seed
-    )
+    return goals_env(family, EPISODES, seed)
 
 
 def make(name: str, family: Grid, seed: int, trials: int, iterations: int) -> RL2:
@@ -145,43 +172,110 @@ def ignorant(seen: Tensor, goal: Tensor, admissible: Tensor) -> Tensor:
     return torch.where(found, here, admissible / admissible.sum())
 
 
-def measure(name: str, args: argparse.Namespace, seed: int, curves: list[dict[str, Any]]) -> list[Row]:
-    """One training and its rows; its curve is added to ``curves``."""
-    family, begin = FAMILY, time.process_time()
-    run, scale = make(name, family, seed, args.trials, args.iterations), scale_of(family, EPISODES)
+class Training(NamedTuple):
+    """A trained learner, what it reached on the way, and its CPU seconds."""
 
-    def normalised() -> list[float]:
-        returns = run.evaluate(all_goals(family, seed), generator=seed).episodes.double().mean(0)
-        return [float(x) for x in scale.normalise(returns)]
+    run: RL2
+    curve: list[dict[str, Any]]
+    seconds: float
 
-    every = max(1, args.iterations // 15)
+
+def trained(name: str, args: argparse.Namespace, seed: int) -> Training:
+    """One training; with ``--reuse`` from the file of an earlier run with the same settings, if there is one."""
+    run = make(name, FAMILY, seed, args.trials, args.iterations)
+    asked = plain(run.options()) | {"trials": args.trials, "iterations": args.iterations}
+    path = KEPT / f"{name}_{seed}.pt"
+    if args.reuse and path.is_file():
+        known = torch.load(path, weights_only=True)
+        if known["asked"] == asked:
+            run.load_learned(known["state"])
+            told = ", ".join(f"{x:.3f}" for x in known["curve"][-1]["normalised"])
+            print(f"{name}, seed {seed}, from {path}: {told} after {known['seconds']:.0f} s", flush=True)
+            return Training(run, known["curve"], known["seconds"])
+    curve, seconds = train(run, name, args, seed)
+    if not args.quick:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"policy": run.state_dict()["policy"]}
+        torch.save({"asked": asked, "state": state, "curve": curve, "seconds": seconds}, path)
+    return Training(run, curve, seconds)
+
+
+def train(run: RL2, name: str, args: argparse.Namespace, seed: int) -> tuple[list[dict[str, Any]], float]:
+    """Train to the end, reading all goals on the way: the curve, and the CPU seconds of the training alone."""
+    scale, seconds = scale_of(FAMILY, EPISODES), 0.0
     curve: list[dict[str, Any]] = []
     while run.iteration < args.iterations:
-        run.train(every)
-        point: dict[str, Any] = {
-            "step": run.iteration,
-            "seconds": time.process_time() - begin,
-            "normalised": normalised(),
-        }
-        curve.append(point)
-        told = ", ".join(f"{x:.3f}" for x in point["normalised"])
-        print(f"{name}, seed {seed}, iteration {run.iteration}: {told} after {point['seconds']:.0f} s", flush=True)
-    seconds = time.process_time() - begin
+        begin = time.process_time()
+        run.train(max(1, args.iterations // 15))
+        seconds += time.process_time() - begin
+        returns = run.evaluate(all_goals(FAMILY, seed), generator=seed).episodes.double().mean(0)
+        reached = [float(x) for x in scale.normalise(returns)]
+        curve.append({"step": run.iteration, "seconds": seconds, "normalised": reached})
+        told = ", ".join(f"{x:.3f}" for x in reached)
+        print(f"{name}, seed {seed}, iteration {run.iteration}: {told} after {seconds:.0f} s", flush=True)
+    return curve, seconds
+
+
+def measure(name: str, args: argparse.Namespace, seed: int, curves: list[dict[str, Any]]) -> list[Row]:
+    """One training and its rows; its curve is added to ``curves``."""
+    run, curve, seconds = trained(name, args, seed)
     curves.append({"learner": name, "seed": seed, "curve": curve})
     reached = curve[-1]["normalised"]
     rows = [_row(f"{name}_episode_{n}", value, seconds, args) for n, value in enumerate(reached, 1)]
     if isinstance(run, VariBAD):
-        for when, check in belief_checks(run, family, seed).items():
-            print(f"{name}, seed {seed}, {when}: {check}", flush=True)
-            figures = {
-                "on_seen_empty": check.seen_share.mean, "calibration_error": check.ece,
-                "distance": check.distance.mean, "log_score_lost": check.exact_log_score.mean - check.log_score.mean,
-            }  # fmt: skip
-            if when == "ignorant":
-                rows += [_row(f"ignorant_search_{what}", figures[what], None, args) for what in IGNORANT]
-            else:
-                rows += [_row(f"{name}_{when}_{what}", value, None, args) for what, value in figures.items()]
+        rows += belief_rows(run, name, args, seed)
+        rows += [Row(f"explore_belief_conditioned_episode_{n}", value) for n, value in enumerate(reached, 1)]
+        rows += learned_rows(run, args, seed)
     return rows
+
+
+def belief_rows(run: VariBAD, name: str, args: argparse.Namespace, seed: int) -> list[Row]:
+    """Rows of :func:`belief_checks`."""
+    rows = []
+    for when, check in belief_checks(run, FAMILY, seed).items():
+        print(f"{name}, seed {seed}, {when}: {check}", flush=True)
+        figures = {
+            "on_seen_empty": check.seen_share.mean, "calibration_error": check.ece,
+            "distance": check.distance.mean, "log_score_lost": check.exact_log_score.mean - check.log_score.mean,
+        }  # fmt: skip
+        if when == "ignorant":
+            rows += [_row(f"ignorant_search_{what}", figures[what], None, args) for what in IGNORANT]
+        else:
+            rows += [_row(f"{name}_{when}_{what}", value, None, args) for what, value in figures.items()]
+    return rows
+
+
+def learned_rows(run: VariBAD, args: argparse.Namespace, seed: int) -> list[Row]:
+    """Ways to explore under the belief of a trained VariBAD."""
+    env, rows = goals_env(FAMILY, EPISODES, seed, args.copies), []
+    spec, program, latent = run.belief_spec, run.decoder.program(), run.policy.latent
+    for name, strategy in STRATEGIES.items():
+        chances = learned(latent, program, spec, FAMILY, strategy.latent)
+        generator = as_generator(seed, stream="explore")
+        rows += strategy_rows(f"explore_{name}", explore(env, chances, strategy, spec, generator))
+    return rows
+
+
+def ideal_rows(args: argparse.Namespace) -> list[Row]:
+    """Ways to explore under the exact belief."""
+    env, rows = goals_env(FAMILY, EPISODES, args.seed, args.copies * IDEAL_COPIES), []
+    for name in IDEAL:
+        strategy = STRATEGIES[name]
+        chances = exact(FAMILY, learns=strategy.latent != "prior")
+        generator = as_generator(args.seed, stream="explore")
+        rows += strategy_rows(f"ideal_{name}", explore(env, chances, strategy, plain_spec(env), generator))
+    return rows
+
+
+def strategy_rows(name: str, returns: Tensor) -> list[Row]:
+    """Normalised returns, from ``[tasks, copies, episodes]``, with the error of the copies."""
+    scale = scale_of(FAMILY, EPISODES)
+    means = scale.normalise(returns.mean((0, 1)))
+    errors = sampling_error(returns) / (scale.optimal - scale.random)
+    told = ", ".join(f"{m:.3f} ± {e:.2g}" for m, e in zip(means.tolist(), errors.tolist(), strict=True))
+    print(f"{name}: {told}", flush=True)
+    each = enumerate(zip(means.tolist(), errors.tolist(), strict=True), 1)
+    return [Row(f"{name}_episode_{n}", mean, standard_error=error) for n, (mean, error) in each]
 
 
 def _row(name: str, value: float, seconds: float | None, args: argparse.Namespace) -> Row:
@@ -194,7 +288,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     refuse_unknown(args.learners, LEARNERS, "learner")
     torch.set_num_threads(args.threads)
     if args.quick:
-        args.trials, args.iterations, args.trainings = 16, 2, 1
+        args.trials, args.iterations, args.trainings, args.copies = 16, 2, 1, 2
     curves: list[dict[str, Any]] = []
     each = []
     for seed in range(FIRST + args.seed, FIRST + args.seed + args.trainings):
@@ -208,7 +302,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         for row in rows:
             spent = [r.seconds for part in each for r in part if r.name == row.name and r.seconds is not None]
             row.seconds = sum(spent) / len(spent) if spent else None
-    return rows
+    return [*rows, *(ideal_rows(args) if "varibad" in args.learners else [])]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -222,6 +316,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trainings", type=int, default=3, help="seeds, from --seed on (default: 3)")
     parser.add_argument("--trials", type=int, default=TRIALS, help=f"side by side (default: {TRIALS})")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"of training (default: {ITERATIONS})")
+    parser.add_argument("--copies", type=int, default=COPIES, help=f"trials of a goal to explore (default: {COPIES})")
+    parser.add_argument("--reuse", action="store_true", help=f"read trainings that {KEPT} has")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 
 

@@ -11,6 +11,7 @@ from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.rollout import Acted, collect
 from bayesmeta.rl.varibad.learner import VariBAD
 from benchmarks import grid as bench
+from benchmarks._grid_strategies import IDEAL, STRATEGIES
 
 SMALL = Grid(cells=3, horizon=5)
 
@@ -18,7 +19,7 @@ SMALL = Grid(cells=3, horizon=5)
 def options(**changes):
     given = {
         "quick": True, "seed": 0, "threads": 1, "learners": [*bench.LEARNERS], "trainings": 1, "trials": 8,
-        "iterations": 2,
+        "iterations": 2, "copies": 1, "reuse": False,
     }  # fmt: skip
     return argparse.Namespace(**{**given, **changes})
 
@@ -85,18 +86,55 @@ def test_the_ignorant_belief_is_calibrated_on_the_same_walks_and_forgets_where_i
 
 def test_a_quick_run_has_all_rows_and_curves_and_no_bar(monkeypatch):
     monkeypatch.setattr(bench, "DRAWS", 4)
+    monkeypatch.setattr(bench, "FAMILY", SMALL)
     args = options()
     rows = {row.name: row for row in bench.run(args)}
     names = [f"{name}_episode_{n}" for name in bench.LEARNERS for n in (1, 2, 3, 4)]
     kinds = ("on_seen_empty", "calibration_error", "distance", "log_score_lost")
     beliefs = {f"varibad_{when}_{what}" for when in ("belief", "search") for what in kinds}
     beliefs |= {"ignorant_search_on_seen_empty", "ignorant_search_log_score_lost"}
-    assert set(names) | beliefs == set(rows)
+    ways = {f"explore_{name}" for name in ["belief_conditioned", *STRATEGIES]} | {f"ideal_{name}" for name in IDEAL}
+    explored = {f"{name}_episode_{n}" for name in ways for n in (1, 2, 3, 4)}
+    assert set(names) | beliefs | explored == set(rows)
     assert all(row.passes is None for row in rows.values())
     assert rows["varibad_episode_1"].seconds > 0
     curves = bench.settings(args)["curves"]
     assert [(c["learner"], c["seed"], len(c["curve"])) for c in curves] == [("varibad", 1, 2), ("rl2", 1, 2)]
     assert curves[0]["curve"][-1]["normalised"][0] == pytest.approx(rows["varibad_episode_1"].ours)
+    assert rows["explore_belief_conditioned_episode_2"].ours == rows["varibad_episode_2"].ours
+    assert rows["explore_posterior_sampling_episode_2"].standard_error > 0
+    for name in IDEAL[:-1]:  # but for the one that never learns, the goal is known at last
+        assert rows[f"ideal_{name}_episode_4"].ours > 3 * rows["ideal_prior_episode_4"].ours
+
+
+def test_a_training_is_read_again_if_it_was_made_with_the_same_settings(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "KEPT", tmp_path)
+    monkeypatch.setattr(bench, "FAMILY", SMALL)
+    args = options(quick=False, reuse=True)
+    first = bench.trained("rl2", args, 4)
+    assert "from" not in capsys.readouterr().out
+    again = bench.trained("rl2", args, 4)
+    assert "from" in capsys.readouterr().out
+    assert (again.curve, again.seconds) == (first.curve, first.seconds)
+    same, other = (
+        [torch.equal(a, b) for a, b in zip(first.run.policy.parameters(), run.policy.parameters(), strict=True)]
+        for run in (again.run, bench.make("rl2", bench.FAMILY, 4, args.trials, args.iterations))
+    )
+    assert all(same)
+    assert not all(other)
+    for changed in (options(quick=False, reuse=True, iterations=3), options(quick=False)):
+        bench.trained("rl2", changed, 4)
+        assert "from" not in capsys.readouterr().out
+
+
+def test_rows_of_a_strategy_are_normalised_with_their_errors():
+    scale = bench.scale_of(bench.FAMILY, bench.EPISODES)
+    low = scale.random.expand(2, 2, 4)
+    returns = low + torch.tensor([[0.0, 1.0], [1.0, 0.0]])[..., None] * (scale.optimal - scale.random)
+    rows = bench.strategy_rows("ideal_mean", returns)
+    assert [row.name for row in rows] == [f"ideal_mean_episode_{n}" for n in (1, 2, 3, 4)]
+    assert [row.ours for row in rows] == pytest.approx([0.5] * 4)
+    assert [row.standard_error for row in rows] == pytest.approx([0.125**0.5] * 4)
 
 
 def test_a_full_run_is_held_to_its_bars():

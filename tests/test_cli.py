@@ -311,21 +311,22 @@ def test_fit_takes_tasks_chunks_and_checkpoints(table, capsys, monkeypatch, tmp_
 
 def test_what_ranks_make_of_a_step_is_said(monkeypatch):
     from bayesmeta.errors import OptionError
-    from bayesmeta.tabular import fit
+    from bayesmeta.tabular import lesson, said
 
-    monkeypatch.setattr(fit, "count_ranks", lambda: 2)
-    each = fit._tasks_per_step(100, None)
-    assert fit._what_a_step_has(each, None, 100).startswith("  2 ranks × 16 tasks a step: steps of 32 tasks")
-    assert "--tasks-per-step 8 would share out" in fit._what_a_step_has(each, None, 100)
-    each = fit._tasks_per_step(13, None)
-    said = fit._what_a_step_has(each, None, 13)
-    assert said.startswith("  2 ranks × 6 tasks a step: steps of 12 tasks")
-    assert "--tasks-per-step" not in said, "what it would advise is refused"
-    assert fit._what_a_step_has(8, 8, 100) == "  2 ranks × 8 tasks a step: steps of 16 tasks"
-    assert said.endswith("16 of each would be more than there are: 13")
-    assert fit._tasks_per_step(13, 6) == 6
+    for module in (lesson, said):
+        monkeypatch.setattr(module, "count_ranks", lambda: 2)
+    each = lesson._tasks_per_step(100, None)
+    assert said.what_a_step_has(each, None, 100).startswith("  2 ranks × 16 tasks a step: steps of 32 tasks")
+    assert "--tasks-per-step 8 would share out" in said.what_a_step_has(each, None, 100)
+    each = lesson._tasks_per_step(13, None)
+    line = said.what_a_step_has(each, None, 13)
+    assert line.startswith("  2 ranks × 6 tasks a step: steps of 12 tasks")
+    assert "--tasks-per-step" not in line, "what it would advise is refused"
+    assert said.what_a_step_has(8, 8, 100) == "  2 ranks × 8 tasks a step: steps of 16 tasks"
+    assert line.endswith("16 of each would be more than there are: 13")
+    assert lesson._tasks_per_step(13, 6) == 6
     with pytest.raises(OptionError, match="Use tasks_per_step=6 or less"):
-        fit._tasks_per_step(13, 7)
+        lesson._tasks_per_step(13, 7)
 
 
 @pytest.mark.parametrize(

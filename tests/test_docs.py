@@ -85,8 +85,8 @@ def test_every_python_block_is_recognised():
 
 
 def test_only_long_runs_are_shortened():
-    code = "fit(m, steps=2_000, inner_steps=5000)\nfor _ in range(1_000):\n    f(steps=40, n=3000, x=range(10), iterations=99)"
-    code += "\ng(iterations=260, old_iterations=300)"
+    code = "fit(m, steps=2_000, inner_steps=5000)\nfor _ in range(1_000):\n"
+    code += "    f(steps=40, n=3000, x=range(10), iterations=99)\ng(iterations=260, old_iterations=300)"
     expected = (
         "fit(m, steps=14, inner_steps=5000)\nfor _ in range(13):\n    f(steps=40, n=3000, x=range(10), iterations=99)"
     )

@@ -1,7 +1,8 @@
 """``bayesmeta rl train`` and ``bayesmeta rl evaluate``: what they leave, and what they refuse."""
 
+import io
 import json
-from typing import get_args
+import sys
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 from bayesmeta import cli, cli_rl, errors
 from bayesmeta.diagnostics import plots
 from bayesmeta.rl.command import harm, read_setup, train_setup
-from bayesmeta.rl.evaluation import _beside, evaluate_folder, table
+from bayesmeta.rl.evaluation import _beside, _bounds, _regret, evaluate_folder, table
 from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.reference_policies import Reference
-from bayesmeta.rl.setups import ENVIRONMENTS, METHODS, Setup
+from bayesmeta.rl.settings import METHODS
+from bayesmeta.rl.setups import ENVIRONMENTS, Setup
 from bayesmeta.train import checkpoint
 
 #: Methods for continuous actions alone.
@@ -41,15 +43,18 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_the_names_on_the_command_line_are_those_that_are_built():
-    assert set(get_args(cli_rl.Env)) == set(ENVIRONMENTS)
-    assert set(get_args(cli_rl.MethodName)) == set(METHODS)
-
-
 def test_a_run_leaves_what_it_says(folder, capsys):
     rl("evaluate", folder, "--tasks", 6, "--video", folder / "film.gif")
     told = capsys.readouterr().out
-    names = ("config.json", "log.jsonl", "checkpoint.pt", "learning_curve.png", "evaluation.json", "trajectories.png")
+    names = (
+        "config.json",
+        "log.jsonl",
+        "checkpoint.pt",
+        "learning_curve.png",
+        "evaluation.json",
+        "trajectories.png",
+        "adaptation.png",
+    )
     for name in (*names, "film.gif"):
         assert (folder / name).stat().st_size > 0
     assert "regret: straight to the goal" in told
@@ -111,7 +116,7 @@ def test_every_environment_trains_and_is_scored(env, tmp_path, capsys):
     assert found["rows"][-1]["name"] == "random"
     assert all(torch.isfinite(torch.tensor(row["returns"])).all() for row in found["rows"])
     for row in found["rows"]:  # none is above what knows the task
-        if row["optimum"] == "knows the task" and env in ("grid", "point-robot", "sparse-navigation"):
+        if row.get("optimum") and row["knows_task"] and env in ("grid", "point-robot", "sparse-navigation"):
             assert max(found["rows"][-1]["returns"]) <= max(row["returns"]) + 1e-5
 
 
@@ -190,7 +195,7 @@ def test_adaptation_that_harms_is_told_and_other_is_not(tmp_path, capsys):
 def test_what_cannot_be_used_is_refused(folder, tmp_path, capsys):
     for arguments, message in (
         (("train", "--env", "bandits", "--out", tmp_path), "Unknown environment 'bandits'"),
-        (("train", "--env", "bandit", "--method", "sac", "--out", tmp_path), "invalid choice 'sac'"),
+        (("train", "--env", "bandit", "--method", "sac", "--out", tmp_path), "Unknown method 'sac'"),
         (("train", "--env", "grid", "--arms", 3, "--out", tmp_path), "--arms 3 is not an option of grid"),
         (("train", "--env", "grid", "--inner-lr", 1, "--out", tmp_path), "--inner-lr 1.0 is not an option of rl2"),
         (("train", "--env", "grid", "--method", "maml", "--episodes", 2, "--out", tmp_path), "not an option of maml"),
@@ -245,8 +250,10 @@ def test_a_video_of_what_has_no_picture_is_refused(tmp_path, capsys):
 
 
 def test_the_table_has_a_row_a_policy_and_a_column_a_point():
-    row = {"name": "rl2", "optimum": None, "returns": [1.0, 2.5], "standard_errors": [0.1, float("nan")]}
-    best = {"name": "best", "optimum": "knows the task", "returns": [3.0, 3.0], "standard_errors": [0.0, 0.0]}
+    row = {"name": "rl2", "returns": [1.0, 2.5], "standard_errors": [0.1, float("nan")]}
+    best = {
+        "name": "best", "label": "best (knows the task)", "returns": [3.0, 3.0], "standard_errors": [0.0, 0.0],
+    }  # fmt: skip
     text = table(
         {"settings": "env x", "iterations": 5, "tasks": 7, "unit": "episode", "rows": [row, best], "regrets": {}}
     )
@@ -264,15 +271,62 @@ def test_the_table_has_a_row_a_policy_and_a_column_a_point():
     assert len({len(line) for line in ended.splitlines()[1:]}) == 1
 
 
-def test_a_reference_that_knows_the_task_stands_beside_every_gradient_step():
-    """One that learns (the control) stands where it was played: at the first point alone."""
+def test_a_reference_that_does_not_learn_stands_beside_every_gradient_step():
+    """Whether it knows the task or not; one that learns (the control) stands where it knows nothing, at the first."""
     steps = AdaptationCurve(torch.zeros(3, 2), "step")
     own = AdaptationCurve(torch.tensor([[1.0, 2.0]]), "episode", torch.tensor([[1.0, 0.5]]), torch.tensor([[3.0, 4.0]]))
-    beside = _beside(Reference("best", own, "knows the task"), steps)
-    for seen, is_ in zip((beside.returns, beside.success, beside.lengths), (own.returns, own.success, own.lengths)):
-        assert torch.equal(seen, is_.expand(3, 2))
-    assert beside.unit == "step"
-    for optimum in (None, "does not know the task"):
-        assert _beside(Reference("learns", own, optimum), steps) is own
+    for known in (True, False):
+        beside = _beside(Reference("best", own, knows_task=known), steps)
+        for seen, is_ in zip((beside.returns, beside.success, beside.lengths), (own.returns, own.success, own.lengths)):
+            assert torch.equal(seen, is_.expand(3, 2))
+        assert beside.unit == "step"
+        assert _beside(Reference("learns", own, optimum=known, learns=True), steps) is own
     episodes = AdaptationCurve(torch.rand(3, 2), "episode")
-    assert _beside(Reference("best", episodes, "knows the task"), steps) is episodes
+    assert _beside(Reference("best", episodes, knows_task=True, optimum=True), steps) is episodes
+
+
+def test_regrets_are_of_what_bounds_a_learner_where_it_does():
+    """Of an optimum with one episode the regret has one point; beside gradient steps only who knows the task bounds."""
+    learner = AdaptationCurve(torch.tensor([[1.0, 2.0], [2.0, 2.0]]), "episode")
+    first = AdaptationCurve(torch.tensor([[3.0, 3.0]]), "episode")
+    unknowing = Reference("best of one", first, optimum=True, learns=True)
+    knowing = Reference("best", first, knows_task=True, optimum=True)
+    assert _regret(unknowing, learner) == {"mean": [1.5], "standard_error": [pytest.approx(0.5)]}
+    assert _regret(knowing, learner)["mean"] == [1.5, 1.0]
+    for unit, bounds in (("episode", True), ("step", False)):
+        assert _bounds(knowing, learner._replace(unit=unit))
+        assert _bounds(unknowing, learner._replace(unit=unit)) is bounds
+    assert not _bounds(Reference("knows, and is no optimum", first, knows_task=True), learner)
+
+
+def test_rows_that_end_early_are_told_of():
+    short = {"name": "Gittins", "returns": [1.0], "standard_errors": [0.1]}
+    row = {"name": "maml", "returns": [1.0, 2.0], "standard_errors": [0.1, 0.1]}
+    result = {"settings": "", "iterations": 5, "tasks": 7, "unit": "step", "regrets": {}}
+    assert "Rows that end early" in table({**result, "rows": [row, short]})
+    assert "Rows that end early" not in table({**result, "rows": [row, row]})
+
+
+class Terminal(io.StringIO):
+    """Standard error on a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_evaluation_says_what_it_does_on_a_terminal_alone(folder, monkeypatch, capsys, tmp_path):
+    out, seen = tmp_path / "a.json", Terminal()
+    evaluate_folder(folder, tasks=3, out=out)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", seen)
+    evaluate_folder(folder, tasks=3, out=out)
+    told = seen.getvalue()
+    for what in ("the rl2 of", "3 test tasks", "optima and baselines on these tasks", "pictures"):
+        assert f"evaluating: {what}" in told
+    assert told.count("\n") == 0  # one line, which is written over
+    assert told.rsplit("\r", 1)[-1].strip() == ""  # and wiped off at the end
+    assert capsys.readouterr().out.count("regret: straight to the goal") == 1
+    seen.truncate(0)
+    evaluate_folder(folder, tasks=3, out=out, progress=False)
+    assert seen.getvalue().strip("\0") == ""

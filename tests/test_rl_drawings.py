@@ -5,6 +5,8 @@ import torch
 from matplotlib.patches import Arc, Circle
 
 import bayesmeta as bm
+from bayesmeta.rl.learner import AdaptationCurve
+from bayesmeta.rl.reference_policies import Reference
 from bayesmeta.rl.watching import Watching
 
 
@@ -86,3 +88,32 @@ def test_watching_knows_the_family():
     grid = bm.rl.Grid(cells=3, horizon=3)
     env = bm.rl.TensorVectorEnv(grid, 2, episodes_per_trial=2, generator=1)
     assert bm.rl.watch(bm.rl.RL2(env, iterations=1, units=4), env).family is grid
+
+
+def test_adaptation_is_drawn_with_references_where_they_belong():
+    """One that learns is a curve over its own episodes, beside gradient steps a point; the others are lines across."""
+
+    def curve(*values):
+        return AdaptationCurve(torch.tensor([[v, v + 2.0] for v in values]), "episode")
+
+    learner = curve(1.0, 2.0, 3.0)
+    references = [
+        Reference("best", curve(5.0), knows_task=True, optimum=True),
+        Reference("learns", curve(0.0, 1.0, 4.0), learns=True),
+        Reference("random", curve(0.0, 0.5, 1.0)),
+    ]
+    for unit, shown, name in (("episode", [1.0, 2.0, 5.0], "episode 1"), ("step", [1.0], "before")):
+        figure = bm.rl.plot_adaptation(learner._replace(unit=unit), references, name="rl2", title="of tasks")
+        (axes,) = figure.axes
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert lines["rl2 (± 2 standard errors)"].get_ydata().tolist() == [2.0, 3.0, 4.0]
+        assert list(lines["learns"].get_ydata()) == shown
+        for label, height in (("best (knows the task)", 6.0), ("random", 1.5)):
+            assert list(lines[label].get_ydata()) == [height, height]
+            assert list(lines[label].get_xdata()) == [0, 1]  # of the axes' width
+        assert axes.get_xticklabels()[0].get_text() == name
+        assert axes.get_title() == "of tasks"
+    (band,) = axes.collections
+    assert band.get_paths()[0].vertices[:, 1].min() == pytest.approx(2.0 - 2 * 1.0)  # two values 2 apart: s.e. 1
+    alone = AdaptationCurve(torch.tensor([[1.0], [2.0]]), "episode")  # one task has no standard error
+    assert bm.rl.plot_adaptation(alone).axes[0].get_lines()[0].get_ydata().tolist() == [1.0, 2.0]

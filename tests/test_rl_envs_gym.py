@@ -14,7 +14,14 @@ import torch
 
 from bayesmeta import errors
 from bayesmeta.rl import envs
-from bayesmeta.rl.envs.cheetah import VelocityReward, cheetah_direction, cheetah_directions, cheetah_velocities
+from bayesmeta.rl.envs import cheetah
+from bayesmeta.rl.envs.cheetah import (
+    VelocityReward,
+    cheetah_direction,
+    cheetah_directions,
+    cheetah_velocities,
+    cheetah_velocity,
+)
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.envs.gym import GymVectorEnv
 from bayesmeta.rl.envs.gym_worker import place
@@ -245,6 +252,24 @@ def test_the_cheetah_is_rewarded_as_its_task_says(tmp_path, monkeypatch, capfd):
     assert torch.allclose(fast[:, 0] - control[:, 0], -(speed - 1.5).abs(), atol=1e-5)
     assert not list(tmp_path.iterdir())  # MuJoCo would write a log of warnings
     assert "deprecated" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not mujoco_is_here(), reason="needs MuJoCo")
+@pytest.mark.parametrize("task", [{"direction": -1.0}, {"velocity": 0.7}])
+def test_the_cheetah_steps_as_gymnasiums_does(task):
+    swift = (cheetah_direction if "direction" in task else cheetah_velocity)(*task.values(), horizon=7)
+    plain = VelocityReward(cheetah._cheetah(7, None), **task)
+    draws = np.random.default_rng(0)
+    for seed in (3, None, None):  # the episodes behind a seed go on with the environment's own randomness
+        seen, expected = swift.reset(seed=seed)[0], plain.reset(seed=seed)[0]
+        assert np.array_equal(seen, expected)
+        for step in range(7):
+            action = draws.uniform(-1, 1, 6).astype(np.float32)
+            found, told = swift.step(action), plain.step(action)
+            assert np.array_equal(found[0], told[0])
+            assert found[1:4] == told[1:4]
+            assert found[3] == (step == 6)
+    assert not np.array_equal(swift.reset(seed=4)[0], plain.reset(seed=5)[0])  # control: another seed, another state
 
 
 @pytest.mark.skipif(not mujoco_is_here(), reason="needs MuJoCo")

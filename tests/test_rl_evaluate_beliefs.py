@@ -277,23 +277,49 @@ def test_the_point_robots_belief_is_drawn_where_its_goals_are(tmp_path, monkeypa
     assert star.get_xydata()[0].tolist() == pytest.approx(goals[0].tolist())
 
 
-def test_what_has_no_picture_or_no_gaussian_says_so(tmp_path, capsys, monkeypatch):
+def test_what_has_no_decoder_or_no_gaussian_says_so_and_is_drawn_as_what_it_is(tmp_path, capsys, monkeypatch):
     from bayesmeta.diagnostics import plots
 
-    monkeypatch.setattr(plots, "save_figure", lambda figure, file: None)
+    drawn = {}
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, file: drawn.setdefault((file.parent.name, file.name), figure)
+    )
     for method, files, words in (
-        ("pearl", ["beliefs.nc"], "no beliefs.png: This belief has no decoder"),
-        ("distilled", [], "beliefs: The belief is a mixture"),
+        ("pearl", ["beliefs.nc", "beliefs.png"], "This belief has no decoder, so that beliefs.png shows z itself"),
+        ("distilled", ["beliefs.png"], "The belief is a mixture"),
     ):
         folder = trained(tmp_path / method, "navigation", method, episodes=2)
         capsys.readouterr()
-        found = evaluate_folder(folder, tasks=3)
+        found = evaluate_folder(folder, tasks=3)["beliefs"]
         assert words in capsys.readouterr().out
-        assert found["beliefs"]["files"] == files
-        assert found["beliefs"]["note"] in words or words.split(": ")[1] in found["beliefs"]["note"]
-        assert {"beliefs.nc", "beliefs.png"} & {file.name for file in folder.iterdir()} == set(files)
+        assert found["files"] == files
+        assert words in found["note"]
+    way, z = drawn["pearl", "beliefs.png"].axes
+    goal = read_setup(tmp_path / "pearl").held_out(bm.rl.Navigation(horizon=4), 3, split="test", seed=0).tasks.goal[0]
+    assert way.lines[-1].get_xydata()[0].tolist() == pytest.approx(goal.tolist())
+    assert z.get_ylabel() == "z: mean ± standard deviation"
+    assert z.get_xlim() == (0, 8)
+    # of the mixture: over how many of the 4 training tasks it is spread, whose goals are the dots
+    assert len(found["spread_over_tasks"]) == len(found["spread_over_tasks_standard_error"]) == 3
+    assert found["spread_over_tasks"][0] == pytest.approx(4.0)
+    setup = read_setup(tmp_path / "distilled")
+    goals = setup.learner(setup.family()).env.tasks.goal
+    dots = torch.as_tensor(drawn["distilled", "beliefs.png"].axes[0].collections[1].get_offsets().data).float()
+    torch.testing.assert_close(dots, goals)
     folder = trained(tmp_path / "rl2", "navigation", "rl2", episodes=2)
     assert "beliefs" not in evaluate_folder(folder, tasks=3)
+
+
+def test_weights_of_training_tasks_are_those_of_the_trial_that_is_played():
+    learner = distilled("mixture")
+    weights, rollout = learner.belief_weights(robots(5, split="validation"), generator=3)
+    again = learner.evaluate(robots(5, split="validation"), generator=3)
+    assert torch.equal(rollout.action, again.action)
+    assert weights.shape == (13, 5, 3)
+    torch.testing.assert_close(weights, learner.policy.belief.weights(learner.spec.of_rollout(again)))
+    assert not torch.equal(weights, learner.belief_weights(robots(5, split="validation"), generator=4)[0])
+    with pytest.raises(errors.UnsupportedError, match="ask belief_path"):
+        distilled("gaussian").belief_weights(robots(5))
 
 
 def test_a_bandits_belief_has_no_plane_and_no_picture(tmp_path):

@@ -206,7 +206,7 @@ def _still(moment):
 # -- carried on, step by step ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["product", "recurrent"])
+@pytest.mark.parametrize("name", ["product", "recurrent", "sum", "mean"])
 def test_carried_on_is_the_whole_context_at_every_prefix(name):
     latent, context = learned(name), ragged()
     state = latent.first_state(5)
@@ -233,7 +233,7 @@ def test_beliefs_are_the_posteriors_of_prefixes(name):
     assert (loc[3] - loc[7]).abs()[1:].max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["product", "recurrent"])
+@pytest.mark.parametrize("name", ["product", "recurrent", "sum", "mean"])
 def test_a_new_trial_forgets_even_nan(name):
     latent, context = learned(name), ragged()
     state = latent.step(latent.first_state(5), context)
@@ -261,9 +261,10 @@ def test_gradients_go_through_all_steps():
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_attention_cannot_be_carried_on():
+@pytest.mark.parametrize("name", ["attention", "transformer", "max"])
+def test_what_reads_the_whole_set_cannot_be_carried_on(name):
     with pytest.raises(errors.UnsupportedError, match="whole context"):
-        learned("attention").first_state(2)
+        learned(name).first_state(2)
 
 
 # -- options and state ----------------------------------------------------------------------------------------------

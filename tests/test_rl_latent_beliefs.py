@@ -156,6 +156,17 @@ def test_several_targets_are_foreseen_one_by_one():
     assert found.finding == "over-confident"
 
 
+def test_ranks_among_few_draws_are_uniform():
+    """Among three draws of its own law, y lies in each of four places as often, up to both ends of (0, 1)."""
+    from bayesmeta.rl.latent.checks import _pit
+
+    normal = torch.randn(4, 40_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pit = _pit(normal[:3], normal[3], torch.Generator().manual_seed(1)).squeeze(-1)
+    steps = torch.linspace(0, 1, 21, dtype=torch.float64)
+    below = (pit.unsqueeze(-1) < steps).double().mean(0)
+    assert ((below - steps).abs() < 4.5 * (steps * (1 - steps) / 40_000).sqrt() + 1e-12).all()
+
+
 def test_targets_of_few_values_have_uniform_ranks_too():
     """Fair coins whose belief says so: half of the PIT values lie below a half, and not three quarters."""
     from bayesmeta.rl.latent.checks import _pit

@@ -252,6 +252,7 @@ def test_wrong_beliefs_about_goals():
     assert twice.mass.mean == pytest.approx(2.0)
     assert twice.distance.mean == pytest.approx(0.0, abs=1e-12)
     assert twice.ece == pytest.approx(1 / 25, abs=1e-9)
+    assert twice.log_score.mean == pytest.approx(-math.log(21), abs=1e-12)  # of its share, not of its mass
     assert "cells seen empty" in str(found)
 
 

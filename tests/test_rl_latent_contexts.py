@@ -48,6 +48,8 @@ def test_which_trial_counts():
     assert every.mask is None
     ended = counted(4)
     assert not spec.of_rollout(ended, trial="current").mask.any()  # the next has not begun
+    later = counted(4, start=counted(2, env=(env := Counting())).after, env=env)  # from the middle of the first on
+    assert spec.of_rollout(later, trial="current").mask[3].tolist() == [False] * 2 + [True] * 2
 
 
 def test_a_part_of_a_trial_is_refused():

@@ -68,6 +68,19 @@ def test_draws_are_of_the_mixture():
     assert not torch.equal(draws, latent.sample(q, 40_000, 2))
 
 
+def test_draws_of_each_task_are_by_its_own_weights():
+    """Each of six beliefs is sure of another known task, whose Gaussians stand far apart."""
+    latent = mixture()
+    sure = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    with torch.no_grad():
+        latent.latents.loc.copy_(10.0 * torch.arange(latent.latents.tasks).unsqueeze(1))
+        latent.latents.log_scale.fill_(math.log(0.1))
+    q = latent.of_state(100.0 * torch.nn.functional.one_hot(sure, latent.latents.tasks).double())
+    draws = latent.sample(q, 5)
+    assert draws.shape == (5, 2, 3, 2)
+    assert ((draws - 10.0 * sure.unsqueeze(-1)).abs() < 1).all()
+
+
 def test_without_context_it_is_the_prior_exactly():
     latent = mixture()
     z = torch.randn(3, 2, dtype=torch.float64)
@@ -223,6 +236,9 @@ def test_chains_keep_order_and_tasks_and_forget_the_oldest():
     assert torch.equal(
         again.sample(9, torch.Generator().manual_seed(1))[0].x, chains.sample(9, torch.Generator().manual_seed(1))[0].x
     )
+    again.add(Observations(torch.full((2, 3, 1), 70.0), torch.zeros(2, 3)))  # in the place of the oldest, trial 1
+    seen, _ = again.sample(200, torch.Generator().manual_seed(0))
+    assert set((seen.x[:, 0, 0] % 100 // 10).tolist()) == {2.0, 7.0}
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

@@ -279,6 +279,10 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     trained.train(4)
     assert torch.equal(again.curve(held_out()).returns, trained.curve(held_out()).returns)
     assert again.iteration == 0
+    elsewhere = pearl(robot(seed=1), reconstruction="reward")  # other goals: a state brings its own
+    assert difference(elsewhere.env.state_dict(), trained.env.state_dict()) is not None
+    elsewhere.load_state_dict(trained.state_dict())
+    assert difference(elsewhere.env.state_dict(), trained.env.state_dict()) is None
 
 
 def test_numbers_of_another_precision():

@@ -15,7 +15,7 @@ from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.policy_gradient.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.policy_gradient.trpo_policy import TRPOConfig
 from bayesmeta.rl.rollout import Acted, collect
-from bayesmeta.rl.trials import trial_returns
+from bayesmeta.rl.trials import TrialReturns, curve_of, trial_returns
 
 
 def seeded(seed=0):
@@ -58,6 +58,17 @@ def test_returns_of_a_trial_are_split_into_its_episodes():
     assert returns.total.tolist() == [10] * 6
     assert returns.lengths.tolist() == [[2, 2]] * 6
     assert returns.extra["success"].tolist() == [[1, 1]] * 6
+
+
+def test_a_curve_is_the_mean_over_a_tasks_copies():
+    """Two tasks, three copies of each, two episodes: environments of a task stand together."""
+    numbers = torch.tensor([[1.0, 0.0], [2.0, 6.0], [6.0, 3.0], [10.0, 1.0], [20.0, 1.0], [30.0, 4.0]])
+    returns = TrialReturns(numbers.sum(-1), numbers, 2 * numbers, {"success": numbers / 10})
+    curve = curve_of(returns, bandit(2, copies=3))
+    assert curve.returns.tolist() == [[3.0, 20.0], [3.0, 2.0]]  # [episodes, tasks]
+    assert curve.lengths.tolist() == [[6.0, 40.0], [6.0, 4.0]]
+    assert curve.success.flatten().tolist() == pytest.approx([0.3, 2.0, 0.3, 0.2])
+    assert curve.unit == "episode"
 
 
 # -- what the policy knows ----------------------------------------------------------------------------------------

@@ -35,6 +35,15 @@ def networks(observation=PLANE, action=BOX, *, context=0, dtype=torch.float64, *
     return SACNetworks(observation, action, config, context=context, seed=1).to(dtype)
 
 
+def apart(nets):
+    """With targets that are other ones than the critics, as in training."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in nets.targets.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return nets
+
+
 def batch_of(*lead, generator, context=0, terminated=None):
     normal = torch.randn(*lead, 6, generator=generator, dtype=torch.float64)
     false = torch.zeros(lead, dtype=torch.bool)
@@ -59,7 +68,7 @@ def quadrature(loc, log_std, value):
 
 
 def test_the_soft_value_is_that_of_quadrature():
-    nets, generator = networks(), torch.Generator().manual_seed(0)
+    nets, generator = apart(networks()), torch.Generator().manual_seed(0)
     states = torch.randn(3, 2, generator=generator, dtype=torch.float64)
 
     def smaller(a):
@@ -72,6 +81,32 @@ def test_the_soft_value_is_that_of_quadrature():
     error = draws.std(0) / 5_000**0.5
     assert ((draws.mean(0) - (value - 0.3 * log_prob)).abs() < 4 * error).all()
     assert ((draws.mean(0) - value).abs() > 4 * error).all()  # control: without the entropy
+
+
+def test_the_actor_climbs_the_smaller_of_the_critics_of_now():
+    nets, generator = apart(networks()), torch.Generator()
+    inputs = torch.randn(4, 7, 2, generator=generator.manual_seed(3), dtype=torch.float64)
+    loss, log_prob = actor_loss(nets, inputs, generator.manual_seed(5))
+    action, expected = nets.policy(inputs).rsample_with_log_prob(generator.manual_seed(5))
+    pairs = torch.cat([inputs, action], -1)
+    one, other = nets.critics(pairs)
+    torch.testing.assert_close(log_prob, expected)
+    torch.testing.assert_close(loss, (0.3 * log_prob - torch.minimum(one, other)).mean())
+    for wrong in (torch.maximum(one, other), (one + other) / 2, nets.targets(pairs).amin(0)):  # controls
+        assert (loss - (0.3 * log_prob - wrong).mean()).abs() > 1e-3
+
+
+def test_rewards_are_scaled_before_the_critics_see_them():
+    generator = torch.Generator()
+    batch = batch_of(3, 5, generator=generator.manual_seed(0))
+    tripled = Transitions(**{**vars(batch), "reward": 3 * batch.reward})
+
+    def told(steps, scale):
+        update = SACUpdate(networks(), SACConfig(hidden=(16, 16), reward_scale=scale))
+        return {name: float(value) for name, value in update.update(steps, generator.manual_seed(1)).items()}
+
+    assert told(batch, 3.0) == pytest.approx(told(tripled, 1.0), rel=1e-12)
+    assert abs(told(batch, 3.0)["critic"] - told(batch, 1.0)["critic"]) > 0.1  # control
 
 
 def test_the_policy_of_one_step_comes_near_the_best_soft_value():
@@ -332,6 +367,14 @@ def test_going_on_from_a_state_is_the_same_bit_for_bit():
         SAC(whole.env, SACConfig(hidden=(9,))).load_learned(whole.state_dict())
     curve = whole.curve(TensorVectorEnv(Constant(horizon=3), 3, episodes_per_trial=2, generator=1))
     assert curve.returns.tolist() == curve.lengths.tolist() == [[3.0] * 3] * 2
+
+
+def test_nothing_is_learned_from_before_the_random_steps_are_over():
+    learner = small()  # 4 random steps, 2 in each iteration
+    before = {name: value.clone() for name, value in learner.policy.state_dict().items()}
+    assert ["critic" in row for row in learner.train(2)] == [False, False]
+    assert difference(before, dict(learner.policy.state_dict())) is None
+    assert "critic" in learner.train(1)[0]
 
 
 def test_pendulums_as_tensors_are_gymnasiums():

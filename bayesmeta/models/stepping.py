@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayesmeta.data import Observations
 from bayesmeta.errors import UnsupportedError
-from bayesmeta.models.encoders import ProductEncoder, RecurrentEncoder
+from bayesmeta.models.encoders import PooledEncoder, ProductEncoder, RecurrentEncoder
 from bayesmeta.models.recognition import Recognised, Recognition
 from bayesmeta.ops import sets
 
@@ -117,14 +117,9 @@ class ProductSteps(Steps):
         sums, shape = state[:, None, :-1], (observations.num_tasks, observations.shots)
         if observations.shots == 0:
             return sums
-        # each row as a set of its own, so that they stay in the order of time
-        assert observations.y is not None
-        alone = Observations(observations.x.flatten(0, 1).unsqueeze(1), observations.y.flatten(0, 1).unsqueeze(1))
-        information, precision, _ = self._encoder.factors(alone)
+        information, precision, _ = self._encoder.factors(_alone(observations))
         more = torch.cat([information, precision], -1).squeeze(1).unflatten(0, shape)
-        mask = observations.full_mask()
-        more = sets.take_rows(more.masked_fill(~mask.unsqueeze(-1), 0.0), sets.padding_last(mask))
-        return torch.cat([sums, more], 1).cumsum(1)
+        return _running(sums, more, observations.full_mask())
 
     def read(self, state: Tensor) -> Recognised:
         """The product of the factors so far and the prior."""
@@ -133,14 +128,60 @@ class ProductSteps(Steps):
         return Recognised(*sets.product_of_gaussians(information, precision, some, 0.0, 1.0), None)
 
 
+class PooledSteps(Steps):
+    """Running sums of what a :class:`~bayesmeta.models.encoders.PooledEncoder` pools, by a sum or a mean."""
+
+    @property
+    def _encoder(self) -> PooledEncoder:
+        assert isinstance(self.recognition.encoder, PooledEncoder)
+        return self.recognition.encoder
+
+    @property
+    def width(self) -> int:
+        """That of what is pooled, and one."""
+        return self._encoder.read.in_features
+
+    def first(self, tasks: int) -> Tensor:
+        """Nothing: the vector of the empty set is chosen when it is read."""
+        return self._encoder.empty.new_zeros(tasks, self.width)
+
+    def _after(self, observations: Observations, state: Tensor) -> Tensor:
+        sums, shape = state[:, None, :-1], (observations.num_tasks, observations.shots)
+        if observations.shots == 0:
+            return sums
+        rows, _ = self._encoder.rows(_alone(observations))
+        more = self._encoder.embed(rows).squeeze(1).unflatten(0, shape)
+        return _running(sums, more, observations.full_mask())
+
+    def read(self, state: Tensor) -> Recognised:
+        """The head's reading of the sum, or of the mean, and of how many there were."""
+        sums, count = state[..., :-1], state[..., -1:]
+        pooled = sums if self._encoder.pool == "sum" else sums / count.clamp_min(1.0)
+        r = self._encoder.read(torch.cat([pooled, count.log1p()], -1))
+        return self.recognition.read(torch.where(count > 0, r, self._encoder.empty), count > 0)
+
+
+def _alone(observations: Observations) -> Observations:
+    """Each row as a set of its own ``[tasks × shots, 1, …]``, so that they stay in the order of time."""
+    assert observations.y is not None
+    return Observations(observations.x.flatten(0, 1).unsqueeze(1), observations.y.flatten(0, 1).unsqueeze(1))
+
+
+def _running(sums: Tensor, more: Tensor, mask: Tensor) -> Tensor:
+    """Sums ``[tasks, 1, …]`` and those after each further real row ``[tasks, n, …]``, padding last."""
+    more = sets.take_rows(more.masked_fill(~mask.unsqueeze(-1), 0.0), sets.padding_last(mask))
+    return torch.cat([sums, more], 1).cumsum(1)
+
+
 def steps_of(recognition: Recognition) -> Steps:
     """How a recognition network is carried on from observation to observation.
 
     Args:
-        recognition: diagonal, with a recurrent encoder or a product of Gaussians that read nothing else.
+        recognition: diagonal, with a recurrent encoder, a product of Gaussians, or a sum or mean without attention,
+            that read nothing else.
 
     Raises:
-        UnsupportedError: for any other: what an encoder with attention or pooling gives is a function of the whole set.
+        UnsupportedError: for any other: what an encoder with attention gives is a function of the whole set.
     """
     encoder: nn.Module = recognition.encoder
     if recognition.family == "diagonal" and recognition.given == 0:
@@ -148,8 +189,10 @@ def steps_of(recognition: Recognition) -> Steps:
             return RecurrentSteps(recognition)
         if isinstance(encoder, ProductEncoder):
             return ProductSteps(recognition)
+        if isinstance(encoder, PooledEncoder) and encoder.pool in ("sum", "mean") and not len(encoder.blocks):
+            return PooledSteps(recognition)
     raise UnsupportedError(
         f"A {recognition.family} posterior with a {type(encoder).__name__} (given={recognition.given}) cannot be "
-        "carried on step by step; recurrent and product encoders with a diagonal posterior can. Give the whole context "
-        "each time, or choose encoder='recurrent' or 'product'."
+        "carried on step by step; recurrent and product encoders, and sums and means without attention, can, with a "
+        "diagonal posterior. Give the whole context each time, or choose encoder='recurrent', 'product' or 'sum'."
     )

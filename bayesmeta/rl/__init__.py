@@ -1,7 +1,8 @@
 """Meta-reinforcement learning: tasks are Markov decision processes, and adaptation must also choose how to explore.
 
 ``protocols`` is how its parts know each other; ``envs`` has families of environments that step as tensors, ``oracles``
-what the best policies reach, ``baselines`` what classical ones reach. The names below are imported on first use.
+what the best policies reach, ``baselines`` what classical ones reach. The names below and the modules of all rooms are
+imported on first use.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 with warnings.catch_warnings():  # gymnasium adds a filter of its own to all of Python's
     import gymnasium
 
+from bayesmeta.ops.rooms import module_of, modules_of
+
 _NAMES = {
     "AdaptationCurve": "bayesmeta.rl.learner",
     "BeamSteering": "bayesmeta.rl.envs",
+    "BeliefBonus": "bayesmeta.rl.varibad.shaping",
     "BeliefConfig": "bayesmeta.rl.varibad.learner",
     "BeliefPath": "bayesmeta.rl.latent.beliefs",
     "BeliefPolicy": "bayesmeta.rl.varibad.policy",
@@ -53,6 +57,7 @@ _NAMES = {
     "plot_beliefs": "bayesmeta.rl.latent.pictures",
     "PEARL": "bayesmeta.rl.off_policy.pearl",
     "PEARLConfig": "bayesmeta.rl.off_policy.pearl",
+    "plot_adaptation": "bayesmeta.rl.drawings",
     "plot_learning_curve": "bayesmeta.rl.drawings",
     "plot_trajectories": "bayesmeta.rl.drawings",
     "PPOConfig": "bayesmeta.rl.policy_gradient.ppo",
@@ -64,8 +69,10 @@ _NAMES = {
     "SACConfig": "bayesmeta.rl.off_policy.sac",
     "save_video": "bayesmeta.rl.watching",
     "SNAILMemory": "bayesmeta.rl.memory.snail",
+    "ShrinkingDisc": "bayesmeta.rl.varibad.shaping",
     "SparsePointRobot": "bayesmeta.rl.envs",
     "SquashedGaussianHead": "bayesmeta.rl.policies",
+    "task_gaussians": "bayesmeta.rl.maesn.beliefs",
     "TabularMDP": "bayesmeta.rl.envs",
     "TaskPolicy": "bayesmeta.rl.policies",
     "TensorVectorEnv": "bayesmeta.rl.envs",
@@ -81,18 +88,18 @@ __all__ = sorted(_NAMES)
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
-        raise AttributeError(f"module 'bayesmeta.rl' has no attribute {name!r}")
+        return module_of(__name__, name)
     value = getattr(importlib.import_module(_NAMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__, *modules_of(__name__)})
 
 
 if TYPE_CHECKING:
-    from bayesmeta.rl.drawings import plot_learning_curve, plot_trajectories
+    from bayesmeta.rl.drawings import plot_adaptation, plot_learning_curve, plot_trajectories
     from bayesmeta.rl.envs import (
         BeamSteering,
         BernoulliBandit,
@@ -114,6 +121,7 @@ if TYPE_CHECKING:
     from bayesmeta.rl.latent.mixture import MixtureContext
     from bayesmeta.rl.latent.pictures import plot_beliefs
     from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, Learner
+    from bayesmeta.rl.maesn.beliefs import task_gaussians
     from bayesmeta.rl.maesn.config import MAESNConfig
     from bayesmeta.rl.maesn.learner import MAESN
     from bayesmeta.rl.maesn.policy import LatentPolicy
@@ -137,4 +145,5 @@ if TYPE_CHECKING:
     from bayesmeta.rl.varibad.decoder import LinearDecoder
     from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
     from bayesmeta.rl.varibad.policy import BeliefPolicy, DecodedReadout
+    from bayesmeta.rl.varibad.shaping import BeliefBonus, ShrinkingDisc
     from bayesmeta.rl.watching import Watching, save_video, watch

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs import Grid, Navigation, SparsePointRobot
 from bayesmeta.rl.watching import Watching
+
+if TYPE_CHECKING:
+    from bayesmeta.rl.learner import AdaptationCurve
+    from bayesmeta.rl.reference_policies import Reference
 
 #: From the first point of the adaptation to the last, light to dark.
 _COLOURS = ("#f2a65a", "#d1495b", "#7b2d5b", "#1d3557")
@@ -71,6 +75,46 @@ def plot_learning_curve(
     axes.set_ylabel("return on validation tasks (± 2 standard errors)")
     axes.set_title(title)
     axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_adaptation(
+    curve: AdaptationCurve, references: Sequence[Reference] = (), *, name: str = "learner", title: str = ""
+) -> Any:
+    """What adaptation brings on some tasks, beside references on the same ones.
+
+    Those that learn within a trial have a curve of their own: beside a learner that takes gradient steps, it is the
+    episode in which nothing is known yet. The others, random ones and those that know the task, are lines across.
+
+    Args:
+        curve: of the learner, drawn with two standard errors.
+        references: see :func:`bayesmeta.rl.references`.
+        name: of the learner.
+        title: above.
+
+    Returns:
+        The matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    mean, error = torch.tensor(curve.mean()), torch.tensor(curve.standard_error()).nan_to_num()
+    at = torch.arange(len(mean))
+    axes.fill_between(at, mean - 2 * error, mean + 2 * error, color=_COLOURS[-1], alpha=0.2, linewidth=0)
+    axes.plot(at, mean, color=_COLOURS[-1], marker="o", linewidth=2, label=f"{name} (± 2 standard errors)")
+    for number, reference in enumerate(references):
+        colour, means = f"C{number % 10}", reference.curve.mean()
+        if reference.learns:
+            shown = means if curve.unit == "episode" else means[:1]
+            axes.plot(shown, color=colour, marker=".", linewidth=1, label=reference.label)
+        else:
+            style = "--" if reference.knows_task else ":"
+            axes.axhline(sum(means) / len(means), color=colour, linestyle=style, linewidth=1, label=reference.label)
+    axes.set_xticks(at, [point_name(curve.unit, point).replace(" adaptation", "") for point in range(len(mean))])
+    axes.set_ylabel("return on test tasks")
+    axes.set_title(title)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 

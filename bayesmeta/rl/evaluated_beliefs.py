@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bayesmeta.errors import ContextError, RunFolderError, UnsupportedError
 from bayesmeta.ops.files import reason
@@ -16,9 +17,12 @@ from bayesmeta.rl.envs.grid import Grid
 from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.checks import Figure, GoalsCheck, admissible_cells, compare_goals, seen_cells
 from bayesmeta.rl.latent.contexts import ContextSpec
+from bayesmeta.rl.latent.drawn import plot_latents
 from bayesmeta.rl.latent.pictures import belief_maps, plot_beliefs, walked
+from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.learner import HasBeliefs, standard_error
 from bayesmeta.rl.rollout import Rollout
+from bayesmeta.rl.weighed_tasks import evaluate_weights, goals_of
 
 #: Files in the run's folder.
 TREE, PICTURE = "beliefs.nc", "beliefs.png"
@@ -50,23 +54,37 @@ def evaluate_beliefs(learner: HasBeliefs, env: Any, *, seed: int, folder: Path, 
     try:
         path, rollout = learner.belief_path(env, generator=seed)
     except UnsupportedError as error:
-        print(f"beliefs: {error}")
-        return {"files": [], "note": str(error)}
+        tqdm.write(f"beliefs: {error}")
+        return {"files": [], "note": str(error), **_of_weights(learner, env, seed, folder / PICTURE, title)}
     result: dict[str, Any] = {**by_episode(path, rollout, env.episodes_per_trial), "files": [TREE]}
-    print(_table(result))
+    tqdm.write(_table(result))
     _write(path, folder / TREE, seed)
     try:
         check = goals_check(path, learner.belief_spec, rollout, env, seed)
         if check is not None:
             result |= _goals(check)
             share, distance = check.seen_share, check.distance
-            print(f"belief on cells seen empty: {share}; total variation from the exact belief: {distance}")
+            tqdm.write(f"belief on cells seen empty: {share}; total variation from the exact belief: {distance}")
         if draw(path, learner.belief_spec, rollout, env, seed=seed, file=folder / PICTURE, title=title):
             result["files"].append(PICTURE)
+        if isinstance(path.program, Undecoded):
+            result["note"] = f"This belief has no decoder, so that {PICTURE} shows z itself: {path.program.why}"
+            tqdm.write(result["note"])
     except (UnsupportedError, ContextError) as error:
-        print(f"no {PICTURE}: {error}")
+        tqdm.write(f"no {PICTURE}: {error}")
         result["note"] = str(error)
     return result
+
+
+def _of_weights(learner: HasBeliefs, env: Any, seed: int, file: Path, title: str) -> dict[str, Any]:
+    """Of a belief that is a mixture of known tasks; nothing of others."""
+    if not hasattr(learner, "belief_weights"):
+        return {}
+    found = evaluate_weights(learner, env, ends=ends_of, shown=shown_steps, seed=seed, file=file, title=title)
+    pairs = zip(found["spread_over_tasks"], found["spread_over_tasks_standard_error"], strict=True)
+    told = ", ".join(f"{mean:.3g} ± {error:.2g}" for mean, error in pairs)
+    tqdm.write(f"training tasks that it is spread over, before any and after each episode: {told}")
+    return found
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -80,7 +98,11 @@ def episode_ends(path: BeliefPath, rollout: Rollout, episodes: int) -> Tensor:
         rollout: what they are about.
         episodes: of a trial.
     """
-    happened = path.context.full_mask().T
+    return ends_of(path.context.full_mask().T, rollout, episodes)
+
+
+def ends_of(happened: Tensor, rollout: Rollout, episodes: int) -> Tensor:
+    """As :func:`episode_ends`, of the steps that count, ``[steps, envs]``."""
     number = torch.arange(1, len(happened) + 1, device=happened.device).unsqueeze(1)
     episode = rollout.moments.episode.to(happened.device)
     ends = [torch.where(happened & (episode < n), number, 0).amax(0) for n in range(episodes + 1)]
@@ -98,7 +120,7 @@ def by_episode(path: BeliefPath, rollout: Rollout, episodes: int) -> dict[str, l
 
 
 def goals_check(path: BeliefPath, spec: ContextSpec, rollout: Rollout, env: Any, seed: int) -> GoalsCheck | None:
-    """Beliefs about the goal of a grid against the exact ones, at all steps; None where there is no grid.
+    """Beliefs about the goal of a grid against the exact ones, at all steps; None without a grid or a decoder.
 
     Args:
         path: beliefs.
@@ -108,7 +130,7 @@ def goals_check(path: BeliefPath, spec: ContextSpec, rollout: Rollout, env: Any,
         seed: of the draws.
     """
     family = env.family
-    if not isinstance(family, Grid):
+    if not isinstance(family, Grid) or isinstance(path.program, Undecoded):
         return None
     maps = belief_maps(
         path, spec, torch.zeros(0, 2), range(path.steps + 1), family=family, num_samples=DRAWS, generator=seed
@@ -167,6 +189,8 @@ def draw(
 ) -> bool:
     """Draw the belief about the first task beside the way that led to it, where the environment is a plane.
 
+    Of a belief without a decoder z itself is drawn over the steps, wherever it is.
+
     Args:
         path: beliefs.
         spec: of their context.
@@ -180,14 +204,15 @@ def draw(
         Whether there is a picture.
 
     Raises:
-        UnsupportedError: for beliefs without a decoder.
         ContextError: for a decoder without rewards, or that is told no place.
     """
     from bayesmeta.diagnostics.plots import save_figure
 
-    goal = getattr(env.tasks, "goal", None)
-    plane = goal is not None and goal.shape[1:] == (2,) and env.single_observation_space.shape == (2,)
-    if goal is None or not plane:
+    goal = goals_of(env)
+    if isinstance(path.program, Undecoded):
+        save_figure(plot_latents(path, rollout, goal=None if goal is None else goal[0], title=title), file)
+        return True
+    if goal is None:
         return False
     if not {"state", "successor"} & set(spec.inputs):
         raise ContextError(f"The decoder is told {spec.inputs} and no place, so that it expects the same everywhere.")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from bayesmeta.diagnostics import plots
 from bayesmeta.errors import OptionError, RunFolderError
 from bayesmeta.ops.files import reason
-from bayesmeta.rl.command import POINTS, read_setup, settings_text
-from bayesmeta.rl.drawings import plot_trajectories, point_name
+from bayesmeta.rl.command import POINTS
+from bayesmeta.rl.drawings import plot_adaptation, plot_trajectories, point_name
 from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.evaluated_beliefs import evaluate_beliefs
 from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, standard_error
+from bayesmeta.rl.plan import read_setup, settings_text
 from bayesmeta.rl.protocols import Tensors
 from bayesmeta.rl.reference_policies import Reference, references
 from bayesmeta.rl.runs import load_learner
@@ -24,6 +30,8 @@ from bayesmeta.train.fit import pick_device
 #: Tasks of pictures and videos.
 WATCHED = 6
 FILMED = 3
+#: Files in the run's folder.
+TRAJECTORIES, ADAPTATION = "trajectories.png", "adaptation.png"
 
 
 def evaluate_folder(
@@ -35,6 +43,7 @@ def evaluate_folder(
     out: Path | None = None,
     video: Path | None = None,
     device: str = "auto",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Score a run of ``bayesmeta rl train`` on test tasks; print a table, write figures, pictures, beliefs.
 
@@ -46,9 +55,11 @@ def evaluate_folder(
         out: file for the figures; None: ``evaluation.json`` in the folder.
         video: file for an animated GIF of three tasks; None: no video.
         device: ``"auto"``, or a torch device.
+        progress: say what is being done, on standard error where that is a terminal.
 
     Returns:
-        What the file holds: rows of ``name``, ``returns``, ``standard_errors``, ``regrets`` by name of an optimum, and
+        What the file holds: rows of ``name``, ``returns`` and ``standard_errors`` (of references also ``knows_task``,
+        ``optimum`` and ``learns``, see :class:`~bayesmeta.rl.Reference`), ``regrets`` by name of an optimum, and
         ``beliefs`` of a learner that has them, see :func:`~bayesmeta.rl.evaluated_beliefs.evaluate_beliefs`.
 
     Raises:
@@ -66,36 +77,56 @@ def evaluate_folder(
         if video.suffix.lower() != ".gif":
             raise OptionError(f"{video.name} was given; videos are written as .gif.")
         _check_file(video)
-    family = setup.family()
-    learner: Any = load_learner(folder, setup.learner(family, place))
-    points = None if setup.remembers else steps
-    if video is not None:  # first, since families without pictures say so here
-        pictures = {"render_mode": "rgb_array"} if isinstance(family, GymFamily) else {}
-        few = setup.held_out(family, FILMED, split="test", seed=seed, device=place, **pictures)
-        save_video(watch(learner, few, points=points, pictures=True), video)
-    held_out = setup.held_out(family, tasks, split="test", seed=seed, device=place)
-    known = held_out.tasks.to("cpu") if isinstance(held_out.tasks, Tensors) else held_out.tasks
-    curve = learner.curve(held_out, points=points, generator=seed)
-    curve = curve.cpu()
-    others = references(family, known, setup.episodes or 1, seed=seed)
-    result: dict[str, Any] = {
-        "settings": settings_text(setup),
-        "tasks": tasks,
-        "unit": curve.unit,
-        "iterations": learner_iterations(folder),
-        "rows": [_row(setup.method, curve, None), *(_row(r.name, _beside(r, curve), r.optimum) for r in others)],
-        "regrets": {r.name: _regret(r, curve) for r in others if _bounds(r, curve)},
-    }
-    print(table(result))
-    if isinstance(learner, HasBeliefs):
-        title = f"{setup.method} on {setup.env}: the belief about the first test task"
-        result["beliefs"] = evaluate_beliefs(learner, held_out, seed=seed, folder=folder, title=title)
-    _write(out, result)
-    _draw(setup, learner, family, points, seed, place, folder)
-    files = [out, folder / "trajectories.png"]
+    with _told(progress) as tell:
+        tell(f"the {setup.method} of {folder}")
+        family = setup.family()
+        learner: Any = load_learner(folder, setup.learner(family, place))
+        points = None if setup.remembers else steps
+        if video is not None:  # first, since families without pictures say so here
+            tell(f"video of {FILMED} tasks")
+            _film(setup, learner, family, points, seed, place, video)
+        tell(f"{tasks} test tasks")
+        held_out = setup.held_out(family, tasks, split="test", seed=seed, device=place)
+        known = held_out.tasks.to("cpu") if isinstance(held_out.tasks, Tensors) else held_out.tasks
+        curve = learner.curve(held_out, points=points, generator=seed).cpu()
+        tell("optima and baselines on these tasks")
+        others = references(family, known, setup.episodes or 1, seed=seed)
+        result = _result(setup, curve, others, tasks, learner_iterations(folder))
+        tqdm.write(table(result))
+        if isinstance(learner, HasBeliefs):
+            tell(f"beliefs about {tasks} test tasks")
+            title = f"{setup.method} on {setup.env}: the belief about the first test task"
+            result["beliefs"] = evaluate_beliefs(learner, held_out, seed=seed, folder=folder, title=title)
+        tell("pictures")
+        _write(out, result)
+        _draw(setup, learner, family, points, seed, place, folder)
+        title = f"{setup.method} on {setup.env}: {tasks} test tasks"
+        plots.save_figure(plot_adaptation(curve, others, name=setup.method, title=title), folder / ADAPTATION)
+    files = [out, folder / TRAJECTORIES, folder / ADAPTATION]
     files += [folder / name for name in result.get("beliefs", {"files": []})["files"]] + ([video] if video else [])
     print(", ".join(map(str, files)))
     return result
+
+
+@contextmanager
+def _told(progress: bool) -> Iterator[Callable[[str], None]]:
+    """Says in a line on standard error what is being done, as long as it is done, where that is a terminal."""
+    with tqdm(disable=None if progress else True, leave=False, bar_format="{desc}") as bar:
+        yield lambda what: bar.set_description_str(f"evaluating: {what}")
+
+
+def _result(
+    setup: Setup, curve: AdaptationCurve, others: list[Reference], tasks: int, iterations: int
+) -> dict[str, Any]:
+    """What the file holds, but for beliefs."""
+    return {
+        "settings": settings_text(setup),
+        "tasks": tasks,
+        "unit": curve.unit,
+        "iterations": iterations,
+        "rows": [_row(setup.method, curve), *(_reference_row(r, curve) for r in others)],
+        "regrets": {r.name: _regret(r, curve) for r in others if _bounds(r, curve)},
+    }
 
 
 def learner_iterations(folder: Path) -> int:
@@ -105,20 +136,27 @@ def learner_iterations(folder: Path) -> int:
     return int(checkpoint.load(folder / checkpoint.LAST)["step"])
 
 
-def _row(name: str, curve: AdaptationCurve, optimum: str | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "name": name, "optimum": optimum, "returns": curve.mean(), "standard_errors": curve.standard_error(),
-    }  # fmt: skip
+def _row(name: str, curve: AdaptationCurve) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "returns": curve.mean(), "standard_errors": curve.standard_error()}
     if curve.success is not None and curve.lengths is not None:
         row["success"] = [float(x) for x in curve.success.mean(1)]
         row["lengths"] = [float(x) for x in curve.lengths.mean(1)]
     return row
 
 
+def _reference_row(reference: Reference, curve: AdaptationCurve) -> dict[str, Any]:
+    """As a learner's, with what it knows."""
+    flags = {name: getattr(reference, name) for name in ("label", "knows_task", "optimum", "learns")}
+    return {**_row(reference.name, _beside(reference, curve)), **flags}
+
+
 def _beside(reference: Reference, curve: AdaptationCurve) -> AdaptationCurve:
-    """Its curve, at every point of the learner's where it knows the task: steps of a learner change nothing for it."""
+    """Its curve, at every point of the learner's where it does not learn: what a learner does changes nothing for it.
+
+    One that learns beside a learner that takes steps stands at the first point: there neither knows the task.
+    """
     own, points = reference.curve, len(curve.returns)
-    if reference.optimum != "knows the task" or len(own.returns) == points:
+    if reference.learns or len(own.returns) == points:
         return own
     first = (None if of is None else of[:1].expand(points, -1) for of in (own.success, own.lengths))
     return AdaptationCurve(own.returns[:1].expand(points, -1), curve.unit, *first)
@@ -126,17 +164,16 @@ def _beside(reference: Reference, curve: AdaptationCurve) -> AdaptationCurve:
 
 def _bounds(reference: Reference, curve: AdaptationCurve) -> bool:
     """Whether there is a regret against it: who adapts by steps between episodes may pass one who plays a trial."""
-    return reference.optimum == "knows the task" or (reference.optimum is not None and curve.unit == "episode")
+    return reference.optimum and (reference.knows_task or curve.unit == "episode")
 
 
 def _regret(optimum: Reference, curve: AdaptationCurve) -> dict[str, list[float]]:
-    """Optimum less return, task by task, at each point.
+    """Optimum less return, task by task, at each point where there is an optimum.
 
-    An optimum by expectation over the prior has no spread of its own. One that knows the task is the same each time.
+    An optimum by expectation over the prior has no spread of its own.
     """
-    best = optimum.curve.returns
-    best = best if len(best) == len(curve.returns) else best[:1].expand(len(curve.returns), -1)
-    difference = best - curve.returns
+    best = _beside(optimum, curve).returns
+    difference = best - curve.returns[: len(best)]
     return {"mean": [float(x) for x in difference.mean(1)], "standard_error": standard_error(difference)}
 
 
@@ -144,7 +181,7 @@ def table(result: dict[str, Any]) -> str:
     """The result as text: a row a policy, a column a point of the adaptation."""
     points = len(result["rows"][0]["returns"])
     heads = [point_name(result["unit"], point) for point in range(points)]
-    names = [r["name"] + (f" ({r['optimum']})" if r["optimum"] else "") for r in result["rows"]]
+    names = [row.get("label", row["name"]) for row in result["rows"]]
     regrets = [f"regret: {name}" for name in result["regrets"]]
     ended = [f"success, length: {row['name']}" for row in result["rows"] if "success" in row]
     width = max(len(name) for name in [*names, *regrets, *ended, "return"])
@@ -164,6 +201,8 @@ def table(result: dict[str, Any]) -> str:
         if "success" in row:
             cells = _ended(row)
             lines.append(f"success, length: {row['name']}".ljust(width) + "".join(cell.rjust(wide) for cell in cells))
+    if any(len(row["returns"]) < points for row in result["rows"]):
+        lines.append("Rows that end early learn within a trial; theirs is the episode in which they know nothing.")
     return "\n".join(lines)
 
 
@@ -192,11 +231,14 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         raise RunFolderError(f"{path} could not be written: {reason(error)}") from error
 
 
-def _draw(setup: Setup, learner: Any, family: Any, points: int | None, seed: int, device: Any, folder: Path) -> None:
-    from bayesmeta.diagnostics.plots import save_figure
+def _film(setup: Setup, learner: Any, family: Any, points: int | None, seed: int, device: Any, video: Path) -> None:
+    pictures = {"render_mode": "rgb_array"} if isinstance(family, GymFamily) else {}
+    few = setup.held_out(family, FILMED, split="test", seed=seed, device=device, **pictures)
+    save_video(watch(learner, few, points=points, pictures=True), video)
 
+
+def _draw(setup: Setup, learner: Any, family: Any, points: int | None, seed: int, device: Any, folder: Path) -> None:
     few = setup.held_out(family, WATCHED, split="test", seed=seed, device=device)
     seen = watch(learner, few, points=points)
-    save_figure(
-        plot_trajectories(seen, title=f"{setup.method} on {setup.env}: test tasks"), folder / "trajectories.png"
-    )
+    title = f"{setup.method} on {setup.env}: test tasks"
+    plots.save_figure(plot_trajectories(seen, title=title), folder / TRAJECTORIES)

@@ -6,6 +6,7 @@ the grid) it is here; else the best that knows the task, which no learner can re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from bayesmeta.rl.trials import trial_returns
 
 #: Pulls up to which the Bayes-optimal value of a bandit is computed (seconds).
 MOST_PULLS = 12
+#: Pulls of a trial up to which Gittins indices are computed.
+MOST_GITTINS = 200
 #: Cells and episodes up to which the Bayes-optimal walk is searched for.
 MOST_CELLS, MOST_EPISODES = 5, 4
 
@@ -37,14 +40,24 @@ class Reference(NamedTuple):
 
     Attributes:
         name: what it is.
-        curve: its returns, episode by episode.
-        optimum: ``"knows the task"`` or ``"does not know the task"`` for what no policy of that kind can exceed; None
-            for the others.
+        curve: its returns, episode by episode of its own trial.
+        knows_task: whether it was told which task it is in, as no learner is.
+        optimum: whether no policy that knows as much can exceed it.
+        learns: whether a later episode of its trial is another matter than the first; else it is the same each time.
     """
 
     name: str
     curve: AdaptationCurve
-    optimum: str | None = None
+    knows_task: bool = False
+    optimum: bool = False
+    learns: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name, and what it has over a learner."""
+        if self.knows_task:
+            return f"{self.name} (knows the task)"
+        return f"{self.name} (best without knowing the task)" if self.optimum else self.name
 
 
 def references(family: Any, tasks: Any, episodes: int, *, seed: int = 0) -> list[Reference]:
@@ -72,27 +85,28 @@ def _exact(returns: Tensor, episodes: int) -> AdaptationCurve:
 
 
 def _bandit(family: Any, tasks: Any, episodes: int, seed: int) -> list[Reference]:
-    found = [
-        Reference("best arm", _exact(family.horizon * tasks.mean.amax(-1), 1), "knows the task"),
-    ]
+    best = _exact(family.horizon * tasks.mean.amax(-1), episodes)
+    found = [Reference("best arm", best, knows_task=True, optimum=True)]
     bernoulli = isinstance(family, BernoulliBandit)
     if bernoulli and family.horizon <= MOST_PULLS:
         value = bayes_optimal_bandit_value(family.arms, family.horizon)
-        curve = _exact(torch.full_like(tasks.mean[:, 0], value), 1)
-        found.append(Reference("Bayes-optimal", curve, "does not know the task"))
+        curve = _exact(torch.full_like(tasks.mean[:, 0], value), 1)  # of a trial of one episode
+        found.append(Reference("Bayes-optimal", curve, optimum=True, learns=True))
     known: dict[str, bandits.BanditBaseline] = {
         "Thompson sampling": bandits.ThompsonSampling(),
         "optimistic Thompson sampling": bandits.OptimisticThompsonSampling(),
         "UCB1": bandits.UCB1(),
         "greedy": bandits.Greedy(),
     }
-    if bernoulli and family.horizon <= 200:
+    whole = dataclasses.replace(family, horizon=family.horizon * episodes)  # what is known is kept between episodes
+    if bernoulli and whole.horizon <= MOST_GITTINS:
         known = {"Gittins": bandits.Gittins(), **known}
     if not bernoulli and (family.noise == 0 or family.spread == 0):
         known = {}  # nothing needs to be explored twice
     for name, baseline in known.items():
-        rewards = bandits.play_bandits(baseline, family, tasks, generator=_on(tasks, seed))
-        found.append(Reference(name, AdaptationCurve(rewards.sum(0, keepdim=True), "episode")))
+        rewards = bandits.play_bandits(baseline, whole, tasks, generator=_on(tasks, seed))
+        totals = rewards.unflatten(0, (episodes, family.horizon)).sum(1)
+        found.append(Reference(name, AdaptationCurve(totals, "episode"), learns=True))
     return found
 
 
@@ -101,7 +115,7 @@ def _mdp(family: TabularMDP, tasks: Any, episodes: int, seed: int) -> list[Refer
     there; the others plan once an episode, with the scales that were chosen for the published table.
     """
     values, _ = finite_horizon_values(tasks.reward, tasks.transition, family.horizon)
-    found = [Reference("value iteration", _exact(values[0, :, 0], episodes), "knows the task")]
+    found = [Reference("value iteration", _exact(values[0, :, 0], episodes), knows_task=True, optimum=True)]
     known: dict[str, mdps.MDPBaseline] = {
         "BEB, planned at each step": mdps.BEB(scale=1.0, plans_at_steps=True),
         "greedy, planned at each step": mdps.GreedyMDP(plans_at_steps=True),
@@ -109,7 +123,7 @@ def _mdp(family: TabularMDP, tasks: Any, episodes: int, seed: int) -> list[Refer
     }  # fmt: skip
     for name, baseline in known.items():
         totals = mdps.play_mdps(baseline, family, tasks, episodes=episodes, generator=_on(tasks, seed))
-        found.append(Reference(name, AdaptationCurve(totals, "episode")))
+        found.append(Reference(name, AdaptationCurve(totals, "episode"), learns=True))
     return found
 
 
@@ -120,10 +134,13 @@ def _point(family: Navigation | SparsePointRobot, tasks: Any, episodes: int, see
     # each coordinate goes towards the goal as fast as it may, so that the distance is the least at every step
     straight = _acting(family, tasks, episodes, seed, lambda moment, _: tasks.goal - moment.observation)
     still = _acting(family, tasks, episodes, seed, lambda moment, _: torch.zeros_like(moment.observation))
-    found = [Reference("straight to the goal", straight, "knows the task"), Reference("standing still", still)]
+    found = [
+        Reference("straight to the goal", straight, knows_task=True, optimum=True),
+        Reference("standing still", still),
+    ]
     if isinstance(family, SparsePointRobot):
         returns = thompson_returns(family, tasks.goal, episodes, generator=_on(tasks, seed))
-        found.insert(1, Reference("ideal Thompson sampling", AdaptationCurve(returns, "episode")))
+        found.insert(1, Reference("ideal Thompson sampling", AdaptationCurve(returns, "episode"), learns=True))
     return found
 
 
@@ -131,12 +148,12 @@ def _grid(family: Grid, tasks: Any, episodes: int, seed: int) -> list[Reference]
     away = tasks.goal.sum(-1)
     on_goal = (family.horizon - away + 1).clamp(min=0)
     best = on_goal * family.goal_reward + (family.horizon - on_goal) * family.other_reward
-    found = [Reference("straight to the goal", _exact(best, episodes), "knows the task")]
+    found = [Reference("straight to the goal", _exact(best, episodes), knows_task=True, optimum=True)]
     reachable = 2 * (family.cells - 1) <= family.horizon and family.goal_reward > family.other_reward
     if reachable and family.cells <= MOST_CELLS and episodes <= MOST_EPISODES:
         value = bayes_optimal_grid(family, episodes).by_episode
         curve = AdaptationCurve(torch.tensor(value)[:, None].expand(-1, len(tasks)), "episode")
-        found.append(Reference("Bayes-optimal", curve, "does not know the task"))
+        found.append(Reference("Bayes-optimal", curve, optimum=True, learns=True))
     return found
 
 
@@ -147,9 +164,11 @@ def _beam(family: BeamSteering, tasks: Any, episodes: int, seed: int) -> list[Re
     def inverse(moment: Moment, generator: torch.Generator) -> Tensor:
         return inverse_response_actions(tasks.response, moment.observation)
 
-    return [
-        Reference("least squares in the limits", _acting(family, tasks, episodes, seed, least_squares)),
-        Reference("inverse response", _acting(family, tasks, episodes, seed, inverse)),
+    return [  # neither is the optimum, since an episode ends as soon as the beam is good enough
+        Reference(
+            "least squares in the limits", _acting(family, tasks, episodes, seed, least_squares), knows_task=True
+        ),
+        Reference("inverse response", _acting(family, tasks, episodes, seed, inverse), knows_task=True),
     ]
 
 

@@ -69,8 +69,12 @@ class RunRecord(Journal):
         checkpoint.save_last(self.folder, {**snapshot, "config": self.config})
         self.saved = snapshot["step"]
 
-    def rescue(self) -> str:
-        """Save what was done before an iteration that failed; returns what was kept, in words."""
+    def rescue(self, then: str = "once the cause is gone") -> str:
+        """Save what was done before an iteration that did not end; returns what was kept, in words.
+
+        Args:
+            then: when the run can go on, in words.
+        """
         if self.folder is None:
             return "There is no folder, so nothing was saved."
         step = self.run.kept["step"]
@@ -82,7 +86,7 @@ class RunRecord(Journal):
             return f"The last good checkpoint is in {self.folder}."
         except RunFolderError as error:
             return f"What was done before could not be saved: {error}"
-        return f"All up to iteration {step} is saved in {self.folder}: go on with resume once the cause is gone."
+        return f"All up to iteration {step} is saved in {self.folder}: go on with resume{' ' * bool(then)}{then}."
 
 
 def _tag(name: str) -> str | None:

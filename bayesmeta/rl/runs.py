@@ -53,6 +53,10 @@ class FitResult:
         return f"<FitResult: {', '.join(parts)}{'' if self.out is None else f', in {self.out}'}>"
 
 
+#: What is said at once when a signal comes.
+_HEARD = "the iteration is finished and saved first. Another Ctrl-C, after a second, stops at once and loses it alone."
+
+
 class Run:
     """A learner on its way: what is done, what was seen, and the state to go back to.
 
@@ -105,12 +109,14 @@ class Run:
 
     def _keep(self) -> None:
         """Keep the state of this moment. Replay buffers are copied only where it is asked for."""
+        found: Callable[[], dict[str, Any]]
         if isinstance(self.learner, Remembers):
-            self._learner_state: Callable[[], dict[str, Any]] = self.learner.remember()
+            found = self.learner.remember()
         else:
             state = self.learner.state_dict()
-            self._learner_state = lambda: state
-        self.kept = {"curves": [dict(row) for row in self.curves], "step": self.step, "seconds": self.seconds}
+            found = lambda: state  # noqa: E731
+        kept = {"curves": [dict(row) for row in self.curves], "step": self.step, "seconds": self.seconds}
+        self._learner_state, self.kept = found, kept  # together, and last: a second Ctrl-C may come before
         if not self.fingerprint:
             self.fingerprint = fingerprint(self.learner, self._learner_state())
 
@@ -190,8 +196,9 @@ def fit(
         EnvCrashError: when an environment fails, naming its task; the iterations before are saved.
         NonFiniteDataError: for a reward that is not finite, naming task and step; likewise.
         NonFiniteLossError: for an update or parameters that are not finite; the last good checkpoint stays.
-        KeyboardInterrupt: after Ctrl-C, once the iteration is finished and its checkpoint written; a second one stops
-            at once. SIGTERM does likewise and ends in SystemExit(143).
+        KeyboardInterrupt: after Ctrl-C, once the iteration is finished and its checkpoint written; a second one, a
+            second or more later, stops within the iteration and saves those before. SIGTERM does as the first and ends
+            in SystemExit(143).
         RunFolderError, CheckpointError, OptionError: for folders, checkpoints and options that cannot be used.
     """
     iterations = _check(learner, iterations, validate_every, points, checkpoint_every, log_every, resume, out)
@@ -208,24 +215,31 @@ def fit(
             run.restore(folder, previous=resume == "previous")
         keeping = Keeping(folder, curves, iterations, log_every, checkpoint_every, progress, overwrite, goes_on, config)
         record = stack.enter_context(RunRecord(run, keeping, validate_every=validate_every))
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(Signals(_HEARD))
         record.before_first()
         while run.step < iterations:
+            if signals.received is not None:
+                signals.hold()
+                signals.stop(record.interrupt())
             _advance(run, record)
             if lock is not None:
                 lock.beat()
-            if signals.received is not None:
-                signals.stop(record.interrupt())
     history = [{"step": i, **row} for i, row in enumerate(learner.history, 1)]
     return FitResult(learner, history, run.curves, run.last, run.step, time.perf_counter() - begin, folder)
 
 
 def _advance(run: Run, record: RunRecord) -> None:
-    """An iteration and what it calls for. When it fails, what was done before is saved, and the error says so."""
+    """An iteration and what it calls for. When it does not end, what was done before is saved, and the error says so.
+
+    A second Ctrl-C ends it, and so does a first one where signals are not ours to handle.
+    """
     number = run.step + 1
     try:
         run.advance()
         record.after_step()
+    except KeyboardInterrupt:
+        told = record.rescue(then="")
+        raise KeyboardInterrupt(f"Training was stopped within iteration {number}. {told}") from None
     except Exception as error:
         told = f"This was in iteration {number}. {record.rescue()}"
         if isinstance(error, BayesMetaError):

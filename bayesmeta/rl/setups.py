@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from bayesmeta.errors import OptionError
-from bayesmeta.rl import envs, own
+from bayesmeta.rl import envs, own, setups_cheetah
 from bayesmeta.rl.envs import cheetah
 from bayesmeta.rl.envs.gym import GymVectorEnv
 from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.envs.vector import TensorVectorEnv
-from bayesmeta.rl.maesn.setups import TEXT, maesn_defaults
+from bayesmeta.rl.maesn.setups import maesn_defaults
 from bayesmeta.rl.memory.pair import PairMemory
 from bayesmeta.rl.memory.recurrent import Memory
 from bayesmeta.rl.memory.rl2 import RL2
@@ -30,6 +30,8 @@ from bayesmeta.rl.policy_gradient.inner import Estimation
 from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
+from bayesmeta.rl.settings import METHODS as METHODS
+from bayesmeta.rl.settings import Settings, suggestion
 from bayesmeta.rl.setups_latent import LATENT_METHODS, maesn_for
 
 
@@ -53,6 +55,7 @@ class EnvDefaults:
         stepping: of learners that take steps, but for CAVIA: what differs from :meth:`Setup.filled`'s defaults.
         inner: of the same: settings of :class:`~bayesmeta.rl.policy_gradient.maml_rl.MAMLRLConfig`.
         joint_share: of the same: which part of the iterations, the first ones, takes no inner step.
+        made: methods with settings and makers of their own; all others are made as everywhere.
     """
 
     family: Callable[..., Any]
@@ -71,6 +74,7 @@ class EnvDefaults:
     stepping: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     joint_share: float = 0.0
+    made: Mapping[str, setups_cheetah.Made] = dataclasses.field(default_factory=dict)
 
 
 def _pairs(family: envs.TabularMDP, units: int) -> Callable[[int], Memory]:
@@ -145,25 +149,15 @@ ENVIRONMENTS: dict[str, EnvDefaults] = {
         },
         joint_share=2 / 3,
     ),
-    "half-cheetah-direction": EnvDefaults(cheetah.cheetah_directions, episodes=2, trials=20, std=0.5),
-    "half-cheetah-velocity": EnvDefaults(cheetah.cheetah_velocities, episodes=2, trials=20, std=0.5),
+    "half-cheetah-direction": EnvDefaults(
+        cheetah.cheetah_directions, episodes=2, trials=20, std=0.5, made=setups_cheetah.DIRECTION
+    ),
+    "half-cheetah-velocity": EnvDefaults(
+        cheetah.cheetah_velocities, episodes=2, trials=20, std=0.5, made=setups_cheetah.VELOCITY
+    ),
 }
 #: Of environments of one's own, ``module:attribute``.
 OWN = EnvDefaults(own.load_family, ("horizon", "task_values", "task_range"), episodes=2, trials=20)
-#: Learners by their names on the command line, and what they are.
-METHODS: dict[str, str] = {
-    "rl2": "RL²: a GRU that remembers its trial (Duan et al. 2016)",
-    "rl2-lstm": "RL² with an LSTM",
-    "snail": "SNAIL: attention and temporal convolutions (Mishra et al. 2018)",
-    "maml": "MAML-RL: policy-gradient steps (Finn et al. 2017)",
-    "fomaml": "MAML-RL without second derivatives",
-    "meta-sgd": "MAML-RL with learned rates (Li et al. 2017)",
-    "e-maml": "MAML-RL with credit for exploration (Stadie et al. 2018)",
-    "cavia": "CAVIA: steps on a context alone (Zintgraf et al. 2019)",
-    "joint": "one policy for all tasks, which takes policy-gradient steps on new ones: no meta-learning",
-    **{name: method.text for name, method in LATENT_METHODS.items()},
-    "maesn": TEXT,
-}
 MEMORIES = {"rl2": "gru", "rl2-lstm": "lstm", "snail": "snail"}
 _INNER: dict[str, dict[str, Any]] = {
     "maml": {}, "fomaml": {"first_order": True}, "meta-sgd": {"learn_rates": True},
@@ -173,55 +167,31 @@ CONTEXT = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Setup(Settings):
     """A run's settings; None is the default of environment and method, which :meth:`filled` puts in.
 
-    Attributes:
-        env, method: names, of :data:`ENVIRONMENTS` and :data:`METHODS`; an environment of one's own is
-            ``module:attribute``, see :func:`bayesmeta.rl.own.load_family`.
-        horizon: steps of an episode.
-        arms: of a bandit.
-        data, plane: file of machines and which of its planes, for beam steering.
-        task_values, task_range: tasks of an environment of one's own: some numbers, or two to draw between.
-        workers: run environments that do not step as tensors in a process each.
-        episodes: of a trial, for methods that remember.
-        tasks: side by side in training.
-        copies: episodes of each task before and after adaptation, for methods that take steps.
-        units: width of the memory, or of each of two hidden layers.
-        iterations: of training.
-        inner_steps, inner_lr: of methods that take steps.
-        seed: of tasks, first weights and actions.
+    Its fields, and what they mean, are those of :class:`~bayesmeta.rl.settings.Settings`; environment and method must
+    be there.
 
     Raises:
         OptionError: for unknown names, and options that do not belong to environment or method.
     """
 
-    env: str
-    method: str
-    horizon: int | None = None
-    arms: int | None = None
-    data: str | None = None
-    plane: str | None = None
-    task_values: tuple[float, ...] | None = None
-    task_range: tuple[float, ...] | None = None
-    workers: bool = False
-    episodes: int | None = None
-    tasks: int | None = None
-    copies: int | None = None
-    units: int | None = None
-    iterations: int | None = None
-    inner_steps: int | None = None
-    inner_lr: float | None = None
+    env: str = dataclasses.field()
+    method: str = dataclasses.field()
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.env not in ENVIRONMENTS and not own.is_path(self.env):
             raise OptionError(
-                f"Unknown environment {self.env!r}; expected one of {', '.join(ENVIRONMENTS)}, or module:attribute for "
-                "one of your own."
+                f"Unknown environment {self.env!r}{suggestion(self.env, ENVIRONMENTS)}; expected one of "
+                f"{', '.join(ENVIRONMENTS)}, or module:attribute for one of your own."
             )
         if self.method not in METHODS:
-            raise OptionError(f"Unknown method {self.method!r}; expected one of {', '.join(METHODS)}.")
+            raise OptionError(
+                f"Unknown method {self.method!r}{suggestion(self.method, METHODS)}; expected one of "
+                f"{', '.join(METHODS)}."
+            )
         known = self.defaults.options
         for name in ("task_values", "task_range"):  # files hold lists
             if getattr(self, name) is not None:
@@ -268,6 +238,8 @@ class Setup:
                 "tasks": 20, "copies": 20, "units": 64, "iterations": 100, "inner_steps": 1, "inner_lr": 0.1,
             }  # fmt: skip
             defaults |= {"inner_lr": 1.0} if self.method == "cavia" else known.stepping
+        if self.method in known.made:
+            defaults |= known.made[self.method].defaults
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
@@ -299,6 +271,8 @@ class Setup:
 
     def learner(self, family: Any, device: torch.device | str = "cpu") -> Any:
         """The learner with its environments; of settings that are :meth:`filled`."""
+        if self.method in self.defaults.made:
+            return self.defaults.made[self.method].learner(self, family, device)
         if self.method in LATENT_METHODS:
             return LATENT_METHODS[self.method].learner(self, family, device)
         if self.method == "maesn":

@@ -34,13 +34,11 @@ class LatentMethod:
     """What a method's name stands for. All of these remember: they adapt from episode to episode of a trial.
 
     Attributes:
-        text: what it is.
         defaults: from an environment's defaults to those of the settings ``episodes``, ``tasks``, ``units`` and
             ``iterations``.
         learner: makes it from filled settings, the family, and a device.
     """
 
-    text: str
     defaults: Callable[[EnvDefaults], dict[str, Any]]
     learner: Callable[[Setup, Any, torch.device | str], Any]
 
@@ -124,17 +122,7 @@ def maesn_for(setup: Setup, family: Any, device: torch.device | str = "cpu") -> 
 
 #: Methods by their names on the command line.
 LATENT_METHODS: dict[str, LatentMethod] = {
-    "pearl": LatentMethod(
-        "PEARL: soft actor-critic beside a latent, posterior sampling (Rakelly et al. 2019)", _pearl_defaults, _pearl
-    ),
-    "varibad": LatentMethod(
-        "VariBAD: a belief over the task at every step, and PPO on it (Zintgraf et al. 2020)",
-        _varibad_defaults,
-        _varibad,
-    ),
-    "distilled": LatentMethod(
-        "a latent for each training task, and a belief distilled onto them; posterior sampling",
-        _distilled_defaults,
-        _distilled,
-    ),
+    "pearl": LatentMethod(_pearl_defaults, _pearl),
+    "varibad": LatentMethod(_varibad_defaults, _varibad),
+    "distilled": LatentMethod(_distilled_defaults, _distilled),
 }

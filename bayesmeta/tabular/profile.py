@@ -8,7 +8,7 @@ from typing import Any
 
 from bayesmeta.errors import OptionError
 from bayesmeta.protocols import TaskDistribution
-from bayesmeta.tabular.fit import Lesson, check_inputs, pick_names
+from bayesmeta.tabular.lesson import Lesson, check_inputs, pick_names
 from bayesmeta.tabular.supports import VariedSupports
 from bayesmeta.tasks.files import read_csv
 from bayesmeta.tasks.gp import GPTasks

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -29,12 +32,16 @@ class Signals:
     Handlers are set in the main thread alone, where Python allows it, and only in place of Python's own; on leaving
     they are put back.
 
+    Args:
+        heard: said at once on standard error when the first signal comes, behind its name; empty: nothing is said.
+
     Attributes:
         received: the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: str = "") -> None:
         self.received: signal.Signals | None = None
+        self._heard, self._held = heard, False
         self._before: dict[signal.Signals, Any] = {}
         self._since: float | None = None
 
@@ -62,10 +69,22 @@ class Signals:
         self._since = now if self._since is None else self._since
         if self.received is None:
             self.received = came
-        elif came is signal.SIGINT and now - self._since >= APART:
+            self._say(came)
+        elif came is signal.SIGINT and now - self._since >= APART and not self._held:
             self.received = came
             self._restore()
             self.stop("before the step was finished")
+
+    def hold(self) -> None:
+        """From now on a second Ctrl-C changes nothing: what the first one asked for is being saved."""
+        self._held = True
+
+    def _say(self, came: signal.Signals) -> None:
+        """On the file itself: Python's buffered one may be in the middle of a line of the bar."""
+        if self._heard:
+            name = "Ctrl-C" if came is signal.SIGINT else came.name
+            with suppress(OSError, ValueError):  # nobody listens
+                os.write(sys.stderr.fileno(), f"\n{name}: {self._heard}\n".encode())
 
     def settle(self, agreed: signal.Signals | None) -> None:
         """End as the ranks agreed after their last step: on this signal, or as if none had come.

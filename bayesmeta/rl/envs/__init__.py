@@ -2,6 +2,7 @@
 too.
 """
 
+from bayesmeta.ops.rooms import attributes
 from bayesmeta.rl.envs.bandits import BernoulliBandit, GaussianBandit
 from bayesmeta.rl.envs.beam import BeamSteering
 from bayesmeta.rl.envs.family import Family
@@ -25,3 +26,5 @@ __all__ = [
     "TabularMDP",
     "TensorVectorEnv",
 ]
+
+__getattr__, __dir__ = attributes(__name__)

@@ -15,15 +15,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
+import numpy as np
 
 from bayesmeta.errors import UnsupportedError
 from bayesmeta.rl.envs.family import check_at_least
 from bayesmeta.rl.envs.gym_family import GymFamily
 
 HORIZON = 200
+#: Of the squared action.
+CONTROL_COST = 0.1
 
 
 class VelocityReward(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -45,12 +48,49 @@ class VelocityReward(gymnasium.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step, with the task's reward."""
         observation, _, terminated, truncated, info = self.env.step(action)
-        speed = float(info["x_velocity"])
+        reward = self.rewarded(float(info["x_velocity"])) + float(info["reward_ctrl"])
+        return observation, reward, terminated, truncated, info
+
+    def rewarded(self, speed: float) -> float:
+        """The forward part of the reward, for a velocity."""
         if self.direction is not None:
-            reward = self.direction * speed
-        else:
-            reward = -abs(speed - float(self.velocity or 0.0))
-        return observation, reward + float(info["reward_ctrl"]), terminated, truncated, info
+            return self.direction * speed
+        return -abs(speed - float(self.velocity or 0.0))
+
+
+class SwiftCheetah(VelocityReward):
+    """The same for gymnasium's half-cheetah, which it steps itself: MuJoCo, the reward and the observation alone.
+
+    What is left out is the layers of wrappers, the infos and forces that nothing reads; they take about as long as
+    MuJoCo does. A test holds steps and rewards equal to those of :class:`VelocityReward`.
+
+    Args:
+        env: gymnasium's ``HalfCheetah-v5``, under a time limit.
+        horizon: the time limit.
+        task: ``direction`` or ``velocity``.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], horizon: int, **task: float) -> None:
+        super().__init__(env, **task)
+        self._horizon, self._clock, self._inner = horizon, 0, cast(Any, env.unwrapped)
+        self._step = importlib.import_module("mujoco").mj_step
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode."""
+        self._clock = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step, with the task's reward; nothing is told beside it."""
+        data, model, skipped = self._inner.data, self._inner.model, self._inner.frame_skip
+        before = data.qpos[0]
+        data.ctrl[:] = action
+        self._step(model, data, nstep=skipped)
+        speed = float(data.qpos[0] - before) / (model.opt.timestep * skipped)
+        reward = self.rewarded(speed) - float(CONTROL_COST * np.square(action).sum())
+        self._clock += 1
+        seen = np.concatenate((data.qpos[1:], data.qvel))
+        return seen, reward, False, self._clock >= self._horizon, {}
 
 
 def cheetah_direction(
@@ -61,7 +101,7 @@ def cheetah_direction(
     Raises:
         UnsupportedError: without the extra ``mujoco``.
     """
-    return VelocityReward(_cheetah(horizon, render_mode), direction=float(direction))
+    return SwiftCheetah(_cheetah(horizon, render_mode), horizon, direction=float(direction))
 
 
 def cheetah_velocity(
@@ -72,7 +112,7 @@ def cheetah_velocity(
     Raises:
         UnsupportedError: without the extra ``mujoco``.
     """
-    return VelocityReward(_cheetah(horizon, render_mode), velocity=float(velocity))
+    return SwiftCheetah(_cheetah(horizon, render_mode), horizon, velocity=float(velocity))
 
 
 def cheetah_directions(*, horizon: int = HORIZON) -> GymFamily[float]:
@@ -107,7 +147,9 @@ def _cheetah(horizon: int, render_mode: str | None) -> gymnasium.Env[Any, Any]:
     check_at_least(1, horizon=horizon)
     try:
         with _quiet():
-            return gymnasium.make("HalfCheetah-v5", max_episode_steps=horizon, render_mode=render_mode)
+            return gymnasium.make(
+                "HalfCheetah-v5", max_episode_steps=horizon, render_mode=render_mode, ctrl_cost_weight=CONTROL_COST
+            )
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         reason = error.__cause__ or error
         raise UnsupportedError(f"half-cheetah needs MuJoCo; install bayesmeta[mujoco]. ({reason})") from error

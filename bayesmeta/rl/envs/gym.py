@@ -291,6 +291,8 @@ class GymVectorEnv(Generic[TaskT]):
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """A call whose failure closes everything and says which task it was."""
         try:
+            if isinstance(self._envs, SyncVectorEnv):
+                return call()
             with warnings.catch_warnings():
                 # gymnasium repeats a worker's error as warnings before it raises it.
                 warnings.filterwarnings("ignore", message=_ECHO)

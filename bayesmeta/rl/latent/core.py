@@ -176,7 +176,7 @@ class LatentContext(nn.Module):
     def beliefs(self, context: Observations) -> Any:
         """q after each of the first 0, 1, …, shots entries, of batch shape ``[shots + 1, tasks]``, differentiable.
 
-        In one pass where the encoder can be carried on (recurrent, product); else in one for each prefix.
+        In one pass where the encoder can be carried on (recurrent, product, sum, mean); else in one for each prefix.
         """
         context = self._checked(context)
         try:

@@ -235,6 +235,18 @@ class MixtureContext(nn.Module):
         states = torch.cat([self.first_state(context.num_tasks).unsqueeze(1), factors.cumsum(1)], 1).transpose(0, 1)
         return self.of_state(states if steps is None else states[steps])
 
+    def weights(self, context: Observations) -> Tensor:
+        """Weights of the known tasks after each of the first 0, 1, …, shots entries, ``[shots + 1, tasks, N]``.
+
+        They add up to 1, and are equal before anything. Without gradients.
+
+        Raises:
+            ContextError: as for :meth:`posterior`.
+        """
+        with torch.no_grad():
+            found: Tensor = self.beliefs(context).mixture_distribution.probs
+        return found
+
     def sample(self, q: Any, num_samples: int = 1, generator: Seed = None) -> Tensor:
         """Draws ``[num_samples, *batch, D]`` of a distribution made here, without gradients.
 

@@ -40,8 +40,10 @@ class MAESNConfig:
         first_order: leave out the second derivative.
         max_kl: bound of an outer step, in nats.
         cg_steps, damping, product: see :func:`~bayesmeta.rl.policy_gradient.trpo.trust_region_step`.
-        curvature_share: share of the steps in time whose states the divergence is averaged over, in (0, 1].
-        curvature_episodes: of each task, how many episodes the direction's curvature is taken from; None is all.
+        curvature_share: share of the steps in time from whose states the direction's curvature is taken, in (0, 1];
+            the divergence of line search and bound is that of all states.
+        curvature_episodes: of each task, how many of the adapted policies' episodes the direction's curvature is taken
+            from; None is all.
         estimation: of advantages, and of second derivatives.
 
     Raises:

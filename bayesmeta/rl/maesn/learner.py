@@ -23,9 +23,9 @@ by default: ω_i by plain gradient steps (``omega_lr``), tasks that begin at the
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,12 +40,13 @@ from bayesmeta.rl.maesn.policy import LatentPolicy, latent_distribution, latents
 from bayesmeta.rl.maesn.trials import trial_curve
 from bayesmeta.rl.policies import detached, kl
 from bayesmeta.rl.policy_gradient.inner import check_tasks_stay, first_copies
+from bayesmeta.rl.policy_gradient.learner import FlatLearner
 from bayesmeta.rl.policy_gradient.objectives import average, likelihood_ratio
 from bayesmeta.rl.policy_gradient.trpo import TrustRegionStep, gradient, trust_region_step
 from bayesmeta.rl.protocols import TaskVectorEnv
 
 
-class MAESN:
+class MAESN(FlatLearner):
     """Trains θ, the step sizes α, and an ω for each training task.
 
     Args:
@@ -167,24 +168,6 @@ class MAESN:
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def train(self, iterations: int, on_iteration: Callable[[MAESN], None] | None = None) -> list[dict[str, float]]:
-        """Take outer steps.
-
-        Args:
-            iterations: how many.
-            on_iteration: called after each, with this object.
-
-        Returns:
-            The history of this call.
-        """
-        first = len(self.history)
-        for _ in range(iterations):
-            self.history.append(self._iterate())
-            self.iteration += 1
-            if on_iteration is not None:
-                on_iteration(self)
-        return self.history[first:]
-
     def _iterate(self) -> dict[str, float]:
         env, config = self.env, self.config
         rows = torch.randperm(len(self.tasks), generator=self.generator, device=self.generator.device)[: env.num_tasks]
@@ -222,10 +205,11 @@ class MAESN:
 
     def objectives(
         self, rows: Tensor, own: Tensor, before: list[LatentSteps], after: LatentSteps
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
         """The outer surrogate and the divergence of the adapted policies, as functions of θ, log α and all ω.
 
-        Both run through the adaptation on the episodes ``before``, and through the latents of the episodes ``after``.
+        Both run through the adaptation on the episodes ``before``, and through the latents of the episodes ``after``;
+        ``divergence(point, every=n)`` is that over the states of every n-th step in time alone.
 
         Args:
             rows: which training tasks, ``[tasks]``.
@@ -234,7 +218,6 @@ class MAESN:
             after: of the adapted policies.
         """
         steps, weight = after.steps, self.kl_weight()
-        every = max(1, round(1 / self.config.curvature_share))
 
         def parts(point: Tensor) -> tuple[Tensor, Tensor]:
             size = self.theta.numel()
@@ -246,26 +229,43 @@ class MAESN:
             found, acting = split_phi(phi, self.parts(theta)[0], self.policy.latent)
             return self.policy.distribution(acting, features, latents(found, after.noise))
 
-        with torch.no_grad():
-            here = torch.cat([self.theta, self.omega.flatten()])
-            old = detached(adapted(here, steps.features[::every], create_graph=False))
+        here = torch.cat([self.theta, self.omega.flatten()])
+
+        @cache
+        def old(every: int) -> Any:
+            with torch.no_grad():
+                return detached(adapted(here, steps.features[::every], create_graph=False))
 
         def surrogate(point: Tensor) -> Tensor:
             log_prob = adapted(point, steps.features).log_prob(steps.action)
             value = average(likelihood_ratio(log_prob, steps.log_prob, steps.advantage), steps.mask)
             return value - weight * self.prior_kl(parts(point)[1]).mean() if weight > 0 else value
 
-        def divergence(point: Tensor) -> Tensor:
-            return average(kl(old, adapted(point, steps.features[::every])), steps.mask[::every])
+        def divergence(point: Tensor, every: int = 1) -> Tensor:
+            return average(kl(old(every), adapted(point, steps.features[::every])), steps.mask[::every])
 
         return surrogate, divergence
+
+    def _curvature(
+        self,
+        rows: Tensor,
+        own: Tensor,
+        before: list[LatentSteps],
+        after: LatentSteps,
+        divergence: Callable[..., Tensor],
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The divergence that the direction's curvature is taken from; None is ``divergence``."""
+        few, every = self.config.curvature_episodes, max(1, round(1 / self.config.curvature_share))
+        if few is not None and few < self.env.copies:
+            divergence = self.objectives(rows, own, before, _first(after, few))[1]
+        elif every == 1:
+            return None
+        return partial(divergence, every=every)
 
     def _outer_step(self, rows: Tensor, own: Tensor, before: list[LatentSteps], after: LatentSteps) -> TrustRegionStep:
         config = self.config
         surrogate, divergence = self.objectives(rows, own, before, after)
-        cheap = None
-        if config.curvature_episodes is not None and config.curvature_episodes < self.env.copies:
-            cheap = self.objectives(rows, own, before, _first(after, config.curvature_episodes))[1]
+        cheap = self._curvature(rows, own, before, after, divergence)
         omega = self.omega.flatten()
         point = torch.cat([self.theta, omega])
         options: dict[str, Any] = {
@@ -273,7 +273,7 @@ class MAESN:
         }  # fmt: skip
         if config.omega_lr == 0:
             step = trust_region_step(point, surrogate, divergence, curvature=cheap, **options)
-            self._move(step.theta)
+            self._move_all(step.theta)
             return step
         # the surrogate is a mean over tasks; each ω climbs its own task's
         slope = self.env.num_tasks * gradient(surrogate, point)[self.theta.numel() :].view_as(self.omega)
@@ -286,17 +286,13 @@ class MAESN:
             self.theta, at_old(surrogate), at_old(divergence), curvature=None if cheap is None else at_old(cheap),
             **options,
         )  # fmt: skip
-        self._move(torch.cat([step.theta, omega + config.omega_lr * slope.flatten()]))
+        self._move_all(torch.cat([step.theta, omega + config.omega_lr * slope.flatten()]))
         return step
 
-    def _move(self, point: Tensor) -> None:
+    def _move_all(self, point: Tensor) -> None:
         theta, omega = point.detach().split([self.theta.numel(), self.omega.numel()])
-        self.theta, self.omega = theta.clone(), omega.view_as(self.omega).clone()
-        self._follow()
-
-    def _follow(self) -> None:
-        with torch.no_grad():
-            self.policy.theta.copy_(self.parts(self.theta)[0])
+        self.omega = omega.view_as(self.omega).clone()
+        self._move(theta.clone())
 
     # -- what was learned -----------------------------------------------------------------------------------------
 
@@ -362,39 +358,14 @@ class MAESN:
 
     # -- going on later -------------------------------------------------------------------------------------------
 
-    def options(self) -> dict[str, Any]:
-        """The options that change what it learns, as plain values."""
-        kind = f"{type(self.policy).__name__} with {type(self.policy.head).__name__}"
-        return {"learner": type(self).__name__, "policy": kind, **dataclasses.asdict(self.config)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
+    def _more_state(self) -> dict[str, Any]:
         return {
-            "theta": self.theta.clone(),
             "policy": {"omega": self.omega.clone()},
             "tasks": {name: value.clone() for name, value in self.tasks.as_dict().items()},
-            "generator": self.generator.get_state(),
-            "env": self.env.state_dict(),
-            "iteration": self.iteration,
-            "history": [dict(row) for row in self.history],
         }
 
-    def load_learned(self, state: Mapping[str, Any]) -> None:
-        """Take θ and the step sizes of a state alone: what a new task adapts with. It has no ω.
-
-        Raises:
-            CheckpointError: when it belongs to a policy of another size.
-        """
-        if state["theta"].shape != self.theta.shape:
-            raise CheckpointError(
-                f"The state has {state['theta'].numel()} meta-parameters; expected {self.theta.numel()}. Build the "
-                "policy and its options as in that run."
-            )
-        self.theta = state["theta"].to(self.theta, copy=True)
-        self._follow()
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
+        """Go on from a state, bit for bit, with its tasks and their ω, which :meth:`load_learned` leaves as they are.
 
         Raises:
             CheckpointError: when it belongs to a policy of another size, to other tasks or to other environments.
@@ -405,12 +376,11 @@ class MAESN:
                 f"The state has ω of {list(omega.shape)}; expected [tasks, 2 × latent] = {list(self.omega.shape)}. "
                 "Give the tasks and the latent of that run."
             )
-        self.load_learned(state)
-        self.env.load_state_dict(state["env"])
-        self.omega = omega.to(self.omega, copy=True)
+        super().load_state_dict(state)
+
+    def _load_more(self, state: Mapping[str, Any]) -> None:
+        self.omega = state["policy"]["omega"].to(self.omega, copy=True)
         self.tasks = type(self.tasks)(**{n: v.to(self.env.device, copy=True) for n, v in state["tasks"].items()})
-        self.generator.set_state(state["generator"].cpu())
-        self.iteration, self.history = state["iteration"], [dict(row) for row in state["history"]]
 
 
 def _first(episodes: LatentSteps, number: int) -> LatentSteps:

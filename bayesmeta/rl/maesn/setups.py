@@ -16,7 +16,6 @@ from bayesmeta.rl.maesn.policy import LatentPolicy
 from bayesmeta.rl.policies import GaussianHead, head_for
 from bayesmeta.rl.protocols import TaskVectorEnv, num_features
 
-TEXT = "MAESN: a latent for each episode, and policy-gradient steps on where latents come from (Gupta et al. 2018)"
 LATENT = 2
 
 #: The sparse point robot: inside, a step reads the sparse reward as a new task shows it; outside, the dense reward.

@@ -318,11 +318,34 @@ class DistilledLatents(OffPolicyLearner):
         if not isinstance(belief, LatentContext):
             raise UnsupportedError(
                 "The belief is a mixture of the training tasks' Gaussians, and a BeliefPath holds one Gaussian a "
-                "task. Ask policy.belief.beliefs(context) for the mixtures, or train with posterior='gaussian'."
+                "task. Ask belief_weights(env) for the weights of the training tasks, policy.belief.beliefs(context) for "
+                "the mixtures, or train with posterior='gaussian'."
             )
         rollout = self.evaluate(env, greedy=greedy, generator=generator)
         program = Undecoded("DistilledLatents learns none; take VariBAD, or PEARL with reconstruction='reward'.")
         return BeliefPath.of(belief, self.spec.of_rollout(rollout), program), rollout
+
+    def belief_weights(
+        self, env: TaskVectorEnv, *, greedy: bool = True, generator: Seed = None
+    ) -> tuple[Tensor, Rollout]:
+        """Weights of the training tasks on the way through one trial in each environment, and the rollout.
+
+        Args:
+            env: of held-out tasks. It is reset.
+            greedy: take the likeliest actions, else draw.
+            generator: of latents and actions; None means seed 0.
+
+        Returns:
+            Weights after 0, 1, …, N steps, ``[N + 1, environments, training tasks]``, and the rollout.
+
+        Raises:
+            UnsupportedError: for ``posterior="gaussian"``, which has none; see :meth:`belief_path`.
+        """
+        belief = self.policy.belief
+        if not isinstance(belief, MixtureContext):
+            raise UnsupportedError("This belief is one Gaussian and has no weights of tasks; ask belief_path(env).")
+        rollout = self.evaluate(env, greedy=greedy, generator=generator)
+        return belief.weights(self.spec.of_rollout(rollout)), rollout
 
     # -- going on later -------------------------------------------------------------------------------------------
 

@@ -95,6 +95,7 @@ def play(
     generator: torch.Generator,
     *,
     episodes: int | None = None,
+    each_step: bool = False,
     keep: Sequence[str] = (),
 ) -> Rollout:
     """Begin a trial in every environment and act under latents that are inferred whenever an episode begins.
@@ -108,6 +109,8 @@ def play(
         spec: makes the contexts.
         generator: of latents and actions.
         episodes: how many, of full length; None is a whole trial. Environments whose episodes end earlier play more.
+        each_step: infer at every step, from all that has happened by then, and not where an episode begins alone. The
+            whole context is read each time. What is drawn then changes its mind on the way.
         keep: names of further numbers of ``info``.
 
     Returns:
@@ -119,7 +122,8 @@ def play(
     """
     horizon = horizon_of(env, "latents are inferred from episode to episode")
     together = bool(getattr(getattr(env, "family", None), "fixed_length", False))
-    steps, chunk = horizon * (env.episodes_per_trial if episodes is None else episodes), horizon if together else 1
+    steps = horizon * (env.episodes_per_trial if episodes is None else episodes)
+    chunk = horizon if together and not each_step else 1
 
     def actor(moment: Moment, z: Tensor, generator: torch.Generator) -> Acted:
         return Acted(*act(moment.observation, z, generator), z)
@@ -135,7 +139,7 @@ def play(
         parts.append(part)
         moment = part.after
         context = extended(context, spec.of_rollout(part, trial="all"), over=part.trial_ended[-1])
-        starts = moment.clock == 0
+        starts = (moment.clock == 0) | each_step
         if start + chunk < steps and bool(starts.any()):
             z = torch.where(starts.unsqueeze(-1), infer(context, moment.episode, generator), z)
     return joined(parts, first)

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import CheckpointError, OptionError
+from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.policies import detached, kl
@@ -45,6 +45,7 @@ from bayesmeta.rl.policy_gradient.inner import (
     task_steps,
     to_the_last,
 )
+from bayesmeta.rl.policy_gradient.learner import FlatLearner
 from bayesmeta.rl.policy_gradient.objectives import average, likelihood_ratio
 from bayesmeta.rl.policy_gradient.returns import LinearBaseline
 from bayesmeta.rl.policy_gradient.trpo import Product, trust_region_step
@@ -115,7 +116,7 @@ class MAMLRLConfig:
             )
 
 
-class MAMLRL:
+class MAMLRL(FlatLearner):
     """Trains the θ of a policy with one φ a task.
 
     Args:
@@ -188,24 +189,6 @@ class MAMLRL:
         return to_the_last(task_steps(rollout, env, self.config.estimation, self.baseline))
 
     # -- training -------------------------------------------------------------------------------------------------
-
-    def train(self, iterations: int, on_iteration: Callable[[MAMLRL], None] | None = None) -> list[dict[str, float]]:
-        """Take outer steps.
-
-        Args:
-            iterations: how many.
-            on_iteration: called after each, with this object.
-
-        Returns:
-            The history of this call.
-        """
-        first = len(self.history)
-        for _ in range(iterations):
-            self.history.append(self._iterate())
-            self.iteration += 1
-            if on_iteration is not None:
-                on_iteration(self)
-        return self.history[first:]
 
     def _iterate(self) -> dict[str, float]:
         env, tasks = self.env, self.env.num_tasks
@@ -307,11 +290,6 @@ class MAMLRL:
             total = total + sampling_score(log_prob, steps.log_prob, steps.mask, score)
         return total.mean()
 
-    def _move(self, theta: Tensor) -> None:
-        self.theta = theta.detach()
-        with torch.no_grad():
-            self.policy.theta.copy_(self.parts(self.theta)[0])
-
     # -- what was learned -----------------------------------------------------------------------------------------
 
     def evaluate(
@@ -360,47 +338,6 @@ class MAMLRL:
             generator: of the actions; None means seed 0.
         """
         return AdaptationCurve(self.evaluate(env, inner_steps=points, generator=generator), "step")
-
-    # -- going on later -------------------------------------------------------------------------------------------
-
-    def options(self) -> dict[str, Any]:
-        """The options that change what it learns, as plain values."""
-        kind = f"{type(self.policy).__name__} with {type(self.policy.head).__name__}"
-        return {"learner": type(self).__name__, "policy": kind, **dataclasses.asdict(self.config)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, the environment's state too: tensors and plain values."""
-        return {
-            "theta": self.theta.clone(),
-            "generator": self.generator.get_state(),
-            "env": self.env.state_dict(),
-            "iteration": self.iteration,
-            "history": [dict(row) for row in self.history],
-        }
-
-    def load_learned(self, state: Mapping[str, Any]) -> None:
-        """Take θ and the rates of a state alone, to adapt and not to go on training.
-
-        Raises:
-            CheckpointError: when it belongs to a policy of another size.
-        """
-        if state["theta"].shape != self.theta.shape:
-            raise CheckpointError(
-                f"The state has {state['theta'].numel()} meta-parameters; expected {self.theta.numel()}. Build the "
-                "policy and its options as in that run."
-            )
-        self._move(state["theta"].to(self.theta))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
-
-        Raises:
-            CheckpointError: when it belongs to a policy of another size, or to other environments.
-        """
-        self.load_learned(state)
-        self.env.load_state_dict(state["env"])
-        self.generator.set_state(state["generator"].cpu())
-        self.iteration, self.history = state["iteration"], [dict(row) for row in state["history"]]
 
 
 def _check_credit(config: MAMLRLConfig, env: TaskVectorEnv) -> None:

@@ -36,6 +36,7 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Rollout, collect
 from bayesmeta.rl.varibad.loss import Against, Bound, Decode, bound, decoded_steps, trial_numbers
 from bayesmeta.rl.varibad.policy import BeliefPolicy
+from bayesmeta.rl.varibad.shaping import BeliefBonus, PolicyReward
 
 #: in a learner's state, before the names of the decoder's parameters
 _DECODER = "decoder."
@@ -100,9 +101,11 @@ class VariBAD(RL2):
         kl_weight, free_bits: of a new policy's latent context.
         config: settings of PPO; the discount must be the policy's.
         beliefs: settings of encoder and decoder.
-        policy_reward: name of the number in ``info`` that the policy is trained on, such as ``"dense_reward"``; None is
-            the reward. Beliefs read the reward in either case.
+        policy_reward: what the policy is trained on: the name of a number in ``info`` such as ``"dense_reward"``, or
+            a :class:`~bayesmeta.rl.varibad.shaping.PolicyReward`; None is the reward. Beliefs read the reward in any
+            case.
         policy_reward_until: iterations after which the policy is trained on the reward after all; None: never.
+        bonus: what the policy is paid beside that for how its belief changes.
         iterations: rollouts to train for, over which rates and entropy go to their last values.
         steps: of each rollout; None is one whole trial where episodes have a fixed length. Beliefs go on where a trial
             does, and decode what the rollout has of it.
@@ -133,8 +136,9 @@ class VariBAD(RL2):
         free_bits: float = 0.0,
         config: PPOConfig | None = None,
         beliefs: BeliefConfig | None = None,
-        policy_reward: str | None = None,
+        policy_reward: str | PolicyReward | None = None,
         policy_reward_until: int | None = None,
+        bonus: BeliefBonus | None = None,
         iterations: int = 200,
         steps: int | None = None,
         seed: int = 0,
@@ -166,7 +170,7 @@ class VariBAD(RL2):
                 "number of at least 1, beside the name of a reward."
             )
         self.decoder, self.beliefs = decoder, beliefs or BeliefConfig()
-        self.policy_reward, self.policy_reward_until = policy_reward, policy_reward_until
+        self.policy_reward, self.policy_reward_until, self.bonus = policy_reward, policy_reward_until, bonus
         self._noise = as_generator(seed, env.device, "varibad")
         self._learned = [*core.parameters(), *decoder.parameters()]
         self._optimizer = torch.optim.Adam(self._learned, self.beliefs.lr)
@@ -175,20 +179,37 @@ class VariBAD(RL2):
 
     def _iterate(self) -> dict[str, float]:
         state = self.policy.first(self.env.num_envs).detach() if self._state is None else self._state
+        share = self.iteration / max(1, self.iterations - 1)
         over = self.policy_reward_until is not None and self.iteration >= self.policy_reward_until
-        keep = () if self.policy_reward is None or over else (self.policy_reward,)
+        other = None if over else self.policy_reward
         rollout = collect(
             self.env, self.policy.actor(), self.steps, generator=self.generator, start=self._moment, state=state,
-            keep=keep,
+            keep=() if other is None else (other,) if isinstance(other, str) else other.names,
         )  # fmt: skip
         self._moment, self._state = rollout.after, rollout.state
-        config, share = self.config, self.iteration / max(1, self.iterations - 1)
-        paid = rollout if not keep else dataclasses.replace(rollout, reward=rollout.extra[keep[0]])
+        config = self.config
+        paid = dataclasses.replace(rollout, reward=self._pay(rollout, other, share))
         advantage = trial_advantages(paid, self._last_value(rollout), gamma=config.gamma, lam=config.lam)
         paid = self.policy.believed(paid)
         told = self.updates.update(paid, advantage, share=share, generator=self.generator, step=self.iteration + 1)
         # after PPO, whose ratios are of the beliefs that were acted on
         return {"reward": rollout.total().mean().item(), **told, **self._learn_beliefs(rollout, share)}
+
+    def _pay(self, rollout: Rollout, other: str | PolicyReward | None, share: float) -> Tensor:
+        """What the policy is trained on, ``[steps, batch]``."""
+        if other is None:
+            reward = rollout.reward
+        else:
+            reward = rollout.extra[other] if isinstance(other, str) else other(rollout, share)
+        if self.bonus is None:
+            return reward
+        with torch.no_grad():
+            now, after, cleared = self._states(rollout, torch.arange(reward.shape[1]))
+            before, then = (
+                self.policy.latent.of_state(states).base_dist for states in (torch.cat([now, cleared]), after)
+            )
+        parts = ((before.loc, before.scale), (then.loc, then.scale))
+        return reward + self.bonus(*parts, rollout.trial_ended, gamma=self.config.gamma, share=share)
 
     def _learn_beliefs(self, rollout: Rollout, share: float) -> dict[str, float]:
         config, told = self.beliefs, list[Tensor]()
@@ -222,16 +243,12 @@ class VariBAD(RL2):
             rows: which environments.
             generator: of the prefixes and the draws.
         """
-        config, core, memory = self.beliefs, self.policy.latent, self.policy.memory
-        begins, clears = rollout.moments.begins[:, rows], rollout.trial_ended[:, rows]
-        first = rollout.moments.map(lambda x: x[:1, rows])
-        x = self.policy.inputs(first)
-        now = memory.states(x, rollout.first_state[rows], begins[:1])
+        config, core = self.beliefs, self.policy.latent
+        begins = rollout.moments.begins[:, rows]
+        now, after, cleared = self._states(rollout, rows)
         context = self._context(rollout, rows)
-        after = memory.trail(context, now[0], clears)
         beliefs = torch.cat([now, after])
         # what was known before each of them
-        cleared = torch.where(clears[:-1].unsqueeze(-1), core.first_state(len(rows)), after[:-1])
         before = torch.cat([now, now, cleared])
         prefixes = self._prefixes(len(after), generator)
         q = core.of_state(beliefs[prefixes])
@@ -239,6 +256,16 @@ class VariBAD(RL2):
         z = core.sample(q, 1, generator)[0]
         log_likelihood = self.decoder.log_prob(z, context).transpose(1, 2)
         return bound(log_likelihood, decoded_steps(trial_numbers(begins), prefixes, config.decode), kl)
+
+    def _states(self, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The latent context's states ``[…, rows, W]``: before a rollout, after each of its steps, and before each but
+        the first, which is nothing known where a trial begins."""
+        memory, clears = self.policy.memory, rollout.trial_ended[:, rows]
+        x = self.policy.inputs(rollout.moments.map(lambda x: x[:1, rows]))
+        now = memory.states(x, rollout.first_state[rows], rollout.moments.begins[:1, rows])
+        after = memory.trail(self._context(rollout, rows), now[0], clears)
+        first = self.policy.latent.first_state(len(rows))
+        return now, after, torch.where(clears[:-1].unsqueeze(-1), first, after[:-1])
 
     def _context(self, rollout: Rollout, rows: Tensor) -> Observations:
         """All steps of a rollout, whatever trial they are of, ``[rows, steps, …]``."""
@@ -290,7 +317,8 @@ class VariBAD(RL2):
             "latent_context": self.policy.latent.options(),
             "decoder": f"{type(decoder).__name__}, {type(decoder.likelihood).__name__}",
             "beliefs": dataclasses.asdict(self.beliefs),
-            "policy_reward": [self.policy_reward, self.policy_reward_until],
+            "policy_reward": [_plain(self.policy_reward), self.policy_reward_until],
+            "bonus": _plain(self.bonus),
             "rl_gradient": memory.rl_gradient,
             **dataclasses.asdict(self.config),
             "iterations": self.iterations,
@@ -330,3 +358,12 @@ class VariBAD(RL2):
         super().load_state_dict(state)
         self._optimizer.load_state_dict(copy.deepcopy(state["belief_updates"]))
         self._noise.set_state(state["noise"].cpu())
+
+
+def _plain(option: Any) -> Any:
+    """An option as plain values: of an object its fields, with functions by the name of their type."""
+    if option is None or isinstance(option, str):
+        return option
+    fields = dataclasses.asdict(option) if dataclasses.is_dataclass(option) and not isinstance(option, type) else {}
+    plain = {name: type(value).__name__ if callable(value) else value for name, value in fields.items()}
+    return {"kind": type(option).__name__, **plain}

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.data import Observations
 from bayesmeta.errors import ContextError, OptionError
-from bayesmeta.models.nets import mlp
-from bayesmeta.models.stepping import steps_of
 from bayesmeta.ops.random import as_generator, forked_rng
 from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.contexts import ContextSpec
@@ -29,9 +26,11 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.learner import horizon_of
 from bayesmeta.rl.memory.policy import MemoryPolicy
-from bayesmeta.rl.memory.recurrent import Memory
+from bayesmeta.rl.policies import GaussianHead
 from bayesmeta.rl.protocols import TaskVectorEnv, features, num_features
-from bayesmeta.rl.rollout import Moment, Rollout
+from bayesmeta.rl.rollout import Acted, Moment, Rollout
+from bayesmeta.rl.varibad.exploring import CorrelatedNoise, SpreadHead
+from bayesmeta.rl.varibad.memory import BeliefMemory, flat, shape_of
 
 #: what the policy reads of the time: share of the trial gone, steps left in it, share of the episode gone
 _CLOCK = 3
@@ -79,139 +78,6 @@ class BelievedMoment(Moment):
     belief: Tensor | None = None
 
 
-class BeliefMemory(Memory):
-    """A memory that is a belief: it keeps the state of a latent context, and gives what is computed from the belief.
-
-    Its state is that of the latent context and, behind it, the observation at which the next transition begins. What it
-    gives has two halves of ``outputs`` numbers: for the policy and for the value.
-
-    Args:
-        latent: the latent context, whose encoder can be carried on, with its spec.
-        seen: width of what the policy reads beside the belief.
-        units: width of each hidden layer.
-        layers: hidden layers.
-        rl_gradient: let gradients of what it gives reach the encoder.
-        readout: what is read of the belief, with its ``size``; None: mean and log standard deviation.
-    """
-
-    def __init__(
-        self,
-        latent: LatentContext,
-        seen: int,
-        units: int,
-        *,
-        layers: int = 2,
-        rl_gradient: bool = False,
-        readout: Any = None,
-    ) -> None:
-        assert latent.spec is not None
-        spec = latent.spec
-        self._shapes = [_shape(space) for space in (spec.observation_space, spec.action_space)]
-        raw, action = (1 if shape is None else shape.numel() for shape in self._shapes)
-        self._parts = [seen, 1, raw, raw, action, 1]
-        self._latent_width = latent.first_state(1).shape[-1]
-        super().__init__(sum(self._parts), units, self._latent_width + raw)
-        self.latent, self.rl_gradient, self.readout = latent, rl_gradient, readout
-        inputs = seen + (2 * latent.latent if readout is None else readout.size)
-        self.policy_net, self.value_net = (
-            nn.Sequential(mlp(inputs, [units] * (layers - 1), units, activation="tanh"), nn.Tanh()) for _ in range(2)
-        )
-
-    @property
-    def spec(self) -> ContextSpec:
-        """Of the contexts."""
-        assert self.latent.spec is not None
-        return self.latent.spec
-
-    def first(self, batch: int) -> Tensor:
-        """The state at the begin of a trial, ``[batch, width]``: nothing was read."""
-        state = self.latent.first_state(batch)
-        return torch.cat([state, state.new_zeros(batch, self.width - self._latent_width)], -1)
-
-    # -- the belief -------------------------------------------------------------------------------------------------
-
-    def absorb(self, x: Tensor, state: Tensor) -> Tensor:
-        """The latent context's state ``[batch, W]`` at a moment, given all of one's state at the moment before."""
-        _, known, _, successor, action, reward = x.split(self._parts, -1)
-        before, at = state.split([self._latent_width, self.width - self._latent_width], -1)
-        one = [part.unsqueeze(1) for part in (at, action, reward, successor)]
-        return self.latent.step(before, self._context(one[0], one[1], one[2], one[3], known > 0))
-
-    def trail(self, context: Observations, state: Tensor, clears: Tensor) -> Tensor:
-        """The latent context's states after each transition, before any is cleared, ``[steps, batch, W]``.
-
-        Args:
-            context: transitions ``[batch, steps, …]``, those that count.
-            state: before the first, ``[batch, W]``.
-            clears: whether a trial ended with a transition, so that the next is read with nothing known, booleans
-                ``[steps, batch]``.
-        """
-        if not bool(clears[:-1].any()):
-            return steps_of(self.latent.recognition).path(context, state)[:, 1:].transpose(0, 1)
-        after = []
-        for t in range(context.shots):
-            begins = clears[t - 1] if t else None
-            state = self.latent.step(state, context.points(slice(t, t + 1)), begins)
-            after.append(state)
-        return torch.stack(after)
-
-    def states(self, x: Tensor, state: Tensor, begins: Tensor) -> Tensor:
-        """The latent context's states at each moment of a rollout, ``[steps, batch, W]``; as :meth:`unroll`."""
-        state = torch.where(begins[0].unsqueeze(-1), self.first(len(state)), state)
-        now = self.absorb(x[0], state)
-        if len(x) == 1:
-            return now.unsqueeze(0)
-        _, known, at, successor, action, reward = x.transpose(0, 1).split(self._parts, -1)
-        # a transition stands between two moments; none leads to the begin of a trial
-        context = self._context(at[:, :-1], action[:, 1:], reward[:, 1:], successor[:, 1:], known[:, 1:, 0] > 0)
-        after = self.trail(context, now, begins[1:])
-        cleared = torch.where(begins[1:].unsqueeze(-1), self.latent.first_state(len(now)), after)
-        return torch.cat([now.unsqueeze(0), cleared])
-
-    def _context(self, state: Tensor, action: Tensor, reward: Tensor, successor: Tensor, mask: Tensor) -> Observations:
-        observation, act = self._shapes
-        return self.spec.transitions(
-            _restored(state, observation),
-            _restored(action, act),
-            reward.squeeze(-1),
-            _restored(successor, observation),
-            mask,
-        )
-
-    def _gradient(self) -> Any:
-        return torch.set_grad_enabled(self.rl_gradient and torch.is_grad_enabled())
-
-    def belief(self, states: Tensor) -> Tensor:
-        """What the policy reads of the belief in the latent context's states ``[…, W]``, ``[…, size]``."""
-        q = self.latent.of_state(states).base_dist
-        if self.readout is not None:
-            return self.readout(q.loc, q.scale)
-        return torch.cat([q.loc, q.scale.log()], -1)
-
-    def give(self, x: Tensor, belief: Tensor) -> Tensor:
-        """What is computed from an input and a belief, ``[…, 2 × outputs]``: for the policy, and for the value."""
-        seen = torch.cat([x[..., : self._parts[0]], belief], -1)
-        return torch.cat([self.policy_net(seen), self.value_net(seen)], -1)
-
-    # -- as a memory ------------------------------------------------------------------------------------------------
-
-    def advance(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`."""
-        with self._gradient():
-            now = self.absorb(x, state)
-            belief = self.belief(now)
-        return self.give(x, belief), torch.cat([now, x.split(self._parts, -1)[2]], -1)
-
-    def unroll(self, x: Tensor, state: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`~bayesmeta.rl.memory.recurrent.Memory`; in one pass where no trial begins on the way."""
-        self.check(x, state, begins)
-        with self._gradient():
-            states = self.states(x, state, begins)
-            belief = self.belief(states)
-        last = torch.cat([states[-1], x[-1].split(self._parts, -1)[2]], -1)
-        return self.give(x, belief), last
-
-
 class BeliefPolicy(MemoryPolicy):
     """A policy and values on (s, belief, clock).
 
@@ -226,6 +92,13 @@ class BeliefPolicy(MemoryPolicy):
         rl_gradient: let gradients of the policy's objective reach the encoder.
         readout: what the policy reads of the belief, a :data:`Readout` with a ``size`` such as
             :class:`DecodedReadout`; None: mean and log standard deviation.
+        correlation: of the noise of continuous actions from step to step of an episode, in [0, 1): noise that stays on
+            one side leads away from where the policy would go, and white noise only around it; see
+            :class:`~bayesmeta.rl.varibad.exploring.CorrelatedNoise`. It is new in each rollout.
+        spread: let the standard deviation of continuous actions depend on state and belief: a policy that still
+            searches may be less sure of what to do than one that knows.
+        trial_clock: read how much of the trial is gone; without it, trials may be longer than in training, and the
+            policy reads the time in its episode alone.
         encoder, encoded: module for observations, from what the environment gives to ``[…, encoded]``, and that
             number. None takes the spec's ``encode``, or the observations' own numbers.
         options: ``gamma``, ``squashed``, ``log_std`` and ``seed``, as in :class:`MemoryPolicy`.
@@ -248,6 +121,9 @@ class BeliefPolicy(MemoryPolicy):
         layers: int = 2,
         rl_gradient: bool = False,
         readout: Any = None,
+        correlation: float = 0.0,
+        spread: bool = False,
+        trial_clock: bool = True,
         encoder: nn.Module | None = None,
         encoded: int | None = None,
         **options: Any,
@@ -267,7 +143,25 @@ class BeliefPolicy(MemoryPolicy):
             with forked_rng(as_generator(options.get("seed", 0), stream="belief policy")):
                 return BeliefMemory(latent, seen, units, layers=layers, rl_gradient=rl_gradient, readout=readout)
 
+        CorrelatedNoise(correlation)  # refuses what is out of range
+        if correlation and (hasattr(env.single_action_space, "n") or options.get("squashed")):
+            raise OptionError("correlation is of Gaussian noise: of continuous actions that are not squashed.")
+        self.correlation, self.trial_clock = correlation, trial_clock
         super().__init__(env, memory_kind=memory, encoder=encoder, encoded=encoded, **options)
+        if spread:
+            self._spread(options.get("log_std", 0.0), options.get("seed", 0))
+
+    def _spread(self, log_std: float, seed: int) -> None:
+        """Take a head whose standard deviations are outputs."""
+        if not isinstance(self.head, GaussianHead):
+            raise OptionError("spread=True is for continuous actions that are not squashed.")
+        box: Any = self.action_space
+        low, high = (torch.as_tensor(end).flatten() for end in (box.low, box.high))
+        self.head, self.free = SpreadHead(low, high, log_std=log_std), None
+        with forked_rng(as_generator(seed, stream="spread head")):
+            self.act_layer = nn.Linear(self.memory.outputs, self.head.outputs)
+            nn.init.orthogonal_(self.act_layer.weight, 0.01)
+            nn.init.zeros_(self.act_layer.bias)
 
     @property
     def latent(self) -> LatentContext:
@@ -284,22 +178,38 @@ class BeliefPolicy(MemoryPolicy):
             _check_length(memory.spec, env)
         super().set_trial(env)
 
+    def actor(self, *, greedy: bool = False) -> Any:
+        """As in :class:`MemoryPolicy`, with correlated noise if asked for."""
+        if greedy or not self.correlation:
+            return super().actor(greedy=greedy)
+        noise = CorrelatedNoise(self.correlation)
+
+        def act(moment: Moment, state: Tensor | None, generator: torch.Generator) -> Acted:
+            state = self.first(len(moment.begins)) if state is None else state
+            hidden, state = self.memory.step(self.inputs(moment), state, moment.begins)
+            distribution = self._distribution(hidden)
+            normal = distribution.base_dist
+            action = normal.loc + normal.scale * noise.draw(normal.loc, moment.clock == 0, generator)
+            return Acted(action, distribution.log_prob(action), state, self._value(hidden, moment))
+
+        return act
+
     def inputs(self, moment: Moment) -> Tensor:
         """What the memory reads, ``[…, inputs]``: what the policy sees, and the transition that led here."""
         assert moment.successor is not None
         dtype = self.act_layer.weight.dtype
         left = self.remaining(moment).to(dtype)
         gone = moment.clock.to(dtype) / self.horizon
-        observation, act = (_shape(space) for space in (self.observation_space, self.action_space))
-        raw = _flat(moment.observation, observation, dtype)
+        observation, act = (shape_of(space) for space in (self.observation_space, self.action_space))
+        raw = flat(moment.observation, observation, dtype)
         return torch.cat(
             [
                 self._seen(moment.observation, dtype),
-                torch.stack([1 - left / self.trial_steps, left / (left + 10), gone], -1),
+                torch.stack([*self._trial(left), gone], -1),
                 (~moment.begins).unsqueeze(-1).to(dtype),
                 raw,
-                _flat(moment.successor, observation, dtype),
-                _flat(moment.action, act, dtype),
+                flat(moment.successor, observation, dtype),
+                flat(moment.action, act, dtype),
                 moment.reward.unsqueeze(-1).to(dtype),
             ],
             -1,
@@ -321,6 +231,12 @@ class BeliefPolicy(MemoryPolicy):
             states = self.memory.states(self.inputs(rollout.moments), rollout.first_state, rollout.moments.begins)
             moments = BelievedMoment(**vars(rollout.moments), belief=self.memory.belief(states))
         return dataclasses.replace(rollout, moments=moments)
+
+    def _trial(self, left: Tensor) -> tuple[Tensor, Tensor]:
+        """The clock of the trial, from the steps left; zeros where it is not read."""
+        if not self.trial_clock:
+            return torch.zeros_like(left), torch.zeros_like(left)
+        return 1 - left / self.trial_steps, left / (left + 10)
 
     def _seen(self, observation: Tensor, dtype: torch.dtype) -> Tensor:
         if self.encoder is not None:
@@ -359,19 +275,3 @@ class _Encode(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         assert self._spec.encode is not None
         return self._spec.encode(observation)
-
-
-def _shape(space: Any) -> torch.Size | None:
-    """Of a value of a space; None for a ``Discrete`` one."""
-    return None if hasattr(space, "n") else torch.Size(space.shape)
-
-
-def _flat(value: Tensor, shape: torch.Size | None, dtype: torch.dtype) -> Tensor:
-    """A value of a space as ``[…, numbers]``, as it is: whole numbers are not made one-hot."""
-    value = value.unsqueeze(-1) if not shape else value.flatten(value.dim() - len(shape))
-    return value.to(dtype)
-
-
-def _restored(numbers: Tensor, shape: torch.Size | None) -> Tensor:
-    """The value of :func:`_flat`."""
-    return numbers.squeeze(-1).long() if shape is None else numbers.reshape(*numbers.shape[:-1], *shape)

@@ -1,0 +1,148 @@
+"""What a policy is paid in training beside the reward, or in its place; beliefs always read the reward itself.
+
+**A bonus by the belief** reads how the belief changed with a step, from b to b′. With a potential Φ such as how sure
+the belief is:
+
+* ``"invariant"``: γ Φ(b′) − Φ(b), where Φ is 0 after the end of a trial. Source: A. Ng, D. Harada, S. Russell, "Policy
+  Invariance Under Reward Transformations", ICML 1999, theorem 1, here with beliefs in the state: discounted sums of it
+  are −Φ of the first belief, whatever is done, so that what is best stays so.
+* ``"gain"``: Φ(b′) − Φ(b). What is learned sooner is paid sooner: with a discount that is an extra reward of (1 − γ)
+  Φ(b′) in each step and one of γ Φ for the last belief, and what is best changes. Its weight should go to 0.
+
+Why the second? A critic that has learned the first kind's sums cancels them in each advantage: it helps where values
+are not known yet. The second pays for learning as long as it is paid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from bayesmeta.errors import OptionError
+from bayesmeta.rl.rollout import Rollout
+
+#: From mean and standard deviation of a belief ``[…, batch, D]`` to ``[…, batch]``.
+Potential = Callable[[Tensor, Tensor], Tensor]
+Kind = Literal["invariant", "gain"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BeliefBonus:
+    """A bonus for how the belief changes; see :mod:`bayesmeta.rl.varibad.shaping`.
+
+    Attributes:
+        potential: Φ, without gradients.
+        weight, last_weight: of the bonus, at the begin, and from a share ``until`` of the training on; between them it
+            goes linearly.
+        until: in (0, 1].
+        kind: ``"invariant"`` or ``"gain"``.
+
+    Raises:
+        OptionError: for weights below 0 and other settings outside their range.
+    """
+
+    potential: Potential
+    weight: float = 1.0
+    last_weight: float = 0.0
+    until: float = 1.0
+    kind: Kind = "gain"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise OptionError(f"Unknown kind {self.kind!r}; expected {' or '.join(map(repr, get_args(Kind)))}.")
+        for name in ("weight", "last_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(f"{name} must be at least 0 and finite; got {getattr(self, name)}.")
+        if not 0 < self.until <= 1:
+            raise OptionError(f"until must be in (0, 1]; got {self.until}.")
+
+    def at(self, share: float) -> float:
+        """The weight when a share of the training in [0, 1] is done."""
+        done = min(max(share / self.until, 0.0), 1.0)
+        return self.weight + done * (self.last_weight - self.weight)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        before: tuple[Tensor, Tensor],
+        after: tuple[Tensor, Tensor],
+        trial_ended: Tensor,
+        *,
+        gamma: float,
+        share: float = 0.0,
+    ) -> Tensor:
+        """The bonus of each step, ``[steps, batch]``.
+
+        Args:
+            before, after: mean and standard deviation of the belief before and after each step, ``[steps, batch, D]``;
+                after the last of a trial: the belief that has read it.
+            trial_ended: whether the trial ended with the step, booleans ``[steps, batch]``.
+            gamma: discount; of ``"invariant"``.
+            share: of the training that is done.
+        """
+        weight = self.at(share)
+        if weight == 0.0:
+            return torch.zeros_like(before[0][..., 0])
+        now, then = self.potential(*before), self.potential(*after)
+        if self.kind == "invariant":
+            then = gamma * torch.where(trial_ended, 0.0, then)
+        return weight * (then - now)
+
+
+class PolicyReward(Protocol):
+    """What a policy is trained on in place of the reward.
+
+    Attributes:
+        names: numbers of ``info`` that it reads, which the rollout then has as ``extra``.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See above."""
+
+    def __call__(self, rollout: Rollout, share: float) -> Tensor:
+        """``[steps, batch]``, of a rollout and the share of the training that is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkingDisc:
+    """1 − d within a disc around the goal whose radius shrinks: a sparse reward's own, once it has that radius.
+
+    Attributes:
+        first, last: radius at the begin and from the share ``until`` on, from when on the reward itself is paid.
+        until: in [0, 1].
+        name: of minus the distance in ``info``.
+
+    Raises:
+        OptionError: for radii that are not positive or grow, and shares outside [0, 1].
+    """
+
+    first: float = 1.0
+    last: float = 0.2
+    until: float = 0.3
+    name: str = "dense_reward"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.last <= self.first < math.inf or not 0 <= self.until <= 1:
+            raise OptionError(
+                f"A disc shrinks from first to last, both positive, until a share in [0, 1]; got first={self.first}, "
+                f"last={self.last}, until={self.until}."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.name,)
+
+    def __call__(self, rollout: Rollout, share: float) -> Tensor:
+        """As :class:`PolicyReward`."""
+        if share >= self.until:
+            return rollout.reward
+        away = -rollout.extra[self.name]
+        radius = self.first + share / self.until * (self.last - self.first)
+        return torch.where(away <= radius, (1 - away).clamp_min(0.0), 0.0).to(rollout.reward.dtype)
