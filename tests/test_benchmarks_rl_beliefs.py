@@ -24,7 +24,7 @@ def options(**changes):
     return argparse.Namespace(**{**given, **changes})
 
 
-def seen(tasks=4000, pulls=12, arms=3, seed=0):
+def seen(tasks=1500, pulls=12, arms=3, seed=0):
     """True means, and what uniform pulls saw of them."""
     generator = as_generator(seed)
     means = torch.rand(tasks, arms, generator=generator)
@@ -66,7 +66,7 @@ def test_wrong_beliefs_are_told_from_the_exact_one(kind):
     else:
         draws = draws.roll(1, 1)
     found = checks.figures(draws, won, lost, means)
-    covers = abs(float(found["coverage_90"].mean()) - 0.9) < 0.01
+    covers = within(found["coverage_90"], 0.9)
     assert covers == (kind == "prior")  # who knows nothing covers: that is why another bar is there
     assert (float(found["log_score_lost"].mean()) > 0.03) == (kind != "narrow")
     assert (float(found["distance"].mean()) > 0.1) == (kind != "narrow")
@@ -139,9 +139,8 @@ def test_thompson_sampling_pulls_good_arms_and_uniform_pulls_do_not():
 
 
 def test_all_learners_are_asked_about_the_same_pulls_of_held_out_tasks():
-    paths = [
-        bench.pulled(bench.make(name, 0, 4, 1), checks.uniform(5), 6, "test", 0) for name in ("varibad", "product")
-    ]
+    runs = [bench.make(name, 0, 4, 1) for name in ("varibad", "product")]
+    paths = [bench.pulled(run, checks.uniform(5), 6, "test", 0) for run in runs]
     assert torch.equal(paths[0][0].context.x, paths[1][0].context.x)
     assert torch.equal(paths[0][1], paths[1][1])
     assert paths[0][0].steps == bench.HORIZON
@@ -161,14 +160,15 @@ def test_the_learner_is_varibad_with_the_whole_kl_and_a_policy_that_stays_at_ran
     assert run.history[-1]["entropy"] == pytest.approx(math.log(5), abs=0.01)
 
 
+@pytest.mark.slow
 def test_nuts_knows_the_posterior_under_the_decoder():
     """With a decoder that is uniform and knows the arms, NUTS finds Beta."""
     run = bench.make("varibad", 0, 4, 1)
     with torch.no_grad():
         run.decoder.network[0].weight.copy_(1.5976 * torch.eye(5))
         run.decoder.cube.fill_(0.070565999 / 1.5976**3)
-    path, means = bench.pulled(run, checks.uniform(5), 3, "validation", 0)
-    z, rhat, ess = checks.nuts_draws(path, 20, 0, kept=150, chains=1)
+    path, means = bench.pulled(run, checks.uniform(5), 2, "validation", 0)
+    z, rhat, ess = checks.nuts_draws(path, 20, 0, kept=60, chains=2)
     assert rhat < 1.2
     assert ess > 30
     counts = arm_counts(run.belief_spec, path.at(20).support)

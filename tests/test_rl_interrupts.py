@@ -180,3 +180,14 @@ def test_signals_are_answered_once_and_at_once(name, said, capfd):
         signal.raise_signal(signal.Signals[name])
         silent.received = None
     assert capfd.readouterr().err == ""
+
+
+def test_a_second_interrupt_during_the_save_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "APART", 0.0)
+    learner, save = learner_of("rl2"), checkpoint.save_last
+    train = learner.train
+    learner.train = lambda n: (train(n), signal.raise_signal(signal.SIGINT))[0]
+    monkeypatch.setattr(checkpoint, "save_last", lambda *a: (signal.raise_signal(signal.SIGINT), save(*a))[1])
+    with pytest.raises(KeyboardInterrupt, match="after iteration 1; its checkpoint is in"):
+        bm.rl.fit(learner, iterations=4, out=tmp_path, checkpoint_every=100, progress=False)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 1

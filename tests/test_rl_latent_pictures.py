@@ -71,6 +71,8 @@ def test_a_picture_has_a_panel_a_step_with_the_belief_the_way_and_the_goal(tmp_p
     )  # fmt: skip
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 5
+    assert not panels[0].xaxis.get_tick_params()["labelbottom"]
+    assert panels[1].xaxis.get_tick_params()["labelbottom"]  # below it there is no other
     image = torch.as_tensor(panels[3].images[0].get_array())  # [rows, columns] from below
     row, column = divmod(int(image.argmax()), 11)
     side = torch.linspace(-0.5, 0.5, 11)

@@ -80,6 +80,20 @@ def test_credit_is_the_discounted_return_and_what_is_told_is_not():
     assert torch.equal(episodes.steps.returns, torch.full((2, 2), 3.0))
 
 
+def test_advantages_are_in_the_units_of_the_credit():
+    """So that one rate serves ω and θ: of the same episodes, both are over the spread of the task's returns."""
+    plain = Estimation(standardise=False)
+    raw, scaled = (
+        learner.episodes(learner.env, learner.omega[:3], learner.generator, inner=True)
+        for learner in (small(credit=credit, estimation=plain) for credit in ("raw", "standardised"))
+    )
+    unit = raw.credit.std(1, correction=0, keepdim=True)
+    assert torch.equal(raw.z, scaled.z)
+    torch.testing.assert_close(scaled.steps.advantage, raw.steps.advantage / unit)
+    torch.testing.assert_close(scaled.credit, (raw.credit - raw.credit.mean(1, keepdim=True)) / unit)
+    assert (unit - 1).abs().min() > 0.1  # control: it divides
+
+
 def test_tasks_begin_at_the_prior_after_the_first_iterations():
     def own_of(iterations, **options):
         """Which of an iteration's tasks begin at their own ω, ``[iterations, tasks]``."""

@@ -132,6 +132,10 @@ def test_what_the_memory_reads():
     torch.testing.assert_close(gone[:, 0], torch.arange(6) / 6)
     remaining = 6 - torch.arange(6.0)
     torch.testing.assert_close(left[:, 0], remaining / (remaining + 10))
+    env = bandit(3, arms=2)  # of choices, none was made before a trial: not the first
+    policy = MemoryPolicy(env, units=4)
+    choices = policy.inputs(collect(env, policy.actor(), 6, generator=seeded()).moments)[..., -7:-5]
+    assert choices.sum(-1).tolist() == [[0.0] * 3, *[[1.0] * 3] * 4, [0.0] * 3]
 
 
 def test_values_are_an_annuity_of_a_learned_rate():

@@ -1,6 +1,7 @@
 """Soft actor-critic: values by quadrature, gradients by finite differences, entropies met, time limits bootstrapped."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -22,7 +23,7 @@ from bayesmeta.rl.off_policy.sac import (
     soft_value,
     temperature_loss,
 )
-from bayesmeta.rl.off_policy.sac_learner import SAC
+from bayesmeta.rl.off_policy.sac_learner import SAC, uniform_actor
 from tests.faults.driver import difference
 from tests.rl_small import Constant, Parabola, Pendulum
 
@@ -367,6 +368,15 @@ def test_going_on_from_a_state_is_the_same_bit_for_bit():
         SAC(whole.env, SACConfig(hidden=(9,))).load_learned(whole.state_dict())
     curve = whole.curve(TensorVectorEnv(Constant(horizon=3), 3, episodes_per_trial=2, generator=1))
     assert curve.returns.tolist() == curve.lengths.tolist() == [[3.0] * 3] * 2
+
+
+def test_random_actions_fill_the_box():
+    """Their quantiles are those of the uniform law on [−2, 2]."""
+    moment = SimpleNamespace(begins=torch.zeros(40_000, dtype=torch.bool), reward=torch.zeros(40_000))
+    acted = uniform_actor(networks(dtype=torch.float32))(moment, None, torch.Generator().manual_seed(0))
+    at = torch.linspace(-2, 2, 9)
+    share, below = (at + 2) / 4, (acted.action <= at).double().mean(0)
+    assert ((below - share).abs() <= 4.5 * (share * (1 - share) / 40_000).sqrt()).all()
 
 
 def test_nothing_is_learned_from_before_the_random_steps_are_over():

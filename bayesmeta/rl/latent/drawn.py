@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesmeta.errors import OptionError, ShapeError
 from bayesmeta.rl.latent.beliefs import BeliefPath
-from bayesmeta.rl.latent.pictures import walked
+from bayesmeta.rl.latent.pictures import finish_panels, walked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,8 +132,7 @@ def plot_weights(
         tasks = float(torch.distributions.Categorical(share).entropy().exp())
         moment = "before anything" if step == 0 else f"after {step} step{'s' * (step > 1)}"
         axes.set_title(f"{moment}: {tasks:.3g} tasks", fontsize="small")
-    for empty in panels[len(steps) :]:
-        empty.set_axis_off()
+    finish_panels(panels, len(steps), columns)
     figure.suptitle(title)
     return figure
 

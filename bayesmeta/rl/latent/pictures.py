@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -137,12 +137,26 @@ def plot_beliefs(
                 *goal.float().cpu().unsqueeze(1).numpy(), marker="*", markersize=12, color="#ff6b9d", linestyle=""
             )
         axes.set_title("before anything" if step == 0 else f"after {step} step{'s' * (step > 1)}", fontsize="small")
-    for empty in panels[len(steps) :]:
-        empty.set_axis_off()
+    finish_panels(panels, len(steps), columns)
     name = "probability of the goal" if family is not None else "mean predicted reward"
     figure.colorbar(drawn, ax=list(panels), label=name, shrink=0.9)
     figure.suptitle(title)
     return figure
+
+
+def finish_panels(panels: Any, used: int, columns: int) -> None:
+    """Leave out the panels behind the last that is used; the lowest of each column has the numbers of its axis.
+
+    Args:
+        panels: row by row.
+        used: how many.
+        columns: of a row.
+    """
+    for number, axes in enumerate(panels):
+        if number >= used:
+            axes.set_axis_off()
+        elif number + columns >= used:
+            axes.tick_params(labelbottom=True)
 
 
 def _places(
