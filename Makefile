@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
-BENCHMARKS := sinusoid fertility multilevel radon challenging_sinusoid deep_kernel_sines sine_or_line neural_processes memorization speed_meta_step speed_svi distributed import_time pacoh calibration active ood sbc scaling env_throughput bandits tabular_mdps beam_steering navigation grid pearl_speed sparse_point_robot
+BENCHMARKS := sinusoid fertility multilevel radon challenging_sinusoid deep_kernel_sines sine_or_line neural_processes memorization speed_meta_step speed_svi distributed import_time pacoh calibration active ood sbc scaling env_throughput bandits tabular_mdps beam_steering navigation grid pearl_speed sparse_point_robot rl_beliefs
 # pip's own notices would drown what the person wants to see
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 

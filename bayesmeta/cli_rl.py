@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from bayesmeta.rl.settings import Settings, listing
+from bayesmeta.rl_settings import Settings, listing
 
 
 @dataclasses.dataclass

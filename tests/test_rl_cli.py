@@ -13,8 +13,8 @@ from bayesmeta.rl.command import harm, read_setup, train_setup
 from bayesmeta.rl.evaluation import _beside, _bounds, _regret, evaluate_folder, table
 from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.reference_policies import Reference
-from bayesmeta.rl.settings import METHODS
 from bayesmeta.rl.setups import ENVIRONMENTS, Setup
+from bayesmeta.rl_settings import METHODS
 from bayesmeta.train import checkpoint
 
 #: Methods for continuous actions alone.

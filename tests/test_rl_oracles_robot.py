@@ -74,7 +74,9 @@ def test_it_stands_beside_learners():
     found = {r.name: r for r in references(ROBOT, tasks, 4)}
     ideal = found["ideal Thompson sampling"]
     assert ideal.curve.returns.shape == (4, 20)
-    assert ideal.learns and not ideal.optimum and not ideal.knows_task
+    assert ideal.learns
+    assert not ideal.optimum
+    assert not ideal.knows_task
     assert (ideal.curve.returns <= found["straight to the goal"].curve.returns + 1e-4).all()
     assert "ideal Thompson sampling" not in {r.name for r in references(Navigation(sparse=True), tasks, 2)}
 

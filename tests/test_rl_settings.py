@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from bayesmeta import cli, cli_rl, errors
+from bayesmeta import rl_settings as settings
 from bayesmeta.diagnostics import plots
-from bayesmeta.rl import settings
 from bayesmeta.rl.command import dry_run, train_setup
-from bayesmeta.rl.settings import METHODS
 from bayesmeta.rl.setups import ENVIRONMENTS, Setup
+from bayesmeta.rl_settings import METHODS
 from bayesmeta.train import checkpoint
 from bayesmeta.train.fit import pick_device
 

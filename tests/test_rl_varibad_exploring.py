@@ -62,15 +62,20 @@ def test_greedy_actions_have_no_noise_whatever_its_correlation():
 
 
 def test_a_spread_head_by_hand():
-    head = SpreadHead(torch.tensor([-0.1, 0.0]), torch.tensor([0.1, 4.0]), log_std=-1.0, log_std_range=(-2.0, 0.5))
+    head = SpreadHead(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]), log_std=-1.0, most=0.5)
     assert (head.outputs, head.free) == (4, 0)
-    normal = head.distribution(torch.tensor([[0.0, 0.5, 0.25, 9.0], [50.0, -50.0, -9.0, 0.0]])).base_dist
-    torch.testing.assert_close(normal.loc, torch.tensor([[0.0, 2 + 2 * math.tanh(0.5)], [0.1, 0.0]]))
-    torch.testing.assert_close(normal.scale.log(), torch.tensor([[-0.75, 0.5], [-2.0, -1.0]]))
+    normal = head.distribution(torch.tensor([[0.0, 0.5, 0.0, 0.0], [50.0, -50.0, 99.0, -99.0]])).base_dist
+    torch.testing.assert_close(normal.loc, torch.tensor([[0.0, 2 + 2 * math.tanh(0.5)], [1.0, 0.0]]))
+    torch.testing.assert_close(normal.scale[0].log(), torch.tensor([-1.0, -1.0]))
+    assert normal.scale[1, 0] == pytest.approx(0.5)  # most: half of the half width 1
+    assert normal.scale[1, 1].log() == pytest.approx(-99 - math.log(math.expm1(1.0)), rel=1e-4)  # far below, exp
+    outputs = torch.tensor([[0.0, 0.0, 5.0, 5.0]], requires_grad=True)
+    head.distribution(outputs).entropy().sum().backward()
+    assert outputs.grad[0, 2:].min() > 0  # close to the bound there is still a gradient
 
 
 def test_a_policy_with_spread_is_less_sure_in_some_states_and_learns_it():
-    env, policy = made(spread=True, log_std=-2.0)
+    env, policy = made(spread=True, log_std=-3.0)
     assert "free" not in dict(policy.named_parameters())
     state = policy.first(6).detach()
     rollout = collect(env, policy.actor(), 9, generator=seeded(), state=state)
@@ -82,7 +87,7 @@ def test_a_policy_with_spread_is_less_sure_in_some_states_and_learns_it():
     (gradient,) = torch.autograd.grad(distribution.entropy().mean(), policy.act_layer.weight)
     assert gradient[:2].eq(0).all()
     assert gradient[2:].ne(0).any()
-    plain = made(log_std=-2.0)[1]  # control
+    plain = made(log_std=-3.0)[1]  # control
     with torch.no_grad():
         assert plain.unroll(rollout.moments, state)[0].base_dist.scale.std() < 1e-6 + plain.free.exp().std()
 
@@ -97,10 +102,11 @@ def test_what_does_not_fit_is_refused():
         made(bm.rl.Grid(cells=3, horizon=3), correlation=0.5)
     for options in ({"squashed": True}, {"family": bm.rl.Grid(cells=3, horizon=3)}):
         with pytest.raises(OptionError, match="spread=True is for continuous"):
-            made(spread=True, **options)
+            made(spread=True, log_std=-3.0, **options)
     one = torch.ones(2)
     for low, high in ((-one, one * math.inf), (one, one)):
         with pytest.raises(OptionError, match="box with finite ends"):
             SpreadHead(low, high)
-    with pytest.raises(OptionError, match="log_std must be in"):
-        SpreadHead(-one, one, log_std=3.0)
+    for wrong in ({"log_std": 1.0}, {"most": 0.0}, {"most": math.inf}):
+        with pytest.raises(OptionError, match="must be below most"):
+            SpreadHead(-one, one, **wrong)

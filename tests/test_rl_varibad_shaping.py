@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import bayesmeta as bm
-from bayesmeta.errors import OptionError
+from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.rollout import collect
 from bayesmeta.rl.varibad.learner import VariBAD
 from bayesmeta.rl.varibad.policy import BeliefPolicy
-from bayesmeta.rl.varibad.shaping import BeliefBonus, ShrinkingDisc
+from bayesmeta.rl.varibad.shaping import BeliefBonus, ShrinkingDisc, ShrinkingRadius
 
 ROBOT = bm.rl.SparsePointRobot(horizon=3)
 
@@ -37,7 +37,8 @@ def learner(**options):
     decoder = TransitionDecoder(spec, 2, hidden=(5,), seed=0)
     for parameter in [*policy.parameters(), *decoder.parameters()]:
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=seeded(5))
-    return VariBAD(env, policy, decoder, iterations=4, config=bm.rl.PPOConfig(gamma=0.9), **options)
+    options = {"iterations": 4} | options
+    return VariBAD(env, policy, decoder, config=bm.rl.PPOConfig(gamma=0.9), **options)
 
 
 def paid_by(bonus, steps=12, run=None, start=None):
@@ -175,6 +176,37 @@ def test_a_shrinking_disc_ends_as_the_reward_itself():
     assert trained.options()["policy_reward"][0] == {"kind": "ShrinkingDisc", **dataclasses.asdict(disc)}
 
 
+def test_a_shrinking_radius_is_that_of_the_tasks_and_ends_as_theirs():
+    radius = ShrinkingRadius(1.0, 0.2, until=0.5)
+    assert [radius.at(share) for share in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    run = learner(curriculum=radius, iterations=5)
+    seen = []
+    learn = run._learn_beliefs
+    run._learn_beliefs = lambda rollout, share: (
+        seen.append(rollout.reward.gt(0).double().mean()) or learn(rollout, share)
+    )
+    run.train()
+    assert run.env.family == ROBOT  # exactly, at the end
+    assert seen[0] > 0.1  # up to three steps from the start, within 1 of some goals
+    assert seen[2:] == [0, 0, 0]  # and far from all discs
+    assert run.options()["curriculum"] == {"kind": "ShrinkingRadius", **dataclasses.asdict(radius)}
+
+
+def test_a_resumed_run_has_the_radius_that_it_had():
+    runs = [learner(curriculum=ShrinkingRadius(1.0), steps=4) for _ in range(3)]  # rollouts end within trials
+    runs[0].train(4)
+    runs[1].train(2)
+    saved = runs[1].state_dict()
+    assert 0.2 < saved["env"]["config"]["radius"] < 1.0
+    runs[2].load_state_dict(saved)
+    runs[2].train(2)
+    whole, parts = (run.state_dict() for run in (runs[0], runs[2]))
+    assert all(torch.equal(whole["policy"][name], parts["policy"][name]) for name in whole["policy"])
+    assert [row["bound"] for row in whole["history"]] == [row["bound"] for row in parts["history"]]
+    with pytest.raises(CheckpointError, match="Make them the same"):  # control: one that does not know the radius
+        learner(steps=4).load_state_dict(saved)
+
+
 def test_a_policy_without_the_trials_clock_acts_the_same_in_longer_trials():
     run, told = learner(trial_clock=False), learner()
     longer = bm.rl.TensorVectorEnv(ROBOT, 6, new_tasks=True, episodes_per_trial=5, generator=0)
@@ -193,5 +225,11 @@ def test_what_does_not_fit_is_refused():
     for wrong in ({"first": 0.1}, {"last": 0.0}, {"until": 1.5}, {"first": math.inf}):
         with pytest.raises(OptionError, match="A disc shrinks"):
             ShrinkingDisc(**wrong)
+    for wrong in ({"first": 0.1}, {"last": 0.0}, {"until": 0.0}, {"until": 1.5}, {"first": math.inf}):
+        with pytest.raises(OptionError, match="A radius shrinks"):
+            ShrinkingRadius(**wrong)
+    bandits = bm.rl.TensorVectorEnv(bm.rl.BernoulliBandit(arms=2, horizon=3), 2, generator=0)
+    with pytest.raises(OptionError, match="has none"):
+        ShrinkingRadius()(bandits, 0.0)
     with pytest.raises(OptionError, match="nothing named"):
         learner(policy_reward=ShrinkingDisc(name="gold")).train(1)

@@ -55,6 +55,8 @@ _NAMES = {
     "Navigation": "bayesmeta.rl.envs",
     "PairMemory": "bayesmeta.rl.memory.pair",
     "plot_beliefs": "bayesmeta.rl.latent.pictures",
+    "plot_latents": "bayesmeta.rl.latent.drawn",
+    "plot_weights": "bayesmeta.rl.latent.drawn",
     "PEARL": "bayesmeta.rl.off_policy.pearl",
     "PEARLConfig": "bayesmeta.rl.off_policy.pearl",
     "plot_adaptation": "bayesmeta.rl.drawings",
@@ -70,6 +72,7 @@ _NAMES = {
     "save_video": "bayesmeta.rl.watching",
     "SNAILMemory": "bayesmeta.rl.memory.snail",
     "ShrinkingDisc": "bayesmeta.rl.varibad.shaping",
+    "ShrinkingRadius": "bayesmeta.rl.varibad.shaping",
     "SparsePointRobot": "bayesmeta.rl.envs",
     "SquashedGaussianHead": "bayesmeta.rl.policies",
     "task_gaussians": "bayesmeta.rl.maesn.beliefs",
@@ -118,6 +121,7 @@ if TYPE_CHECKING:
     from bayesmeta.rl.latent.contexts import ContextSpec
     from bayesmeta.rl.latent.core import LatentContext
     from bayesmeta.rl.latent.decoder import TransitionDecoder
+    from bayesmeta.rl.latent.drawn import plot_latents, plot_weights
     from bayesmeta.rl.latent.mixture import MixtureContext
     from bayesmeta.rl.latent.pictures import plot_beliefs
     from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, Learner
@@ -145,5 +149,5 @@ if TYPE_CHECKING:
     from bayesmeta.rl.varibad.decoder import LinearDecoder
     from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
     from bayesmeta.rl.varibad.policy import BeliefPolicy, DecodedReadout
-    from bayesmeta.rl.varibad.shaping import BeliefBonus, ShrinkingDisc
+    from bayesmeta.rl.varibad.shaping import BeliefBonus, ShrinkingDisc, ShrinkingRadius
     from bayesmeta.rl.watching import Watching, save_video, watch

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bayesmeta.errors import CheckpointError, OptionError
-from bayesmeta.rl.settings import ENV_TEXTS, LONGER, METHODS, meanings
 from bayesmeta.rl.setups import ENVIRONMENTS, Setup
+from bayesmeta.rl_settings import ENV_TEXTS, LONGER, METHODS, meanings
 from bayesmeta.train.fit import pick_device
 from bayesmeta.train.folder import CONFIG, has_checkpoint
 

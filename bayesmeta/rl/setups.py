@@ -30,9 +30,9 @@ from bayesmeta.rl.policy_gradient.inner import Estimation
 from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
-from bayesmeta.rl.settings import METHODS as METHODS
-from bayesmeta.rl.settings import Settings, suggestion
 from bayesmeta.rl.setups_latent import LATENT_METHODS, maesn_for
+from bayesmeta.rl_settings import METHODS as METHODS
+from bayesmeta.rl_settings import Settings, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ CONTEXT = 8
 class Setup(Settings):
     """A run's settings; None is the default of environment and method, which :meth:`filled` puts in.
 
-    Its fields, and what they mean, are those of :class:`~bayesmeta.rl.settings.Settings`; environment and method must
+    Its fields, and what they mean, are those of :class:`~bayesmeta.rl_settings.Settings`; environment and method must
     be there.
 
     Raises:

@@ -45,7 +45,7 @@ def plot_latents(
     latents: Sequence[int] | None = None,
     title: str = "",
 ) -> Figure:
-    """z over the steps of a trial, mean ± standard deviation, beside the way that led to it.
+    """z over the steps of a trial, a panel for each number, mean ± standard deviation, beside the way that led to it.
 
     For beliefs without a decoder, of which nothing can be said but where z is. The grey band is the prior, 0 ± 1;
     dotted lines are where episodes begin. The way stands beside it where observations are two numbers.
@@ -69,13 +69,21 @@ def plot_latents(
         raise OptionError(f"latents={shown}; expected some of 0 to {path.loc.shape[-1] - 1}.")
     happened = int(path.context.full_mask()[env].sum())
     plane = rollout.successor.shape[2:] == (2,)
-    figure = Figure(figsize=(9.6 if plane else 6.4, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, width_ratios=(1, 1.5)) if plane else [figure.subplots()]
+    columns = 1 if len(shown) == 1 else 2
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.4 * plane + 5.6, max(3.0, 1.3 * rows + 0.6)), layout="constrained")
+    cells = figure.add_gridspec(rows, columns + plane, width_ratios=[1.3, *[1.0] * columns][1 - plane :])
     if plane:
-        _draw_episodes(panels[0], rollout, env, happened, goal)
-    _draw_latents(panels[-1], path, env, shown, happened)
-    for begin in _begins(rollout, env, happened)[1:]:
-        panels[-1].axvline(begin, color="0.5", linestyle=":", linewidth=0.9)
+        _draw_episodes(figure.add_subplot(cells[:, 0]), rollout, env, happened, goal)
+    panels = [figure.add_subplot(cells[n // columns, plane + n % columns]) for n in range(len(shown))]
+    for n, (axes, number) in enumerate(zip(panels, shown, strict=True)):
+        axes.sharex(panels[0])
+        axes.tick_params(labelbottom=n + columns >= len(shown))
+        _draw_latent(axes, path, env, number, happened)
+        for begin in _begins(rollout, env, happened)[1:]:
+            axes.axvline(begin, color="0.5", linestyle=":", linewidth=0.9)
+        if n + columns >= len(shown):
+            axes.set_xlabel("step of the trial", fontsize="small")
     figure.suptitle(title)
     return figure
 
@@ -119,9 +127,11 @@ def plot_weights(
         )
     columns = min(4, len(steps))
     rows = -(-len(steps) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2.9 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     where = places.float().cpu()
+    across, up = _sides(where, walked(rollout, env)[0].flatten(0, 1).float().cpu())
+    high = 2.6 * min(1.6, max(0.4, (up[1] - up[0]) / (across[1] - across[0])))
+    figure = Figure(figsize=(2.9 * columns, (high + 0.4) * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for axes, step in zip(panels, steps, strict=False):
         share = weights[step, env].float().cpu()
         axes.scatter(*where.T.numpy(), s=6, color="0.8", linewidths=0, zorder=1)
@@ -131,7 +141,8 @@ def plot_weights(
         _draw_episodes(axes, rollout, env, step, goal, labels=False)
         tasks = float(torch.distributions.Categorical(share).entropy().exp())
         moment = "before anything" if step == 0 else f"after {step} step{'s' * (step > 1)}"
-        axes.set_title(f"{moment}: {tasks:.3g} tasks", fontsize="small")
+        axes.set_title(f"{moment}: {tasks:.3g} task{'s' * (tasks >= 1.005)}", fontsize="small")
+    panels[0].set(xlim=across, ylim=up)
     finish_panels(panels, len(steps), columns)
     figure.suptitle(title)
     return figure
@@ -145,27 +156,30 @@ def _check(rollout: Rollout, of: tuple[int, int], env: int) -> None:
         )
 
 
+def _sides(*places: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Left and right, bottom and top of places ``[…, 2]``, with a margin."""
+    every = torch.cat(places)
+    low, high = every.min(0).values, every.max(0).values
+    margin = 0.12 * float((high - low).max().clamp_min(1e-3))
+    left, bottom = (float(x) - margin for x in low)
+    right, top = (float(x) + margin for x in high)
+    return (left, right), (bottom, top)
+
+
 def _begins(rollout: Rollout, env: int, steps: int) -> list[int]:
     """At which steps episodes begin."""
     return (rollout.moments.clock[:steps, env] == 0).nonzero().flatten().tolist()
 
 
-def _draw_latents(axes: Any, path: BeliefPath, env: int, shown: Sequence[int], happened: int) -> None:
-    import matplotlib
-
-    axes.axhspan(-1, 1, color="0.93", zorder=0)
-    at = range(happened + 1)
-    loc, scale = (value[: happened + 1, env].float().cpu() for value in (path.loc, path.scale))
-    for index, number in enumerate(shown):
-        colour = matplotlib.colormaps["tab10"](index % 10)
-        low, high = ((loc + sign * scale)[:, number].numpy() for sign in (-1, 1))
-        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(at, loc[:, number].numpy(), color=colour, linewidth=1.4, label=f"z[{number}]")
+def _draw_latent(axes: Any, path: BeliefPath, env: int, number: int, happened: int) -> None:
+    loc, scale = (value[: happened + 1, env, number].float().cpu() for value in (path.loc, path.scale))
+    axes.axhspan(-1, 1, color="0.92", zorder=0)
+    axes.fill_between(range(happened + 1), loc - scale, loc + scale, color=_LAST, alpha=0.25, linewidth=0)
+    axes.plot(range(happened + 1), loc, color=_LAST, linewidth=1.4)
     axes.set_xlim(0, max(1, happened))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("step of the trial")
-    axes.set_ylabel("z: mean ± standard deviation")
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.set_ylabel(f"z[{number}]", fontsize="small")
+    axes.tick_params(labelsize="small")
 
 
 def _draw_episodes(
@@ -190,6 +204,6 @@ def _draw_episodes(
         axes.plot(
             *goal.float().cpu().unsqueeze(1).numpy(), marker="*", markersize=14, color=_GOAL, linestyle="", zorder=5
         )
-    axes.set_aspect("equal")
+    axes.set_aspect("equal", adjustable="datalim" if labels else "box")
     if labels:
         axes.legend(frameon=False, fontsize="small")

@@ -46,38 +46,42 @@ class CorrelatedNoise:
 
 
 class SpreadHead:
-    """Actions of a box: Gaussians whose means stay inside of it by tanh, and whose log standard deviations are outputs.
+    """Actions of a box: Gaussians whose means stay inside of it by tanh, and whose standard deviations are outputs too.
 
-    A mean far outside of the box would be clipped whatever the noise, and nothing tried.
+    A mean far outside of the box would be clipped whatever the noise, and nothing tried. The standard deviation stays
+    below ``most`` half widths of the box, smoothly: with a bonus for entropy it would grow without end where nothing is
+    to be lost.
 
     Args:
         low, high: ends of the box, ``[size]``, finite.
         log_std: log standard deviation where the outputs are 0.
-        log_std_range: lowest and highest.
+        most: of the standard deviation, in half widths of the box.
 
     Raises:
-        OptionError: for a box without finite ends, and a first log standard deviation outside the range.
+        OptionError: for a box without finite ends, and a first standard deviation that is not below the bound.
     """
 
     free = 0
 
-    def __init__(
-        self, low: Tensor, high: Tensor, *, log_std: float = 0.0, log_std_range: tuple[float, float] = (-5.0, 2.0)
-    ) -> None:
+    def __init__(self, low: Tensor, high: Tensor, *, log_std: float = 0.0, most: float = 1.5) -> None:
         self.middle, self.half = (low + high) / 2, (high - low) / 2
         if not bool((self.half.isfinite() & (self.half > 0)).all()):
             raise OptionError(f"A SpreadHead is of a box with finite ends, low < high; got {low} and {high}.")
-        if not log_std_range[0] <= log_std <= log_std_range[1]:
-            raise OptionError(f"log_std must be in {log_std_range}; got {log_std}.")
-        self.outputs, self.log_std, self.log_std_range = 2 * len(low), log_std, log_std_range
+        if not 0 < most < math.inf or not bool((math.exp(log_std) < most * self.half).all()):
+            raise OptionError(
+                f"exp(log_std) must be below most = {most:g} half widths of the box, which are {self.half.tolist()}; "
+                f"got log_std={log_std:g}."
+            )
+        self.outputs, self.log_std, self.most = 2 * len(low), log_std, most
+        self._top = (most * self.half).log()
+        self._first = (self._top - log_std).expm1().log()  # softplus of it is top − log_std
 
     def distribution(self, outputs: Tensor, free: Tensor | None = None) -> Any:
         """Independent Normal, batch shape ``[…]``, event ``[size]``, of outputs ``[…, 2 × size]``."""
         loc, more = outputs.chunk(2, -1)
-        middle, half = self.middle.to(loc), self.half.to(loc)
-        loc = middle + half * loc.tanh()
-        scale = (self.log_std + more).clamp(*self.log_std_range).exp()
-        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+        middle, half, top, first = (part.to(loc) for part in (self.middle, self.half, self._top, self._first))
+        scale = (top - torch.nn.functional.softplus(first - more)).exp()
+        return dist.Normal(middle + half * loc.tanh(), scale, validate_args=False).to_event(1)
 
     def initial_free(self) -> Tensor:
         """No numbers."""

@@ -36,7 +36,7 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Rollout, collect
 from bayesmeta.rl.varibad.loss import Against, Bound, Decode, bound, decoded_steps, trial_numbers
 from bayesmeta.rl.varibad.policy import BeliefPolicy
-from bayesmeta.rl.varibad.shaping import BeliefBonus, PolicyReward
+from bayesmeta.rl.varibad.shaping import BeliefBonus, Curriculum, PolicyReward
 
 #: in a learner's state, before the names of the decoder's parameters
 _DECODER = "decoder."
@@ -106,6 +106,9 @@ class VariBAD(RL2):
             case.
         policy_reward_until: iterations after which the policy is trained on the reward after all; None: never.
         bonus: what the policy is paid beside that for how its belief changes.
+        curriculum: called with ``env`` and the share of the training that is done before each rollout; it may make the
+            tasks easier, for beliefs and policy alike, such as
+            :class:`~bayesmeta.rl.varibad.shaping.ShrinkingRadius`.
         iterations: rollouts to train for, over which rates and entropy go to their last values.
         steps: of each rollout; None is one whole trial where episodes have a fixed length. Beliefs go on where a trial
             does, and decode what the rollout has of it.
@@ -139,6 +142,7 @@ class VariBAD(RL2):
         policy_reward: str | PolicyReward | None = None,
         policy_reward_until: int | None = None,
         bonus: BeliefBonus | None = None,
+        curriculum: Curriculum | None = None,
         iterations: int = 200,
         steps: int | None = None,
         seed: int = 0,
@@ -171,6 +175,7 @@ class VariBAD(RL2):
             )
         self.decoder, self.beliefs = decoder, beliefs or BeliefConfig()
         self.policy_reward, self.policy_reward_until, self.bonus = policy_reward, policy_reward_until, bonus
+        self.curriculum = curriculum
         self._noise = as_generator(seed, env.device, "varibad")
         self._learned = [*core.parameters(), *decoder.parameters()]
         self._optimizer = torch.optim.Adam(self._learned, self.beliefs.lr)
@@ -179,7 +184,9 @@ class VariBAD(RL2):
 
     def _iterate(self) -> dict[str, float]:
         state = self.policy.first(self.env.num_envs).detach() if self._state is None else self._state
-        share = self.iteration / max(1, self.iterations - 1)
+        share = self._share(self.iteration)
+        if self.curriculum is not None:
+            self.curriculum(self.env, share)
         over = self.policy_reward_until is not None and self.iteration >= self.policy_reward_until
         other = None if over else self.policy_reward
         rollout = collect(
@@ -194,6 +201,9 @@ class VariBAD(RL2):
         told = self.updates.update(paid, advantage, share=share, generator=self.generator, step=self.iteration + 1)
         # after PPO, whose ratios are of the beliefs that were acted on
         return {"reward": rollout.total().mean().item(), **told, **self._learn_beliefs(rollout, share)}
+
+    def _share(self, iteration: int) -> float:
+        return iteration / max(1, self.iterations - 1)
 
     def _pay(self, rollout: Rollout, other: str | PolicyReward | None, share: float) -> Tensor:
         """What the policy is trained on, ``[steps, batch]``."""
@@ -319,6 +329,7 @@ class VariBAD(RL2):
             "beliefs": dataclasses.asdict(self.beliefs),
             "policy_reward": [_plain(self.policy_reward), self.policy_reward_until],
             "bonus": _plain(self.bonus),
+            "curriculum": _plain(self.curriculum),
             "rl_gradient": memory.rl_gradient,
             **dataclasses.asdict(self.config),
             "iterations": self.iterations,
@@ -355,6 +366,8 @@ class VariBAD(RL2):
         Raises:
             CheckpointError: when it belongs to a policy of another shape, or to other environments.
         """
+        if self.curriculum is not None and state["iteration"]:
+            self.curriculum(self.env, self._share(state["iteration"] - 1))  # as it was when the state was saved
         super().load_state_dict(state)
         self._optimizer.load_state_dict(copy.deepcopy(state["belief_updates"]))
         self._noise.set_state(state["noise"].cpu())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -146,3 +146,51 @@ class ShrinkingDisc:
         away = -rollout.extra[self.name]
         radius = self.first + share / self.until * (self.last - self.first)
         return torch.where(away <= radius, (1 - away).clamp_min(0.0), 0.0).to(rollout.reward.dtype)
+
+
+class Curriculum(Protocol):
+    """What makes the tasks of training easier at first."""
+
+    def __call__(self, env: Any, share: float) -> None:
+        """Change an environment, of which a share of the training is done, before its next rollout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkingRadius:
+    """A sparse reward whose disc is larger at first, for beliefs and policy alike.
+
+    In a large disc the goal is found by nearly any way of searching, and what was learned there is a begin where less
+    is seen. Departure from what a trial is at test time; from the share ``until`` on there is none.
+
+    Attributes:
+        first, last: radius at the begin, and from ``until`` on; between them it shrinks linearly.
+        until: in (0, 1].
+
+    Raises:
+        OptionError: for radii that are not positive or grow, and shares out of range.
+    """
+
+    first: float = 0.6
+    last: float = 0.2
+    until: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.last <= self.first < math.inf or not 0 < self.until <= 1:
+            raise OptionError(
+                f"A radius shrinks from first to last, both positive, until a share in (0, 1]; got first={self.first}, "
+                f"last={self.last}, until={self.until}."
+            )
+
+    def at(self, share: float) -> float:
+        """The radius when a share of the training is done."""
+        return self.last if share >= self.until else self.first + share / self.until * (self.last - self.first)
+
+    def __call__(self, env: Any, share: float) -> None:
+        """Give the environment a family with that radius.
+
+        Raises:
+            OptionError: for a family without a radius.
+        """
+        if not hasattr(env.family, "radius"):
+            raise OptionError(f"A ShrinkingRadius is of families with a radius; {env.family.name} has none.")
+        env.family = dataclasses.replace(env.family, radius=self.at(share))
