@@ -17,7 +17,8 @@ Rows, with standard errors over tasks or, of several trainings, between these; `
   a trial (by chance ½); ``velocity_varibad_belief_after_N``: how far the velocity that it expects most of is from the
   task's (1 m/s for all: .5). Both are at the belief's mean.
 - ``…_environment_steps``: of one training.
-- ``FAMILY_random_…``: uniform actions.
+- ``FAMILY_random_…``: uniform actions. ``velocity_still`` and ``velocity_all_at_1``: at 0 and at 1 m/s in all tasks, at
+  no cost of control; nobody who does not adapt can do much better than the latter.
 
 No row has a bar. Trainings that are done are kept: with ``--reuse`` later runs read those of the same settings.
 ``--workers`` gives each environment a process, ``--device cuda`` the networks a GPU.
@@ -117,11 +118,16 @@ def training_rows(family: str, method: str, found: Training) -> list[Row]:
 
 
 def random_rows(family: str, args: argparse.Namespace) -> list[Row]:
-    """What uniform actions reach in an episode."""
+    """What uniform actions reach in an episode, and a velocity that is the same in all tasks."""
     environments = Setup(f"half-cheetah-{family}", "rl2", horizon=10 if args.quick else None).family()
     tasks = environments.sample_tasks(args.tasks, generator=args.seed, split=args.split)
     found = {reference.name: reference.curve for reference in references(environments, tasks, 1, seed=args.seed)}
-    return return_rows(f"{family}_random", found["random"].returns, "episode", None, None)
+    rows = return_rows(f"{family}_random", found["random"].returns, "episode", None, None)
+    if family == "velocity":  # what a policy reaches that does not adapt
+        wanted, steps = torch.tensor(tasks), float(environments.horizon)
+        rows.append(mean_row("velocity_still", -steps * wanted))
+        rows.append(mean_row("velocity_all_at_1", -steps * (wanted - 1).abs()))
+    return rows
 
 
 def run(args: argparse.Namespace) -> list[Row]:

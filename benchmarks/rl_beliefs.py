@@ -15,7 +15,8 @@ same run.
   cannot follow a Beta posterior, and training then takes a decoder whose arms are less spread than they are: its belief
   is too narrow although it is close to the exact one under its own decoder.
 - ``rotated``: ``varibad``, but the decoder begins turned at random, and not with a dimension for each arm. Two arms
-  then may fall into one dimension while another is left to the prior, and stay there.
+  then may fall into one dimension while another is left to the prior, and stay there: so in the training of seed 0
+  (coverage .75), which is none of the trainings of a run.
 - ``thompson``: ``varibad``, after pulls by Thompson sampling, of which training has seen none: most of one arm.
 - ``prior``, ``swapped``: negative controls. Draws of the prior through the decoder, which cover, and know nothing; and
   the belief about the task before, which does not cover.

@@ -50,7 +50,13 @@ def test_rows_are_of_the_points_of_an_adaptation(pretended):
     # 2 iterations, one trial of two episodes of 10 steps with 4 tasks each; the second point is of all of them
     assert [point["steps"] for point in args.curves["direction_rl2"][0]] == [80, 160]
     rows = bench.run(options(methods=["maml"], families=["velocity"]))
-    assert [row.name for row in rows[1:-1]] == [
+    assert [row.name for row in rows[:3]] == ["velocity_random_episode_1", "velocity_still", "velocity_all_at_1"]
+    tasks = torch.tensor(
+        bench.Setup("half-cheetah-velocity", "rl2").family().sample_tasks(4, generator=0, split="validation")
+    )
+    assert rows[1].ours == pytest.approx(-10 * float(tasks.mean()))
+    assert rows[2].ours == pytest.approx(-10 * float((tasks - 1).abs().mean()))
+    assert [row.name for row in rows[3:-1]] == [
         "velocity_maml_before",
         *(f"velocity_maml_after_{n}{what}" for n in (1, 2, 3) for what in ("", "_gain")),
     ]

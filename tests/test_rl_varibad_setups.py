@@ -7,8 +7,9 @@ import bayesmeta as bm
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.latent.checks import admissible_cells, cell_rows, compare_goals, goal_probabilities, seen_cells
 from bayesmeta.rl.varibad.decoder import LinearDecoder
+from bayesmeta.rl.varibad.places import PlaceDecoder
 from bayesmeta.rl.varibad.policy import DecodedReadout
-from bayesmeta.rl.varibad.setups import CellSight, GoalReadout, OneHotCells, varibad_for
+from bayesmeta.rl.varibad.setups import CellSight, GoalReadout, OneHotCells, robot_varibad, varibad_for
 from benchmarks.grid import scale_of
 
 GRID = bm.rl.Grid(cells=3, horizon=3)
@@ -67,11 +68,16 @@ def test_families_have_settings_of_their_own():
     told = run.train(1)[0]
     assert told["belief_kl"] >= 0
     robot = made(bm.rl.SparsePointRobot(horizon=3))
-    assert (robot.policy_reward, robot.policy_reward_until) == (None, None)  # a quarter of two iterations is none
-    env = bm.rl.TensorVectorEnv(bm.rl.SparsePointRobot(horizon=3), 4, new_tasks=True, generator=0)
-    robot = varibad_for(env, iterations=8)
-    assert (robot.policy_reward, robot.policy_reward_until) == ("dense_reward", 2)
-    assert robot.policy.memory.readout.rows.norm(dim=-1).allclose(torch.ones(24))
+    assert isinstance(robot.decoder, PlaceDecoder)
+    torch.testing.assert_close(robot.decoder.places.norm(dim=-1), torch.ones(32))
+    assert robot.decoder.places[:, 1].min() > 0  # the upper half
+    assert robot.policy.memory.readout.decoder is robot.bonus.potential.decoder is robot.decoder
+    assert (robot.curriculum.last, robot.bonus.kind, robot.bonus.last_weight) == (0.2, "gain", 0.0)
+    assert not robot.policy.trial_clock
+    robot.train()
+    assert robot.env.family == bm.rl.SparsePointRobot(horizon=3)
+    plain = robot_varibad(robot.env, iterations=2, bonus=0.0, radius=0.2)
+    assert (plain.bonus, plain.curriculum) == (None, None)
     other = made(bm.rl.GaussianBandit(arms=3, horizon=3), reward_shift=1.0, reward_scale=2.0, units=7)
     assert other.policy.memory.readout is None
     assert other.policy.memory.outputs == 7

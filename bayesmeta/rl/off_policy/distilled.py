@@ -318,8 +318,8 @@ class DistilledLatents(OffPolicyLearner):
         if not isinstance(belief, LatentContext):
             raise UnsupportedError(
                 "The belief is a mixture of the training tasks' Gaussians, and a BeliefPath holds one Gaussian a "
-                "task. Ask belief_weights(env) for the weights of the training tasks, policy.belief.beliefs(context) for "
-                "the mixtures, or train with posterior='gaussian'."
+                "task. Ask belief_weights(env) for the weights of the training tasks, policy.belief.beliefs(context) "
+                "for the mixtures, or train with posterior='gaussian'."
             )
         rollout = self.evaluate(env, greedy=greedy, generator=generator)
         program = Undecoded("DistilledLatents learns none; take VariBAD, or PEARL with reconstruction='reward'.")

@@ -1,25 +1,29 @@
 """VariBAD's settings by family of environments, as benchmarks and the command line take them.
 
-Those of the grid were chosen on training seeds (``python -m benchmarks.grid``); the general ones are a start and were
-not tuned.
+Those of the grid and of the sparse point robot were chosen on training seeds and validation goals (``python -m
+benchmarks.grid``, ``python -m benchmarks.sparse_point_robot``); the general ones are a start and were not tuned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bayesmeta.models.encoders import ProductEncoder
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.varibad.decoder import LinearDecoder
 from bayesmeta.rl.varibad.learner import BeliefConfig, VariBAD
+from bayesmeta.rl.varibad.places import PlaceCertainty, PlaceDecoder, PlaceReadout, PlaceSight
 from bayesmeta.rl.varibad.policy import BeliefPolicy, DecodedReadout
+from bayesmeta.rl.varibad.shaping import BeliefBonus, Kind, ShrinkingRadius
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,41 +180,70 @@ def robot_varibad(
     iterations: int,
     seed: int = 0,
     units: int = 64,
-    latent: int = 12,
-    kl_weight: float = 0.05,
-    dense: float = 0.25,
+    places: int = 32,
+    latent: int = 24,
+    kl_weight: float = 0.003,
+    reaches: Sequence[float] = (0.06, 0.2, 0.6),
+    correlation: float = 0.8,
+    radius: float = 0.6,
+    bonus: float = 12.0,
+    kind: Kind = "gain",
     config: PPOConfig | None = None,
     beliefs: BeliefConfig | None = None,
 ) -> VariBAD:
-    """For the sparse point robot: the belief is of where there is a reward at all.
+    """For the sparse point robot: the belief is of where on the half circle the goal is.
 
-    Beliefs read the sparse reward alone, as 1 or 0. The policy is trained on the dense reward (minus the distance)
-    for a part of the training, and then on the sparse one. It reads the belief at 24 places of the half circle on which
-    the family has its goals.
+    Beliefs read the sparse reward alone. The decoder knows that there is one goal, at one of some places of the half
+    circle; radius and height of the reward are learned. The policy reads the places' shares, and the way to those that
+    are near and not excluded; it reads no clock of the trial, so that trials may be longer than in training. In
+    training the disc around the goal is wider at first, the noise is correlated, and the policy is paid for what its
+    belief gains, by a weight that goes to 0.
 
     Args:
-        env: of a :class:`~bayesmeta.rl.SparsePointRobot`.
+        env: of a :class:`~bayesmeta.rl.SparsePointRobot`. While it is trained on, its family has another radius.
         iterations, seed, units: as in :func:`varibad_for`.
+        places: how many.
         latent, kl_weight: of the latent context.
-        dense: part of the iterations with the dense reward, in [0, 1].
+        reaches: of the :class:`~bayesmeta.rl.varibad.places.PlaceReadout`.
+        correlation: of the noise.
+        radius: first radius of the disc; it is the robot's own after half of the iterations.
+        bonus: first weight of the gain in certainty; it is 0 after 0.6 of the iterations.
+        kind: of the bonus.
         config, beliefs: settings of PPO, and of encoder and decoder.
     """
-    spec = ContextSpec.of(env, inputs=("successor",), binary=True)
     config = ROBOT_PPO if config is None else config
+    angles = math.pi * (torch.arange(places, dtype=torch.get_default_dtype()) + 0.5) / places
+    half_circle = torch.stack([angles.cos(), angles.sin()], -1)
+    sight = PlaceSight(half_circle, width=0.15)
+    spec = ContextSpec.of(env, inputs=("successor",), encode=sight, encoded=sight.size)
     core = LatentContext.make(spec, latent, "product", width=64, seed=seed, kl_weight=kl_weight)
-    decoder = TransitionDecoder(spec, latent, seed=seed).to(env.device)
-    angles = math.pi * (torch.arange(24, dtype=torch.get_default_dtype()) + 0.5) / 24
-    places = torch.stack([angles.cos(), angles.sin()], -1)
+    _weaken(core, -4.0)
+    decoder = PlaceDecoder(spec, latent, half_circle, radius=max(radius, env.family.radius), seed=seed).to(env.device)
     policy = BeliefPolicy(
-        env, core, units=units, gamma=config.gamma, seed=seed, log_std=math.log(0.05),
-        readout=GoalReadout(decoder, places, places),
+        env, core, units=units, gamma=config.gamma, seed=seed, log_std=math.log(0.11), correlation=correlation,
+        spread=True, trial_clock=False, readout=PlaceReadout(decoder, reaches),
     ).to(env.device)  # fmt: skip
-    first = round(dense * iterations)
+    wider = radius > env.family.radius
     return VariBAD(
         env, policy, decoder, config=config, beliefs=beliefs or ROBOT_BELIEFS, iterations=iterations, seed=seed,
-        policy_reward="dense_reward" if first else None, policy_reward_until=first or None,
+        bonus=BeliefBonus(PlaceCertainty(decoder), bonus, until=0.6, kind=kind) if bonus else None,
+        curriculum=ShrinkingRadius(radius, env.family.radius) if wider else None,
     )  # fmt: skip
 
 
-ROBOT_PPO = PPOConfig(epochs=3, minibatches=8, gamma=0.95, lam=0.95, lr=2e-3, last_lr=2e-4, entropy=0.003)
-ROBOT_BELIEFS = BeliefConfig(prefixes=8, epochs=2, environments=96, minibatches=6, lr=5e-3, last_lr=5e-4)
+def _weaken(core: LatentContext, first: float) -> None:
+    """Begin with weak factors of a product: softplus of ``first`` is their precision, and hundreds are multiplied."""
+    encoder = core.recognition.encoder
+    assert isinstance(encoder, ProductEncoder)
+    last = encoder.network[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias[core.latent :] = first
+
+
+ROBOT_PPO = PPOConfig(epochs=3, minibatches=8, gamma=0.97, lam=0.95, lr=3e-3, last_lr=3e-4, entropy=0.02)
+#: Beliefs that decode the whole trial left an eighth of their mass on places seen empty, where those that decode the
+#: past, against the prior, left a hundredth (one policy's rollouts, validation goals).
+ROBOT_BELIEFS = BeliefConfig(
+    decode="past", kl="prior", prefixes=8, epochs=2, environments=192, minibatches=6, lr=8e-3, last_lr=8e-4
+)
