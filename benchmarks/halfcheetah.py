@@ -119,8 +119,11 @@ def training_rows(family: str, method: str, found: Training) -> list[Row]:
 
 def random_rows(family: str, args: argparse.Namespace) -> list[Row]:
     """What uniform actions reach in an episode, and a velocity that is the same in all tasks."""
-    environments = Setup(f"half-cheetah-{family}", "rl2", horizon=10 if args.quick else None).family()
-    tasks = environments.sample_tasks(args.tasks, generator=args.seed, split=args.split)
+    setup = Setup(f"half-cheetah-{family}", "rl2", horizon=10 if args.quick else None)
+    environments = setup.family()
+    held_out = setup.held_out(environments, args.tasks, split=args.split, seed=FIRST + args.seed)
+    held_out.close()
+    tasks = held_out.tasks  # those of the first training
     found = {reference.name: reference.curve for reference in references(environments, tasks, 1, seed=args.seed)}
     rows = return_rows(f"{family}_random", found["random"].returns, "episode", None, None)
     if family == "velocity":  # what a policy reaches that does not adapt

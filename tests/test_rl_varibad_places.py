@@ -226,7 +226,12 @@ def test_what_does_not_fit_is_refused():
     for places in (PLACES[0], PLACES[:0], torch.zeros(3, 5)):
         with pytest.raises(ShapeError, match="expected \\[places"):
             PlaceDecoder(spec_of(), 2, places)
-    for wrong in ({"radius": 0.0}, {"least": 1.0}):
+    with pytest.raises(OptionError, match="not finite"):
+        PlaceDecoder(spec_of(), 2, PLACES * math.nan)
+    for width in (0.0, math.nan, math.inf):
+        with pytest.raises(OptionError, match="width must be positive"):
+            PlaceSight(PLACES, width)
+    for wrong in ({"radius": 0.0}, {"radius": math.inf}, {"least": 1.0}):
         with pytest.raises(OptionError, match="radius must be positive"):
             PlaceDecoder(spec_of(), 2, PLACES, **wrong)
     with pytest.raises(OptionError, match="always certain"):

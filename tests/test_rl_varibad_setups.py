@@ -72,7 +72,7 @@ def test_families_have_settings_of_their_own():
     torch.testing.assert_close(robot.decoder.places.norm(dim=-1), torch.ones(32))
     assert robot.decoder.places[:, 1].min() > 0  # the upper half
     assert robot.policy.memory.readout.decoder is robot.bonus.potential.decoder is robot.decoder
-    assert (robot.curriculum.last, robot.bonus.kind, robot.bonus.last_weight) == (0.2, "gain", 0.0)
+    assert (robot.curriculum.first, robot.bonus.kind, robot.bonus.last_weight) == (0.6, "gain", 0.0)
     assert not robot.policy.trial_clock
     robot.train()
     assert robot.env.family == bm.rl.SparsePointRobot(horizon=3)

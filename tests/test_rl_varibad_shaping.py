@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bayesmeta as bm
-from bayesmeta.errors import CheckpointError, OptionError
+from bayesmeta.errors import OptionError
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
@@ -177,34 +177,51 @@ def test_a_shrinking_disc_ends_as_the_reward_itself():
 
 
 def test_a_shrinking_radius_is_that_of_the_tasks_and_ends_as_theirs():
-    radius = ShrinkingRadius(1.0, 0.2, until=0.5)
-    assert [radius.at(share) for share in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    radius = ShrinkingRadius(1.0, until=0.5)
+    assert [radius(ROBOT, share).radius for share in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     run = learner(curriculum=radius, iterations=5)
     seen = []
     learn = run._learn_beliefs
     run._learn_beliefs = lambda rollout, share: (
         seen.append(rollout.reward.gt(0).double().mean()) or learn(rollout, share)
     )
+    run.train(1)
+    assert run.env.family == ROBOT  # also between iterations: nothing that is the caller's stays easier
     run.train()
-    assert run.env.family == ROBOT  # exactly, at the end
+    assert run.env.family == ROBOT
     assert seen[0] > 0.1  # up to three steps from the start, within 1 of some goals
     assert seen[2:] == [0, 0, 0]  # and far from all discs
     assert run.options()["curriculum"] == {"kind": "ShrinkingRadius", **dataclasses.asdict(radius)}
 
 
 def test_a_resumed_run_has_the_radius_that_it_had():
-    runs = [learner(curriculum=ShrinkingRadius(1.0), steps=4) for _ in range(3)]  # rollouts end within trials
+    runs = [learner(curriculum=ShrinkingRadius(1.0, until=1.0), steps=4) for _ in range(3)]  # rollouts end within trials
     runs[0].train(4)
-    runs[1].train(2)
+    runs[1].train(1)
     saved = runs[1].state_dict()
-    assert 0.2 < saved["env"]["config"]["radius"] < 1.0
+    assert saved["env"]["config"]["radius"] == 0.2  # the task's own
     runs[2].load_state_dict(saved)
-    runs[2].train(2)
+    runs[2].train(3)
     whole, parts = (run.state_dict() for run in (runs[0], runs[2]))
     assert all(torch.equal(whole["policy"][name], parts["policy"][name]) for name in whole["policy"])
     assert [row["bound"] for row in whole["history"]] == [row["bound"] for row in parts["history"]]
-    with pytest.raises(CheckpointError, match="Make them the same"):  # control: one that does not know the radius
-        learner(steps=4).load_state_dict(saved)
+    other = learner(steps=4)  # control: one without the curriculum goes on otherwise
+    other.load_state_dict(saved)
+    other.train(3)
+    assert [row["bound"] for row in other.history] != [row["bound"] for row in whole["history"]]
+
+
+def test_an_error_in_a_rollout_leaves_the_task_as_it_was():
+    run = learner(curriculum=ShrinkingRadius(1.0))
+
+    def fail(actions):
+        assert run.env.family.radius == 1.0
+        raise RuntimeError("no more")
+
+    run.env.step = fail
+    with pytest.raises(RuntimeError, match="no more"):
+        run.train(1)
+    assert run.env.family == ROBOT
 
 
 def test_a_policy_without_the_trials_clock_acts_the_same_in_longer_trials():
@@ -225,11 +242,13 @@ def test_what_does_not_fit_is_refused():
     for wrong in ({"first": 0.1}, {"last": 0.0}, {"until": 1.5}, {"first": math.inf}):
         with pytest.raises(OptionError, match="A disc shrinks"):
             ShrinkingDisc(**wrong)
-    for wrong in ({"first": 0.1}, {"last": 0.0}, {"until": 0.0}, {"until": 1.5}, {"first": math.inf}):
+    for wrong in ({"first": 0.0}, {"until": 0.0}, {"until": 1.5}, {"first": math.inf}):
         with pytest.raises(OptionError, match="A radius shrinks"):
             ShrinkingRadius(**wrong)
+    with pytest.raises(OptionError, match="A radius shrinks: that of sparse_point_robot is"):
+        ShrinkingRadius(0.1)(ROBOT, 0.0)
     bandits = bm.rl.TensorVectorEnv(bm.rl.BernoulliBandit(arms=2, horizon=3), 2, generator=0)
     with pytest.raises(OptionError, match="has none"):
-        ShrinkingRadius()(bandits, 0.0)
+        ShrinkingRadius()(bandits.family, 0.0)
     with pytest.raises(OptionError, match="nothing named"):
         learner(policy_reward=ShrinkingDisc(name="gold")).train(1)

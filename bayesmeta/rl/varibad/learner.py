@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -106,9 +107,10 @@ class VariBAD(RL2):
             case.
         policy_reward_until: iterations after which the policy is trained on the reward after all; None: never.
         bonus: what the policy is paid beside that for how its belief changes.
-        curriculum: called with ``env`` and the share of the training that is done before each rollout; it may make the
-            tasks easier, for beliefs and policy alike, such as
-            :class:`~bayesmeta.rl.varibad.shaping.ShrinkingRadius`.
+        curriculum: a :class:`~bayesmeta.rl.varibad.shaping.Curriculum` such as
+            :class:`~bayesmeta.rl.varibad.shaping.ShrinkingRadius`: called with ``env.family`` and the share of the
+            training that is done, it gives the family that the next rollout is of, for beliefs and policy alike.
+            Between rollouts the environment has its own.
         iterations: rollouts to train for, over which rates and entropy go to their last values.
         steps: of each rollout; None is one whole trial where episodes have a fixed length. Beliefs go on where a trial
             does, and decode what the rollout has of it.
@@ -175,6 +177,8 @@ class VariBAD(RL2):
             )
         self.decoder, self.beliefs = decoder, beliefs or BeliefConfig()
         self.policy_reward, self.policy_reward_until, self.bonus = policy_reward, policy_reward_until, bonus
+        if curriculum is not None and getattr(env, "family", None) is None:
+            raise OptionError(f"A curriculum changes the family of an environment; {type(env).__name__} has none.")
         self.curriculum = curriculum
         self._noise = as_generator(seed, env.device, "varibad")
         self._learned = [*core.parameters(), *decoder.parameters()]
@@ -185,14 +189,19 @@ class VariBAD(RL2):
     def _iterate(self) -> dict[str, float]:
         state = self.policy.first(self.env.num_envs).detach() if self._state is None else self._state
         share = self._share(self.iteration)
-        if self.curriculum is not None:
-            self.curriculum(self.env, share)
         over = self.policy_reward_until is not None and self.iteration >= self.policy_reward_until
         other = None if over else self.policy_reward
-        rollout = collect(
-            self.env, self.policy.actor(), self.steps, generator=self.generator, start=self._moment, state=state,
-            keep=() if other is None else (other,) if isinstance(other, str) else other.names,
-        )  # fmt: skip
+        keep = () if other is None else (other,) if isinstance(other, str) else other.names
+        with self._easier(share):
+            rollout = collect(
+                self.env,
+                self.policy.actor(),
+                self.steps,
+                generator=self.generator,
+                start=self._moment,
+                state=state,
+                keep=keep,
+            )
         self._moment, self._state = rollout.after, rollout.state
         config = self.config
         paid = dataclasses.replace(rollout, reward=self._pay(rollout, other, share))
@@ -201,6 +210,20 @@ class VariBAD(RL2):
         told = self.updates.update(paid, advantage, share=share, generator=self.generator, step=self.iteration + 1)
         # after PPO, whose ratios are of the beliefs that were acted on
         return {"reward": rollout.total().mean().item(), **told, **self._learn_beliefs(rollout, share)}
+
+    @contextmanager
+    def _easier(self, share: float) -> Iterator[None]:
+        """The tasks of the curriculum, and the environment's own ones afterwards."""
+        if self.curriculum is None:
+            yield
+            return
+        env: Any = self.env
+        own = env.family
+        env.family = self.curriculum(own, share)
+        try:
+            yield
+        finally:
+            env.family = own
 
     def _share(self, iteration: int) -> float:
         return iteration / max(1, self.iterations - 1)
@@ -366,8 +389,6 @@ class VariBAD(RL2):
         Raises:
             CheckpointError: when it belongs to a policy of another shape, or to other environments.
         """
-        if self.curriculum is not None and state["iteration"]:
-            self.curriculum(self.env, self._share(state["iteration"] - 1))  # as it was when the state was saved
         super().load_state_dict(state)
         self._optimizer.load_state_dict(copy.deepcopy(state["belief_updates"]))
         self._noise.set_state(state["noise"].cpu())

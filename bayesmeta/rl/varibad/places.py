@@ -108,8 +108,10 @@ class PlaceDecoder(TransitionDecoder):
         start = spec.columns("successor").start
         if places.dim() != 2 or not len(places) or not 1 <= places.shape[-1] <= spec.features - start:
             raise ShapeError(f"places has shape {list(places.shape)}; expected [places, dimensions of a position].")
-        if not (radius > 0 and 0 <= least < 1):
-            raise OptionError(f"radius must be positive and least in [0, 1); got {radius} and {least}.")
+        if not places.isfinite().all():
+            raise OptionError("Some places are not finite numbers.")
+        if not (0 < radius < math.inf and 0 <= least < 1):
+            raise OptionError(f"radius must be positive and finite, least in [0, 1); got {radius} and {least}.")
         super().__init__(spec, latent, GaussianMixture(2 * len(places)), network=nn.Identity(), seed=seed, dtype=dtype)
         with forked_rng(as_generator(seed, stream="decoder")):
             network = mlp(latent, hidden, len(places), activation=activation)
@@ -177,12 +179,17 @@ class PlaceSight(nn.Module):
     Args:
         places: ``[places, dimensions]``.
         width: of the nearness.
+
+    Raises:
+        OptionError: for a width that is not positive and finite.
     """
 
     places: Tensor
 
     def __init__(self, places: Tensor, width: float) -> None:
         super().__init__()
+        if not 0 < width < math.inf:
+            raise OptionError(f"width must be positive and finite; got {width}.")
         self.width, self.size = width, places.shape[-1] + len(places)
         self.register_buffer("places", places, persistent=False)
 

@@ -200,7 +200,7 @@ def robot_varibad(
     belief gains, by a weight that goes to 0.
 
     Args:
-        env: of a :class:`~bayesmeta.rl.SparsePointRobot`. While it is trained on, its family has another radius.
+        env: of a :class:`~bayesmeta.rl.SparsePointRobot`.
         iterations, seed, units: as in :func:`varibad_for`.
         places: how many.
         latent, kl_weight: of the latent context.
@@ -227,7 +227,7 @@ def robot_varibad(
     return VariBAD(
         env, policy, decoder, config=config, beliefs=beliefs or ROBOT_BELIEFS, iterations=iterations, seed=seed,
         bonus=BeliefBonus(PlaceCertainty(decoder), bonus, until=0.6, kind=kind) if bonus else None,
-        curriculum=ShrinkingRadius(radius, env.family.radius) if wider else None,
+        curriculum=ShrinkingRadius(radius) if wider else None,
     )  # fmt: skip
 
 

@@ -151,8 +151,8 @@ class ShrinkingDisc:
 class Curriculum(Protocol):
     """What makes the tasks of training easier at first."""
 
-    def __call__(self, env: Any, share: float) -> None:
-        """Change an environment, of which a share of the training is done, before its next rollout."""
+    def __call__(self, family: Any, share: float) -> Any:
+        """The family that a rollout is of, when a share of the training of the given one is done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,34 +163,34 @@ class ShrinkingRadius:
     is seen. Departure from what a trial is at test time; from the share ``until`` on there is none.
 
     Attributes:
-        first, last: radius at the begin, and from ``until`` on; between them it shrinks linearly.
-        until: in (0, 1].
+        first: radius at the begin; from there it goes linearly to the family's own.
+        until: share of the training from which on it is the family's own, in (0, 1].
 
     Raises:
-        OptionError: for radii that are not positive or grow, and shares out of range.
+        OptionError: for a radius that is not positive and finite, and shares out of range.
     """
 
     first: float = 0.6
-    last: float = 0.2
     until: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.last <= self.first < math.inf or not 0 < self.until <= 1:
+        if not 0 < self.first < math.inf or not 0 < self.until <= 1:
             raise OptionError(
-                f"A radius shrinks from first to last, both positive, until a share in (0, 1]; got first={self.first}, "
-                f"last={self.last}, until={self.until}."
+                f"A radius shrinks from a positive first one until a share in (0, 1]; got first={self.first}, "
+                f"until={self.until}."
             )
 
-    def at(self, share: float) -> float:
-        """The radius when a share of the training is done."""
-        return self.last if share >= self.until else self.first + share / self.until * (self.last - self.first)
-
-    def __call__(self, env: Any, share: float) -> None:
-        """Give the environment a family with that radius.
+    def __call__(self, family: Any, share: float) -> Any:
+        """The family with that radius.
 
         Raises:
-            OptionError: for a family without a radius.
+            OptionError: for a family without a radius, or with a larger one.
         """
-        if not hasattr(env.family, "radius"):
-            raise OptionError(f"A ShrinkingRadius is of families with a radius; {env.family.name} has none.")
-        env.family = dataclasses.replace(env.family, radius=self.at(share))
+        own = getattr(family, "radius", None)
+        if own is None:
+            raise OptionError(f"A ShrinkingRadius is of families with a radius; {family.name} has none.")
+        if own > self.first:
+            raise OptionError(f"A radius shrinks: that of {family.name} is {own}, and the first is {self.first}.")
+        if share >= self.until:
+            return family
+        return dataclasses.replace(family, radius=self.first + share / self.until * (own - self.first))
