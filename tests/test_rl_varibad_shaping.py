@@ -195,7 +195,7 @@ def test_a_shrinking_radius_is_that_of_the_tasks_and_ends_as_theirs():
 
 
 def test_a_resumed_run_has_the_radius_that_it_had():
-    runs = [learner(curriculum=ShrinkingRadius(1.0, until=1.0), steps=4) for _ in range(3)]  # rollouts end within trials
+    runs = [learner(curriculum=ShrinkingRadius(1.0, until=1.0), steps=4, iterations=40) for _ in range(3)]  # rollouts end within trials
     runs[0].train(4)
     runs[1].train(1)
     saved = runs[1].state_dict()
@@ -205,7 +205,7 @@ def test_a_resumed_run_has_the_radius_that_it_had():
     whole, parts = (run.state_dict() for run in (runs[0], runs[2]))
     assert all(torch.equal(whole["policy"][name], parts["policy"][name]) for name in whole["policy"])
     assert [row["bound"] for row in whole["history"]] == [row["bound"] for row in parts["history"]]
-    other = learner(steps=4)  # control: one without the curriculum goes on otherwise
+    other = learner(steps=4, iterations=40)  # control: one without the curriculum goes on otherwise
     other.load_state_dict(saved)
     other.train(3)
     assert [row["bound"] for row in other.history] != [row["bound"] for row in whole["history"]]
