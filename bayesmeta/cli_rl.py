@@ -17,20 +17,20 @@ from bayesmeta.rl_settings import Settings, listing
 class Train:
     """Meta-train a policy on a family of environments; what is not given takes a default of environment and method."""
 
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(a training needs)")] = None
     """Folder for what is learned."""
 
-    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Settings)
     """What is trained on what."""
 
     dry_run: bool = False
     """Say what the run would be, with what each setting means, and stop."""
 
-    validation_tasks: int | None = None
-    """Tasks that the learning curve is measured on; by default 100."""
+    validation_tasks: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 100)")] = None
+    """Tasks that the learning curve is measured on."""
 
-    validate_every: int | None = None
-    """Iterations between two points of the learning curve; by default it has twenty."""
+    validate_every: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: a twentieth)")] = None
+    """Iterations between two points of the learning curve."""
 
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
@@ -70,10 +70,10 @@ class EvaluateRL:
     seed: int = 0
     """Of the test tasks and of what is random on them."""
 
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """File for the figures; by default evaluation.json in the folder."""
 
-    video: Path | None = None
+    video: Annotated[Path | None, tyro.conf.arg(metavar="FILE.gif", help_behavior_hint="")] = None
     """File for an animated GIF of three test tasks."""
 
     device: str = "auto"
@@ -95,10 +95,13 @@ class ListRL:
 class RL:
     """Meta-reinforcement learning: rl list, rl train, rl evaluate."""
 
-    command: tyro.conf.OmitSubcommandPrefixes[
-        Annotated[ListRL, tyro.conf.subcommand("list")]
-        | Annotated[Train, tyro.conf.subcommand("train")]
-        | Annotated[EvaluateRL, tyro.conf.subcommand("evaluate")]
+    command: Annotated[
+        tyro.conf.OmitSubcommandPrefixes[
+            Annotated[ListRL, tyro.conf.subcommand("list")]
+            | Annotated[Train, tyro.conf.subcommand("train")]
+            | Annotated[EvaluateRL, tyro.conf.subcommand("evaluate")]
+        ],
+        tyro.conf.arg(name=""),  # so that help has one list of options, without a name of the inside
     ]
 
     @property
@@ -169,6 +172,23 @@ def _how_to_go_on(told: str, stopped: Train | EvaluateRL) -> str:
     return told.replace("go on with resume", f"go on with: {command}")
 
 
+#: What a run's folder holds, where it is not being written: bayesmeta.train.folder, which needs torch, looks again.
+_FILES, _LOCK = ("config.json", "log.jsonl", "checkpoint.pt"), ".run.lock"
+
+
+def _refuse_what_is_there(train: Train) -> None:
+    """Refuse a folder that holds a run before torch is imported, which takes seconds."""
+    out = train.out
+    if out is None or train.settings.env is None or train.dry_run or train.overwrite or train.resume:
+        return
+    if any((out / name).exists() for name in _FILES) and not (out / _LOCK).exists():
+        from bayesmeta.errors import RunFolderError
+
+        raise RunFolderError(
+            f"{out} already holds a run. Go on with it (--resume), replace it (--overwrite), or choose another folder."
+        )
+
+
 def _run(command: RL) -> None:
     options: dict[str, Any] = dataclasses.asdict(command.command)
     options.pop("threads")
@@ -178,6 +198,8 @@ def _run(command: RL) -> None:
         evaluate_folder(options.pop("folder"), **options)
         return
     from bayesmeta.errors import OptionError
+
+    _refuse_what_is_there(command.command)
     from bayesmeta.rl.command import dry_run, train_setup
     from bayesmeta.rl.plan import setup_of
 

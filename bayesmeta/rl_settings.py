@@ -57,14 +57,15 @@ METHODS: dict[str, str] = {
 }
 #: Methods that need continuous actions.
 NEED_CONTINUOUS = ("pearl", "distilled")
+#: Methods that can be told what their beliefs must foretell.
+DECODING = ("pearl", "varibad")
 #: Methods that take gradient steps on a task's episodes; the others adapt from episode to episode of a trial.
 STEPPING = ("maml", "fomaml", "meta-sgd", "e-maml", "cavia", "joint", "maesn")
 #: Methods that may go on with more iterations; rates of the others fall over them.
 LONGER = (*STEPPING, "pearl")
 
-_HINT = tyro.conf.arg(help_behavior_hint="(default: see --dry-run)")
-_Count = Annotated[int | None, _HINT]
-_Of = tyro.conf.arg(help_behavior_hint="")
+_SEE = "(default: see --dry-run)"
+_Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_SEE)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +92,23 @@ class Settings:
     arms: Annotated[_Count, Doc("Arms of a bandit.")] = None
     data: Annotated[
         str | None,
-        _Of,
+        tyro.conf.arg(metavar="FILE", help_behavior_hint=""),
         Doc("Of beam: file of machines (.npz with responseH and responseV). By default a built-in model."),
     ] = None
-    plane: Annotated[Literal["H", "V"] | None, _Of, Doc("Of beam: which plane of the file; by default H.")] = None
+    plane: Annotated[
+        Literal["H", "V"] | None,
+        tyro.conf.arg(metavar="{H,V}", help_behavior_hint=""),
+        Doc("Of beam: which plane of the file; by default H."),
+    ] = None
     task_values: Annotated[
-        tuple[float, ...] | None, _Of, Doc("Of your own function from a task to an environment: its tasks.")
+        tuple[float, ...] | None,
+        tyro.conf.arg(metavar="FLOAT [FLOAT ...]", help_behavior_hint=""),
+        Doc("Of your own function from a task to an environment: its tasks."),
     ] = None
     task_range: Annotated[
-        tuple[float, float] | None, _Of, Doc("Instead: tasks are drawn between these two numbers.")
+        tuple[float, float] | None,
+        tyro.conf.arg(metavar="FLOAT FLOAT", help_behavior_hint=""),
+        Doc("Of your own function from a task to an environment: two numbers between which its tasks are drawn."),
     ] = None
     workers: Annotated[bool, Doc("Run gymnasium's environments in a process each.")] = False
     episodes: Annotated[_Count, Doc("Episodes of a trial, for methods that remember it.")] = None
@@ -113,9 +122,21 @@ class Settings:
         Doc("Of training. Methods that take steps, and pearl, may go on with more; the others' rates fall over them."),
     ] = None
     inner_steps: Annotated[_Count, Doc("Policy-gradient steps on each task.")] = None
-    inner_lr: Annotated[float | None, _HINT, Doc("Their rate, or where learned rates begin.")] = None
+    inner_lr: Annotated[
+        float | None,
+        tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_SEE),
+        Doc("Their rate, or where learned rates begin."),
+    ] = None
+    reconstruction: Annotated[
+        Literal["reward", "transition"] | None,
+        tyro.conf.arg(metavar="{reward,transition}", help_behavior_hint=_SEE),
+        Doc(
+            "Of pearl and varibad: what the belief must foretell: rewards alone, or next states too. By default pearl's "
+            "nothing, and varibad's rewards; in an environment of your own varibad's next states too."
+        ),
+    ] = None
     seed: Annotated[
-        int | None, tyro.conf.arg(help_behavior_hint="(default: 0)"), Doc("Of tasks, first weights and actions.")
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)"), Doc("Of tasks, first weights and actions.")
     ] = None
 
 

@@ -34,14 +34,17 @@ class Strategy(NamedTuple):
 
     Attributes:
         latent: which z of the learned belief is decoded, as in :func:`inferring`; ``"prior"`` never learns.
-        cell: whether the cell is drawn by its chance, or the likeliest; of equal ones the nearest, then the first.
+        cell: whether the cell is drawn by its chance, or the likeliest.
         hold: how long it aims at a cell: to the end of the episode; until it was reached, or a step brought the goal's
             reward; or for one step.
+        ties: which of several that are the likeliest: a random one, or the nearest, and of these the first. The latter
+            is a search of its own where many are equal, as they are under the exact belief.
     """
 
     latent: Exploration
     cell: Literal["draw", "likeliest"]
     hold: Literal["episode", "reached", "step"] = "episode"
+    ties: Literal["random", "nearest"] = "random"
 
 
 STRATEGIES = {
@@ -52,8 +55,11 @@ STRATEGIES = {
     "latent_draw_each_step": Strategy("posterior_sampling", "likeliest", "step"),
     "mean": Strategy("mean", "likeliest"),
     "mean_each_step": Strategy("mean", "likeliest", "step"),
+    "nearest_each_step": Strategy("mean", "likeliest", "step", "nearest"),
     "prior": Strategy("prior", "draw"),
 }
+#: Those of a learned belief. No two of its chances are equal, so that the nearest of equals is no other strategy.
+LEARNED = tuple(name for name in STRATEGIES if not name.startswith("nearest"))
 #: Those that an exact belief can have, which has no latent.
 IDEAL = tuple(name for name in STRATEGIES if not name.startswith("latent"))
 
@@ -111,8 +117,10 @@ def aiming(chances: Chances, strategy: Strategy, family: Grid) -> Infer:
         places = cells.to(chance)
         if strategy.cell == "draw":
             return places[torch.multinomial(chance, 1, generator=generator).squeeze(-1)]
-        away = (places - standing(context, family).unsqueeze(1)).abs().sum(-1)
         best = chance >= chance.amax(-1, keepdim=True) * (1 - _TIE)
+        if strategy.ties == "random":
+            return places[torch.multinomial(best.to(chance), 1, generator=generator).squeeze(-1)]
+        away = (places - standing(context, family).unsqueeze(1)).abs().sum(-1)
         # the first of the nearest: argmin does not say which of several
         order = away * len(places) + torch.arange(len(places)).to(away)
         return places[torch.where(best, order, torch.inf).argmin(-1)]

@@ -22,7 +22,7 @@ the goal, since the cells not yet seen lie on the way.
 - ``varibad_belief_log_score_lost``: log score of the exact belief less that of this one, in nats.
 - ``varibad_belief_distance``: total variation of that belief from the exact one, which is uniform over the cells not
   yet entered until the goal is found.
-- ``rl2_episode_1`` … ``4``: RL² on as many environments, steps and updates of PPO.
+- ``rl2_episode_1`` … ``4``: RL² on as many environments, steps and updates of PPO. It has no belief to ask.
 
 Ways to explore on equal terms: the same trained VariBAD, its encoder brought up to date with every step, and a cell to
 aim at; the way there is a shortest one, a coin at each fork (:mod:`benchmarks._grid_strategies`). Trials of each goal:
@@ -34,10 +34,13 @@ aim at; the way there is a shortest one, a coin at each fork (:mod:`benchmarks._
   cell was reached or the goal found; ``…_each_step``: at every step.
 - ``explore_latent_draw_episode_N``: the likeliest cell at the drawn z. It is the same where a z is one task; a latent
   that was trained to foretell the rest of a trial is not.
-- ``explore_mean_episode_N``: the likeliest cell at the belief's mean.
+- ``explore_mean_episode_N``: the likeliest cell at the belief's mean; ``…_each_step``: asked at every step.
 - ``explore_prior_episode_N``: draws of the prior throughout; what comes of learning nothing.
 - ``ideal_STRATEGY_episode_N``: under the exact belief, uniform over cells not yet entered until the goal is. All of
-  these are equally likely: ``mean`` takes the nearest. The belief-conditioned policy is the Bayes-optimal one, 1.
+  these are equally likely, and ``mean`` takes a random one: there it is posterior sampling by another name. The
+  belief-conditioned policy is the Bayes-optimal one, 1.
+- ``ideal_nearest_each_step_episode_N``: of equally likely cells the nearest, at every step: a sweep of the grid. What
+  it earns is earned by that rule. A learned belief has no two equal cells, so that there is no such row of it.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ from bayesmeta.rl.varibad.learner import VariBAD
 from bayesmeta.rl.varibad.setups import GRID_PPO, CellSight, grid_varibad
 from benchmarks._grid_strategies import (
     IDEAL,
+    LEARNED,
     STRATEGIES,
     exact,
     explore,
@@ -249,7 +253,8 @@ def learned_rows(run: VariBAD, args: argparse.Namespace, seed: int) -> list[Row]
     """Ways to explore under the belief of a trained VariBAD."""
     env, rows = goals_env(FAMILY, EPISODES, seed, args.copies), []
     spec, program, latent = run.belief_spec, run.decoder.program(), run.policy.latent
-    for name, strategy in STRATEGIES.items():
+    for name in LEARNED:
+        strategy = STRATEGIES[name]
         chances = learned(latent, program, spec, FAMILY, strategy.latent)
         generator = as_generator(seed, stream="explore")
         rows += strategy_rows(f"explore_{name}", explore(env, chances, strategy, spec, generator))

@@ -11,7 +11,7 @@ from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.rollout import Acted, collect
 from bayesmeta.rl.varibad.learner import VariBAD
 from benchmarks import grid as bench
-from benchmarks._grid_strategies import IDEAL, STRATEGIES
+from benchmarks._grid_strategies import IDEAL, LEARNED
 
 SMALL = Grid(cells=3, horizon=5)
 
@@ -93,7 +93,7 @@ def test_a_quick_run_has_all_rows_and_curves_and_no_bar(monkeypatch):
     kinds = ("on_seen_empty", "calibration_error", "distance", "log_score_lost")
     beliefs = {f"varibad_{when}_{what}" for when in ("belief", "search") for what in kinds}
     beliefs |= {"ignorant_search_on_seen_empty", "ignorant_search_log_score_lost"}
-    ways = {f"explore_{name}" for name in ["belief_conditioned", *STRATEGIES]} | {f"ideal_{name}" for name in IDEAL}
+    ways = {f"explore_{name}" for name in ["belief_conditioned", *LEARNED]} | {f"ideal_{name}" for name in IDEAL}
     explored = {f"{name}_episode_{n}" for name in ways for n in (1, 2, 3, 4)}
     assert set(names) | beliefs | explored == set(rows)
     assert all(row.passes is None for row in rows.values())

@@ -27,7 +27,7 @@ def simulated(chances, strategy, copies, *, family=SMALL, episodes=EPISODES, see
 
 
 def aims(goal, seen, learns):
-    """Cells that ideal Thompson sampling aims at."""
+    """Cells that ideal Thompson sampling aims at, and so does a random one of the likeliest: all are equally likely."""
     left = [goal] if goal in seen else [cell for cell in GOALS if cell not in seen]
     return left if learns else GOALS
 
@@ -72,8 +72,11 @@ def enumerated(hold, learns=True):
 
 @pytest.mark.parametrize(
     "name",
-    ["posterior_sampling", "posterior_sampling_until_reached", "posterior_sampling_each_step", "prior"],
-)
+    [
+        "posterior_sampling", "posterior_sampling_until_reached", "posterior_sampling_each_step", "prior",
+        "mean", "mean_each_step",
+    ],
+)  # fmt: skip
 def test_ideal_thompson_sampling_earns_what_enumeration_says(name):
     strategy = STRATEGIES[name]
     learns = name != "prior"
@@ -111,11 +114,36 @@ def test_a_belief_that_is_sure_of_the_goal_earns_what_knowing_it_earns(cell, hol
 
 def test_the_nearest_of_equal_cells_is_swept_in_a_known_order():
     family = Grid(cells=3, horizon=6)
-    returns = simulated(exact(family), STRATEGIES["mean_each_step"], 1, family=family, episodes=2).squeeze(1)
+    returns = simulated(exact(family), STRATEGIES["nearest_each_step"], 1, family=family, episodes=2).squeeze(1)
     # (0, 0) up to (0, 2), along to (2, 2), down to (2, 0): found after 2, 3, 6, 5, 4 steps in the order of GOALS
     first = [-0.6 + 1.1 * (7 - step) for step in (2, 3, 6, 5, 4)]
     second = [-0.6 + 1.1 * (7 - sum(goal)) for goal in GOALS]
     torch.testing.assert_close(returns, torch.tensor([first, second], dtype=torch.float64).T, atol=1e-5, rtol=0)
+    # control: a random one of the equal cells sweeps nothing
+    at_random = simulated(exact(family), STRATEGIES["mean_each_step"], 200, family=family, episodes=2)
+    error = ways.sampling_error(at_random)[0]
+    assert returns[:, 0].mean() - at_random.mean((0, 1))[0] > 5 * error
+
+
+def test_of_equal_cells_each_is_taken_as_often_and_of_others_the_likeliest_alone():
+    count, generator = 4000, torch.Generator().manual_seed(0)
+    context = ways.plain_spec(goals_env(SMALL, EPISODES, 0)).empty(count, torch.zeros(()))
+    chances = torch.tensor([0.0, 0.3, 0.0, 0.0, 0.05, 0.0, 0.0, 0.3, 0.35]).expand(count, -1)
+    tied = torch.tensor([0.0, 0.4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.2]).expand(count, -1)
+    for name, says, expected in (
+        ("mean", tied, {1: 0.5, 7: 0.5}), ("nearest_each_step", tied, {1: 1.0}), ("mean", chances, {8: 1.0}),
+    ):  # fmt: skip
+        infer = ways.aiming(lambda *_, says=says: says, STRATEGIES[name], SMALL)
+        aim = infer(context, torch.zeros(count), generator)
+        share = torch.nn.functional.one_hot((aim[:, 0] * 3 + aim[:, 1]).long(), 9).double().mean(0)
+        assert set(share.nonzero().flatten().tolist()) == set(expected)
+        for cell, chance in expected.items():
+            assert abs(float(share[cell]) - chance) <= 5 * (chance * (1 - chance) / count) ** 0.5
+
+
+def test_a_learned_belief_has_all_ways_but_the_rule_for_equals_and_an_exact_one_all_but_those_of_latents():
+    assert set(ways.LEARNED) == set(STRATEGIES) - {"nearest_each_step"}
+    assert set(ways.IDEAL) == set(STRATEGIES) - {"latent_draw", "latent_draw_each_step"}
 
 
 def test_the_exact_belief_is_uniform_over_cells_not_entered_until_the_goal_is():

@@ -34,6 +34,15 @@ def seen(tasks=1500, pulls=12, arms=3, seed=0):
     return means, won, pulled - won
 
 
+def shaken(run):
+    """A learner whose belief depends on what was seen: untrained ones believe the prior, whatever happens."""
+    generator = as_generator(7)
+    with torch.no_grad():
+        for parameter in run.policy.latent.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return run
+
+
 def within(values, expected, errors=5):
     return abs(float(values.mean()) - expected) < errors * float(values.std()) / math.sqrt(len(values))
 
@@ -139,16 +148,19 @@ def test_thompson_sampling_pulls_good_arms_and_uniform_pulls_do_not():
 
 
 def test_all_learners_are_asked_about_the_same_pulls_of_held_out_tasks():
-    runs = [bench.make(name, 0, 4, 1) for name in ("varibad", "product")]
+    runs = [shaken(bench.make(name, 0, 4, 1)) for name in ("varibad", "product")]
     paths = [bench.pulled(run, checks.uniform(5), 6, "test", 0) for run in runs]
     assert torch.equal(paths[0][0].context.x, paths[1][0].context.x)
     assert torch.equal(paths[0][1], paths[1][1])
     assert paths[0][0].steps == bench.HORIZON
     others = bench.FAMILY.sample_tasks(6, generator=0, split="train").mean
     assert not torch.equal(paths[0][1], others)
-    path = bench.swapped(paths[0][0])
-    assert torch.equal(path.loc[:, 1:], paths[0][0].loc[:, :-1])
-    assert torch.equal(path.context.x, paths[0][0].context.x)
+    own, path = paths[0][0], bench.swapped(paths[0][0])
+    assert torch.equal(path.loc[:, 1:], own.loc[:, :-1])
+    assert torch.equal(path.scale[:, 1:], own.scale[:, :-1])
+    assert torch.equal(path.context.x, own.context.x)
+    for mixed, kept in ((path.loc, own.loc), (path.scale, own.scale)):  # of tasks that differ
+        assert (mixed - kept)[1:].abs().amax((0, 2)).min() > 1e-3
 
 
 def test_the_learner_is_varibad_with_the_whole_kl_and_a_policy_that_stays_at_random():
@@ -158,6 +170,35 @@ def test_the_learner_is_varibad_with_the_whole_kl_and_a_policy_that_stays_at_ran
     assert (run.beliefs.decode, run.beliefs.kl) == ("past", "prior")
     run.train(3)
     assert run.history[-1]["entropy"] == pytest.approx(math.log(5), abs=0.01)
+
+
+def test_the_belief_is_held_against_nuts_and_not_nuts_against_it(monkeypatch):
+    """By hand: arms of log-odds z; the belief is Normal(0, 0.05), and NUTS, so it is said, half as wide about 0.2."""
+    monkeypatch.setattr(bench, "DRAWS", 400)
+    run = bench.make("varibad", 0, 4, 1)
+    with torch.no_grad():
+        run.decoder.network[0].weight.copy_(torch.eye(5))
+    path, means = bench.pulled(run, checks.uniform(5), 6, "validation", 0)
+    path = bench.BeliefPath(path.program, path.context, torch.zeros_like(path.loc), torch.full_like(path.scale, 0.05))
+    asked = []
+
+    def half(few, step, seed, *, kept, chains):
+        asked.append((few.num_tasks, step, kept, chains))
+        return 0.2 + 0.5 * few.at(step).draws(2000, 1).u, 1.01, 321.0
+
+    monkeypatch.setattr(bench, "nuts_draws", half)
+    found, said = bench.against_nuts(path, means, run, 0, 4, 30)
+    assert asked == [(4, 20, 30, bench.NUTS_CHAINS)]
+    spread, distance = (found[f"encoder_{what}_after_20"] for what in ("spread", "distance"))
+    assert spread.shape == distance.shape == (4,)
+    slope = [p * (1 - p) for p in (0.5, 1 / (1 + math.exp(-0.2)))]
+    assert spread.tolist() == pytest.approx([2 * slope[0] / slope[1]] * 4, rel=0.1)  # 4 s.e. of five arms
+    assert distance.tolist() == pytest.approx([1 / (1 + math.exp(-0.2)) - 0.5] * 4, rel=0.1)
+    # what stands under nuts is of its draws: the spread, in units of the exact one,, as of a belief
+    mine = bench.measured(path.tasks(slice(0, 4)), means[:4], run, "varibad", (20,), 0)["varibad_spread_after_20"]
+    torch.testing.assert_close(found["nuts_spread_after_20"], mine / spread.double(), rtol=0.1, atol=0)
+    assert "R-hat up to 1.010" in said
+    assert "from 321" in said
 
 
 @pytest.mark.slow
@@ -183,6 +224,8 @@ def test_nuts_knows_the_posterior_under_the_decoder():
 
 
 def test_a_quick_run_has_all_rows_and_no_bar(monkeypatch):
+    make = bench.make
+    monkeypatch.setattr(bench, "make", lambda *given: shaken(make(*given)))
     monkeypatch.setattr(bench, "DRAWS", 10)
     args = options()
     rows = {row.name: row for row in bench.run(args)}
@@ -197,6 +240,11 @@ def test_a_quick_run_has_all_rows_and_no_bar(monkeypatch):
     assert all(row.passes is None for row in rows.values())
     assert rows["varibad_coverage_90_after_20"].reference == rows["swapped_coverage_90_after_20"].reference
     assert rows["nuts_distance_after_20"].reference is None
+    # the controls are other beliefs than the learned one: the prior is what it was before any pull, whatever is seen
+    early, late = (rows[f"prior_contraction_after_{step}"].ours for step in (5, 20))
+    assert early == late == rows["varibad_contraction_after_0"].ours
+    assert abs(rows["varibad_contraction_after_20"].ours - late) > 1e-3
+    assert rows["swapped_distance_after_20"].ours != rows["varibad_distance_after_20"].ours
     assert len(bench.settings(args)["nuts"]) == 1
 
 

@@ -119,6 +119,27 @@ def test_over_how_many_tasks_weights_are_spread():
     assert spread_over(weights).tolist() == pytest.approx([4.0, 1.0, 2.0])
 
 
+def test_weights_that_are_none_are_refused():
+    env, rollout = walks()
+    places = torch.zeros(4, 2)
+    for bad, kind in (
+        ([0.0, 0.0, 0.0, 0.0], errors.DataError),
+        ([1.5, -0.5, 0.0, 0.0], errors.DataError),
+        ([0.5, math.nan, 0.5, 0.0], errors.NonFiniteDataError),
+        ([0.5, math.inf, 0.5, 0.0], errors.NonFiniteDataError),
+    ):
+        weights = torch.full((9, 3, 4), 0.25)
+        weights[8, 1] = torch.tensor(bad)
+        with pytest.raises(kind, match=r"Weights of tasks at \[1\]") as told:
+            drawn.plot_weights(weights, places, rollout, steps=[0, 8], env=1)
+        assert type(told.value) is kind
+        with pytest.raises(kind, match=r"at \[8, 1\]"):
+            spread_over(weights)
+        drawn.plot_weights(weights, places, rollout, steps=[0, 8], env=0)  # another task's, which are right
+    whole = torch.tensor([2.0, 2.0, 0.0, 0.0])  # that add up to no 1 are shares all the same
+    assert float(spread_over(whole)) == pytest.approx(2.0)
+
+
 def test_goals_are_those_of_a_plane():
     env, _ = walks()
     assert torch.equal(goals_of(env), env.tasks.goal)
@@ -128,7 +149,7 @@ def test_goals_are_those_of_a_plane():
 def test_bad_input():
     env, rollout = walks()
     path, weights, places = a_path(env, rollout), torch.full((9, 3, 4), 0.25), torch.zeros(4, 2)
-    for bad in ({"env": 3}, {"env": -1}, {"latents": []}, {"latents": [8]}, {"latents": [-1]}):
+    for bad in ({"env": 3}, {"env": -1}, {"env": 0.5}, {"latents": []}, {"latents": [8]}, {"latents": [-1]}):
         with pytest.raises(errors.OptionError):
             drawn.plot_latents(path, rollout, **bad)
     with pytest.raises(errors.OptionError, match="those of this rollout"):
@@ -140,3 +161,11 @@ def test_bad_input():
         drawn.plot_weights(weights[1:], places, rollout, steps=[0])
     with pytest.raises(errors.ShapeError, match="one a known task"):
         drawn.plot_weights(weights, places[1:], rollout, steps=[0])
+    with pytest.raises(errors.ShapeError, match="steps"):
+        drawn.plot_weights(weights[0], places, rollout, steps=[0])
+    for bad in (99, 3, -1, 0.5, True):
+        with pytest.raises(errors.OptionError, match="0 to 2"):
+            drawn.learned_most(path, bad)
+    for bad in (0, -1, 1.5):
+        with pytest.raises(errors.OptionError, match="at least 1"):
+            drawn.learned_most(path, 1, bad)

@@ -63,20 +63,30 @@ def maesn(**options):
         bm.nets.mlp(4, [8], 2, activation="tanh"), bm.rl.GaussianHead(2, log_std=-1.0), latent=2
     )
     config = bm.rl.MAESNConfig(
-        inner_lr=1.0, credit="raw", natural=True, inner_reward=None, learn_rates=False, **options
+        **{"credit": "raw", **options}, inner_lr=1.0, natural=True, inner_reward=None, learn_rates=False
     )
     env = bm.rl.TensorVectorEnv(bm.rl.Navigation(horizon=5), 6, copies=30, generator=0)
     return bm.rl.MAESN(env, policy, config), env
 
 
-def test_a_new_task_goes_from_the_prior_by_the_inner_step():
+AT_MEAN = {"adapted": "mean", "credit": "standardised"}
+
+
+@pytest.mark.parametrize("options", [{}, AT_MEAN], ids=["drawn", "at_mean"])
+def test_a_new_task_goes_from_the_prior_by_the_inner_step(options):
     """A natural step on the score by hand: μ moves to the mean over episodes of credit × z, the prior's Fisher
     information being 1; and its return after k steps is that of ``evaluate``, which takes the same ones."""
-    learner, env = maesn()
+    learner, env = maesn(**options)
     seen, episodes = [], learner.episodes
     learner.episodes = lambda *a, **k: (seen.append(episodes(*a, **k)), seen[-1])[1]
     found = bm.rl.task_gaussians(learner, env, generator=5)
     (first,) = seen
+    assert (first.z.var(1) > 0.3).all()  # drawn, also where adapted policies act at the mean
+    unit = torch.ones(6)
+    standard = torch.allclose(first.credit.mean(1), 0 * unit, atol=1e-4) and torch.allclose(
+        first.credit.var(1, unbiased=False), unit, atol=0.1
+    )
+    assert standard == bool(options)
     expected = (first.credit.unsqueeze(-1) * first.z).mean(1)
     torch.testing.assert_close(found.loc[0], expected, rtol=1e-4, atol=1e-5)
     assert (found.loc[0] - first.z.mean(1)).abs().max() > 0.01  # control: without credit
@@ -86,8 +96,9 @@ def test_a_new_task_goes_from_the_prior_by_the_inner_step():
     assert torch.equal(again.loc, found.loc)
 
 
-def test_further_steps_are_those_of_evaluate():
-    learner, env = maesn(later_rates=0.25)
+@pytest.mark.parametrize("options", [{}, AT_MEAN], ids=["drawn", "at_mean"])
+def test_further_steps_are_those_of_evaluate(options):
+    learner, env = maesn(later_rates=0.25, **options)
     step, passed = learner.step, []
 
     def watched(*arguments, **options):
@@ -101,6 +112,24 @@ def test_further_steps_are_those_of_evaluate():
     learner.evaluate(env, inner_steps=3, generator=5)
     assert [share for share, _ in mine] == [1, 0.25, 0.0625] == [share for share, _ in passed]
     torch.testing.assert_close(found.loc[0], mine[-1][1][:, :2])
+    # evaluate plays further episodes where policies act at the mean, and then draws otherwise from its second step on
+    for (_, ours), (_, its) in list(zip(mine, passed, strict=True))[: 1 if options else 3]:
+        torch.testing.assert_close(ours, its)
+    assert (mine[0][1][:, :2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, True, "2"])
+def test_numbers_of_steps_that_are_none_are_refused(bad):
+    learner, env = maesn()
+    with pytest.raises(errors.OptionError, match="whole number of at least 0"):
+        bm.rl.task_gaussians(learner, env, inner_steps=bad)
+    with pytest.raises(errors.OptionError, match="whole number of at least 0"):
+        bm.rl.task_gaussians(learner, inner_steps=bad)
+
+
+def test_the_training_tasks_take_no_steps():
+    with pytest.raises(errors.OptionError, match="training tasks as they were learned"):
+        bm.rl.task_gaussians(maesn()[0], inner_steps=1)
 
 
 def test_environments_that_draw_new_tasks_are_refused():

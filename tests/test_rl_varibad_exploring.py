@@ -10,7 +10,7 @@ from bayesmeta.errors import OptionError
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.rollout import collect
-from bayesmeta.rl.varibad.exploring import SpreadHead
+from bayesmeta.rl.varibad.exploring import CorrelatedNoise, SpreadHead
 from bayesmeta.rl.varibad.policy import BeliefPolicy
 
 HORIZON = 8
@@ -51,6 +51,27 @@ def test_noise_is_correlated_within_episodes_and_not_between_them(correlation):
         assert found == pytest.approx(correlation**apart, abs=0.04)
     assert (noise[1:, 0] * noise[:-1, -1]).mean().abs() < 0.1
     assert (noise[0, :, ::2] * noise[0, :, 1::2]).mean().abs() < 0.1  # nor between coordinates
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
+def test_correlated_noise_biases_the_gradient_of_a_feedback(correlation):
+    """An advantage that only the state has cancels under white noise, and not where the noise has made the state."""
+    trials, steps, gain, generator = 4000, 20, 0.3, seeded(2)
+    noise, state = CorrelatedNoise(correlation), torch.zeros(trials, 1)
+    states, scores = [], []
+    for step in range(steps):
+        fresh = noise.draw(state, torch.full((trials,), step == 0), generator)
+        states.append(state)
+        scores.append(fresh * state)  # d log N(a; gain · s, 1) / d gain
+        state = state - gain * state + fresh
+    error = torch.stack(states).square()
+    error = (error - error.mean()) / error.std()
+    each = (error * torch.stack(scores)).sum(0)
+    standard_errors = each.mean() / (each.std() / math.sqrt(trials))
+    if correlation:
+        assert standard_errors > 15  # of the docstring's warning: biased, and more so for larger c
+    else:
+        assert standard_errors.abs() < 4
 
 
 def test_greedy_actions_have_no_noise_whatever_its_correlation():

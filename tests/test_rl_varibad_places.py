@@ -92,6 +92,26 @@ def test_a_reward_that_no_place_explains_has_a_finite_density_and_gradient():
     assert all(p.grad is None or p.grad.isfinite().all() for p in [z, *decoder.parameters()])
 
 
+def test_exact_rewards_have_finite_densities_however_small_the_noise_became():
+    """Of rewards that are the mean to the last bit, to rounding and nearly; the noise is held at .02."""
+    decoder, held = (PlaceDecoder(spec_of(), 2, PLACES) for _ in range(2))  # in single precision
+    with torch.no_grad():
+        for one, log_noise in ((decoder, -50.0), (held, math.log(0.02))):
+            one.slope.fill_(1.0)
+            one.log_noise.fill_(log_noise)
+    x = torch.tensor([[[1.0, 0.0], [0.93, 0.07], [0.93, 0.07], [0.0, 0.4], [3.0, 3.0]]])
+    away = (x[0] - PLACES[[0, 0, 0, 1, 1]]).norm(dim=-1)
+    y = torch.where(away < 0.5, 1 - away, 0.0) + torch.tensor([0.0, 1e-7, 1e-3, 0.0, 0.0])
+    data, z = Observations(x, y.unsqueeze(0)), torch.zeros(1, 2, requires_grad=True)
+    value = decoder.log_prob(z, data)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert value.max() <= -math.log(0.02 * math.sqrt(2 * math.pi)) + 1e-5  # no density is higher than at the mean
+    torch.testing.assert_close(value, held.log_prob(z, data))
+    torch.testing.assert_close(decoder.distribution(z, x).log_prob(data.y), value, rtol=1e-4, atol=1e-4)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in [z, *decoder.parameters()])
+
+
 def test_the_program_predicts_the_mean_of_the_mixture():
     decoder = made(shaken=False, radius=0.2)
     with torch.no_grad():

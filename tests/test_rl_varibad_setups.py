@@ -1,9 +1,11 @@
 """Settings of VariBAD by family: what the policy of the grid reads, by hand, and that families get their own."""
 
+import gymnasium
 import pytest
 import torch
 
 import bayesmeta as bm
+from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.latent.checks import admissible_cells, cell_rows, compare_goals, goal_probabilities, seen_cells
 from bayesmeta.rl.varibad.decoder import LinearDecoder
@@ -89,6 +91,19 @@ def test_families_have_settings_of_their_own():
     assert not torch.equal(first, third)
 
 
+def test_the_robots_belief_begins_with_weak_factors():
+    """Before training a trial says little: standard deviations near the prior's, where hundreds of steps are read."""
+    run = made(bm.rl.SparsePointRobot())
+    bias = run.policy.latent.recognition.encoder.network[-1].bias.detach()
+    assert bias[24:].eq(-4).all()
+    assert bias[:24].ne(-4).all()  # the means' are as they were
+    path, _ = run.belief_path(bm.rl.TensorVectorEnv(bm.rl.SparsePointRobot(), 4, episodes_per_trial=2, generator=0))
+    assert path.steps == 40
+    scale = path.scale[-1]
+    assert scale.min() > 0.5  # 1 / √(1 + 40 softplus(−4)) = .76; with precisions of softplus(0) it would be .19
+    assert scale.max() < 0.95  # and yet it says something
+
+
 def test_the_decoder_is_trained_by_the_bound_and_not_by_the_policy():
     run = made()
     names = [name for name, _ in run.policy.named_parameters()]
@@ -123,3 +138,19 @@ def test_a_small_grid_is_explored_and_then_exploited_nearly_as_well_as_can_be():
     goal = (goals[:, 0] * 3 + goals[:, 1]).long()
     check = compare_goals(chance, seen_cells(rollout.successor, family), goal, admissible_cells(family))
     assert check.seen_share.mean < 0.05
+
+
+def test_ordinary_environments_have_their_transitions_explained():
+    """Nothing says that their tasks differ in rewards: of cart-poles, whose reward is always 1, they do not."""
+    poles = bm.rl.GymFamily.uniform(lambda length: gymnasium.make("CartPole-v1", max_episode_steps=5), 0.2, 2.0)
+    env = poles.vector(2, new_tasks=True, episodes_per_trial=2, generator=0)
+    run = varibad_for(env, iterations=1)
+    assert (run.belief_spec.inputs, run.belief_spec.targets) == (("state", "action"), ("reward", "change"))
+    assert run.decoder.likelihood.scale.shape == (1 + 4,)
+    assert run.train(1)[0]["reconstruction"] < 0
+    told = varibad_for(env, iterations=1, reconstruction="reward")
+    assert told.belief_spec.targets == ("reward",)
+    robots = bm.rl.TensorVectorEnv(bm.rl.Navigation(horizon=3), 2, new_tasks=True, generator=0)
+    assert varibad_for(robots, iterations=1).belief_spec.targets == ("reward",)  # rewards are what differs there
+    with pytest.raises(OptionError, match="'reward', 'transition' or None"):
+        varibad_for(robots, iterations=1, reconstruction="state")

@@ -151,6 +151,43 @@ def test_the_bonus_is_in_the_advantages_and_not_in_what_beliefs_read():
     assert runs[0].history[0]["reward"] == runs[1].history[0]["reward"]
 
 
+def test_a_training_has_the_weight_of_its_share_and_ends_with_the_reward():
+    """Four rollouts: shares 0, 1/3, 2/3 and 1, of which the last two are past ``until``."""
+    bonus = BeliefBonus(narrow, weight=3.0, last_weight=0.0, until=0.5)
+    run, paid, read, shares = learner(bonus=bonus), [], [], []
+    update, learn = run.updates.update, run._learn_beliefs
+    run.updates.update = lambda r, a, **o: paid.append(r.reward) or update(r, a, **o)
+
+    def spy(rollout, share):
+        read.append(rollout.reward)
+        return learn(rollout, share)
+
+    run._learn_beliefs = spy
+    run.train()
+    extra = [(with_it - plain).abs() for with_it, plain in zip(paid, read, strict=True)]
+    assert extra[0].min() > 0
+    assert torch.equal(paid[3], read[3])
+    assert torch.equal(paid[2], read[2])
+    constant = learner(bonus=BeliefBonus(lambda loc, scale: scale.log().sum(-1).mul(0) + 1, weight=3.0, until=0.5))
+    # Φ is 1: "gain" pays nothing, "invariant" the weight of the share by itself
+    constant.bonus = dataclasses.replace(constant.bonus, kind="invariant")
+    for share, weight in ((0.0, 3.0), (1 / 3, 1.0), (0.5, 0.0)):
+        rollout = collect(constant.env, constant.policy.actor(), 6, generator=seeded(), state=constant.policy.first(6))
+        found = constant._pay(rollout, None, share) - rollout.reward
+        torch.testing.assert_close(found[0], torch.full((6,), -0.1 * weight))
+        torch.testing.assert_close(found[5], torch.full((6,), -weight))
+
+    class Recorded:
+        names = ()
+
+        def __call__(self, rollout, share):
+            shares.append(share)
+            return rollout.reward
+
+    learner(policy_reward=Recorded()).train()
+    assert shares == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+
+
 def test_weights_go_to_their_last():
     bonus = BeliefBonus(narrow, weight=4.0, last_weight=1.0, until=0.5)
     assert [bonus.at(share) for share in (0.0, 0.25, 0.5, 1.0)] == [4.0, 2.5, 1.0, 1.0]
@@ -195,7 +232,9 @@ def test_a_shrinking_radius_is_that_of_the_tasks_and_ends_as_theirs():
 
 
 def test_a_resumed_run_has_the_radius_that_it_had():
-    runs = [learner(curriculum=ShrinkingRadius(1.0, until=1.0), steps=4, iterations=40) for _ in range(3)]  # rollouts end within trials
+    runs = [
+        learner(curriculum=ShrinkingRadius(1.0, until=1.0), steps=4, iterations=40) for _ in range(3)
+    ]  # rollouts end within trials
     runs[0].train(4)
     runs[1].train(1)
     saved = runs[1].state_dict()
@@ -252,3 +291,44 @@ def test_what_does_not_fit_is_refused():
         ShrinkingRadius()(bandits.family, 0.0)
     with pytest.raises(OptionError, match="nothing named"):
         learner(policy_reward=ShrinkingDisc(name="gold")).train(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        ("bonus", 3.0, "a BeliefBonus or None"),
+        ("bonus", narrow, r"BeliefBonus\(potential\)"),  # a potential alone
+        ("bonus", BeliefBonus, "an object of it"),
+        ("policy_reward", 7, "the name of a number in info"),
+        ("policy_reward", lambda rollout, share: rollout.reward, "names"),
+        ("policy_reward", ShrinkingDisc, "an object of it"),
+        ("curriculum", 7, "from a family and the share"),
+        ("curriculum", ShrinkingRadius, "an object of it"),
+    ],
+)
+def test_what_a_policy_cannot_be_paid_or_trained_by_is_refused_at_once(name, wrong, expected):
+    with pytest.raises(OptionError, match=f"{name} (is|has).*{expected}"):
+        learner(**{name: wrong})
+
+
+@pytest.mark.parametrize("names", ["dense_reward", (1,), 3])
+def test_names_of_a_policys_reward_are_strings(names):
+    class Wrong:
+        def __call__(self, rollout, share):
+            return rollout.reward
+
+    Wrong.names = names
+    with pytest.raises(OptionError, match="names"):
+        learner(policy_reward=Wrong())
+
+
+def test_a_potential_must_be_callable():
+    with pytest.raises(OptionError, match="expected a callable"):
+        BeliefBonus(3.0)
+
+
+def test_any_callable_of_family_and_share_is_a_curriculum():
+    seen = []
+    run = learner(curriculum=lambda family, share: seen.append((family.name, share)) or family)
+    run.train(2)
+    assert seen == [("sparse_point_robot", 0.0), ("sparse_point_robot", 1 / 3)]

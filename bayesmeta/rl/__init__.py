@@ -59,6 +59,8 @@ _NAMES = {
     "plot_weights": "bayesmeta.rl.latent.drawn",
     "PEARL": "bayesmeta.rl.off_policy.pearl",
     "PEARLConfig": "bayesmeta.rl.off_policy.pearl",
+    "open_run": "bayesmeta.rl.opened",
+    "OpenedRun": "bayesmeta.rl.opened",
     "plot_adaptation": "bayesmeta.rl.drawings",
     "plot_learning_curve": "bayesmeta.rl.drawings",
     "plot_trajectories": "bayesmeta.rl.drawings",
@@ -139,6 +141,7 @@ if TYPE_CHECKING:
     from bayesmeta.rl.off_policy.replay import Replay
     from bayesmeta.rl.off_policy.sac import SACConfig
     from bayesmeta.rl.off_policy.sac_learner import SAC
+    from bayesmeta.rl.opened import OpenedRun, open_run
     from bayesmeta.rl.policies import CategoricalHead, ContextPolicy, GaussianHead, SquashedGaussianHead, TaskPolicy
     from bayesmeta.rl.policy_gradient.inner import Estimation
     from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig

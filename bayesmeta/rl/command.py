@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from bayesmeta.rl.drawings import plot_learning_curve, point_name
 from bayesmeta.rl.learner import AdaptationCurve, standard_error
@@ -97,12 +98,35 @@ def dry_run(
     plan = plan_of(
         setup, out, validation_tasks=validation_tasks, validate_every=validate_every, device=device, resume=resume
     )
-    plan.learner()
-    lines = [plan.table(), "Nothing was trained or written: leave --dry-run out to begin."]
+    lines = [plan.table(), length(plan.setup, plan.learner()), "Nothing was trained or written: leave --dry-run out to begin."]
     held = out is not None and ((out / CONFIG).exists() or has_checkpoint(out))
     if held and not (overwrite or resume):
         lines.append(f"{out} holds a run already: give --resume, --overwrite, or another --out.")
     return "\n".join(lines)
+
+
+def length(setup: Setup, learner: Any) -> str:
+    """How long a training is, as far as that is known before it begins: iterations, and environment steps."""
+    iterations, env = setup.iterations or 0, learner.env
+    steps, horizon = getattr(learner, "steps", None), getattr(env, "horizon", None)
+    if steps is None and horizon is not None:
+        steps = horizon * _episodes(setup, learner)
+    if steps is None:
+        return f"{iterations:,} iterations; how long they take is said when some are done."
+    each = round(steps * env.num_envs)
+    return (
+        f"{iterations:,} iterations of about {each:,} environment steps (in {env.num_envs:,} environments), "
+        f"{iterations * each:,} in all; how long they take is said when some are done."
+    )
+
+
+def _episodes(setup: Setup, learner: Any) -> float:
+    """Of an iteration in each environment, for learners that play whole ones."""
+    if not setup.remembers:
+        return 1 + float(setup.inner_steps or 0)
+    if setup.method == "distilled":  # an episode, and a trial every so often
+        return 1 + (setup.episodes or 1) / float(learner.config.chain_every)
+    return float(setup.episodes or 1)
 
 
 def _say(setup: Setup, result: FitResult, out: Path) -> None:

@@ -65,7 +65,9 @@ def plot_learning_curve(
         mean = torch.tensor([row[name] for row in curves])
         error = torch.tensor([row.get(f"{name}_se", 0.0) for row in curves])
         colour = _colour(point, len(names))
-        axes.plot(at, mean, color=colour, label=point_name(unit, point))
+        # the later, the narrower and the more broken: of curves that coincide, all are seen
+        wide, style = 1.4 + 2.0 * (len(names) - 1 - point) / max(1, len(names) - 1), ("-", (0, (5, 2)))[point % 2]
+        axes.plot(at, mean, color=colour, linewidth=wide, linestyle=style, label=point_name(unit, point))
         axes.fill_between(at, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, linewidth=0)
     for number, (name, value) in enumerate((lines or {}).items()):
         style = ("--", ":", "-.")[number % 3]
@@ -140,7 +142,8 @@ def plot_trajectories(watching: Watching, *, title: str = "") -> Any:
     plane = goal is not None and goal.shape[1:] == (2,) and watching.paths[0][0].shape[1:] == (2,)
     columns = min(3, tasks)
     rows = -(-tasks // columns)
-    figure = Figure(figsize=(3.0 * columns, 3.0 * rows + 0.5), layout="constrained")
+    high = 0.62 if isinstance(watching.family, SparsePointRobot) else 1.0  # a half plane has low panels
+    figure = Figure(figsize=(3.0 * columns, (2.8 * high + 0.2) * rows + 0.7), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for task in range(tasks):
         axes = panels[task // columns][task % columns]

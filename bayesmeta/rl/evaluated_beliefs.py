@@ -65,10 +65,10 @@ def evaluate_beliefs(learner: HasBeliefs, env: Any, *, seed: int, folder: Path, 
             result |= _goals(check)
             share, distance = check.seen_share, check.distance
             tqdm.write(f"belief on cells seen empty: {share}; total variation from the exact belief: {distance}")
-        if draw(path, learner.belief_spec, rollout, env, seed=seed, file=folder / PICTURE, title=title):
-            result["files"].append(PICTURE)
-        if isinstance(path.program, Undecoded):
-            result["note"] = f"This belief has no decoder, so that {PICTURE} shows z itself: {path.program.why}"
+        why = draw(path, learner.belief_spec, rollout, env, seed=seed, file=folder / PICTURE, title=title)
+        result["files"].append(PICTURE)
+        if why:
+            result["note"] = f"{PICTURE} shows z itself. {why}"
             tqdm.write(result["note"])
     except (UnsupportedError, ContextError) as error:
         tqdm.write(f"no {PICTURE}: {error}")
@@ -186,10 +186,8 @@ def shown_steps(ends: Sequence[int]) -> list[int]:
 
 def draw(
     path: BeliefPath, spec: ContextSpec, rollout: Rollout, env: Any, *, seed: int, file: Path, title: str = ""
-) -> bool:
-    """Draw the belief about the first task beside the way that led to it, where the environment is a plane.
-
-    Of a belief without a decoder z itself is drawn over the steps, wherever it is.
+) -> str:
+    """Draw the belief about the first task: beside the way that led to it where it says something of places, else as z.
 
     Args:
         path: beliefs.
@@ -201,21 +199,15 @@ def draw(
         title: above.
 
     Returns:
-        Whether there is a picture.
-
-    Raises:
-        ContextError: for a decoder without rewards, or that is told no place.
+        Why z itself was drawn over the steps; nothing where places were.
     """
     from bayesmeta.diagnostics.plots import save_figure
 
-    goal = goals_of(env)
-    if isinstance(path.program, Undecoded):
+    goal, why = goals_of(env), _no_places(path, spec, env)
+    if why:
         save_figure(plot_latents(path, rollout, goal=None if goal is None else goal[0], title=title), file)
-        return True
-    if goal is None:
-        return False
-    if not {"state", "successor"} & set(spec.inputs):
-        raise ContextError(f"The decoder is told {spec.inputs} and no place, so that it expects the same everywhere.")
+        return why
+    assert goal is not None
     ends = episode_ends(path, rollout, env.episodes_per_trial)[:, 0].tolist()
     family = env.family if isinstance(env.family, Grid) else None
     figure = plot_beliefs(
@@ -223,7 +215,20 @@ def draw(
         extent=None if family is not None else _extent(goal, rollout, int(ends[-1])), title=title,
     )  # fmt: skip
     save_figure(figure, file)
-    return True
+    return ""
+
+
+def _no_places(path: BeliefPath, spec: ContextSpec, env: Any) -> str:
+    """Why a belief says nothing of places; nothing where it does."""
+    if isinstance(path.program, Undecoded):
+        return f"This belief has no decoder: {path.program.why}"
+    if goals_of(env) is None:
+        return "These environments are no plane with goals."
+    if not {"state", "successor"} & set(spec.inputs):
+        return f"The decoder is told {spec.inputs} and no place, so that it expects the same everywhere."
+    if "reward" not in spec.targets:
+        return f"The decoder foretells {spec.targets} and no reward."
+    return ""
 
 
 def _extent(goal: Tensor, rollout: Rollout, steps: int) -> tuple[float, float, float, float]:

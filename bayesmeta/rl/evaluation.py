@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -19,11 +20,10 @@ from bayesmeta.rl.drawings import plot_adaptation, plot_trajectories, point_name
 from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.evaluated_beliefs import evaluate_beliefs
 from bayesmeta.rl.learner import AdaptationCurve, HasBeliefs, standard_error
+from bayesmeta.rl.opened import OpenedRun, open_run
 from bayesmeta.rl.plan import read_setup, settings_text
 from bayesmeta.rl.protocols import Tensors
 from bayesmeta.rl.reference_policies import Reference, references
-from bayesmeta.rl.runs import load_learner
-from bayesmeta.rl.setups import Setup
 from bayesmeta.rl.watching import save_video, watch
 from bayesmeta.train.fit import pick_device
 
@@ -71,7 +71,8 @@ def evaluate_folder(
     if tasks < 2 or steps < 1:
         raise OptionError(f"Expected tasks ≥ 2, for standard errors, and steps ≥ 1; got {tasks} and {steps}.")
     folder, out = Path(folder), Path(folder) / "evaluation.json" if out is None else Path(out)
-    setup, place = read_setup(folder), pick_device(device)
+    setup = read_setup(folder)
+    pick_device(device)  # what is wrong with either is said before any work
     _check_file(out)
     if video is not None:
         if video.suffix.lower() != ".gif":
@@ -79,19 +80,19 @@ def evaluate_folder(
         _check_file(video)
     with _told(progress) as tell:
         tell(f"the {setup.method} of {folder}")
-        family = setup.family()
-        learner: Any = load_learner(folder, setup.learner(family, place))
+        run = open_run(folder, device=device)
+        learner, family = run.learner, run.family
         points = None if setup.remembers else steps
         if video is not None:  # first, since families without pictures say so here
             tell(f"video of {FILMED} tasks")
-            _film(setup, learner, family, points, seed, place, video)
+            _film(run, points, seed, video)
         tell(f"{tasks} test tasks")
-        held_out = setup.held_out(family, tasks, split="test", seed=seed, device=place)
+        held_out = run.held_out(tasks, seed=seed)
         known = held_out.tasks.to("cpu") if isinstance(held_out.tasks, Tensors) else held_out.tasks
         curve = learner.curve(held_out, points=points, generator=seed).cpu()
         tell("optima and baselines on these tasks")
         others = references(family, known, setup.episodes or 1, seed=seed)
-        result = _result(setup, curve, others, tasks, learner_iterations(folder))
+        result = _result(run, curve, others, tasks)
         tqdm.write(table(result))
         if isinstance(learner, HasBeliefs):
             tell(f"beliefs about {tasks} test tasks")
@@ -99,7 +100,7 @@ def evaluate_folder(
             result["beliefs"] = evaluate_beliefs(learner, held_out, seed=seed, folder=folder, title=title)
         tell("pictures")
         _write(out, result)
-        _draw(setup, learner, family, points, seed, place, folder)
+        _draw(run, points, seed, folder)
         title = f"{setup.method} on {setup.env}: {tasks} test tasks"
         plots.save_figure(plot_adaptation(curve, others, name=setup.method, title=title), folder / ADAPTATION)
     files = [out, folder / TRAJECTORIES, folder / ADAPTATION]
@@ -115,25 +116,17 @@ def _told(progress: bool) -> Iterator[Callable[[str], None]]:
         yield lambda what: bar.set_description_str(f"evaluating: {what}")
 
 
-def _result(
-    setup: Setup, curve: AdaptationCurve, others: list[Reference], tasks: int, iterations: int
-) -> dict[str, Any]:
+def _result(run: OpenedRun, curve: AdaptationCurve, others: list[Reference], tasks: int) -> dict[str, Any]:
     """What the file holds, but for beliefs."""
+    setup = run.setup
     return {
-        "settings": settings_text(setup),
+        "settings": settings_text(dataclasses.replace(setup, iterations=None)),  # of which more may have been done
         "tasks": tasks,
         "unit": curve.unit,
-        "iterations": iterations,
+        "iterations": run.iterations,
         "rows": [_row(setup.method, curve), *(_reference_row(r, curve) for r in others)],
         "regrets": {r.name: _regret(r, curve) for r in others if _bounds(r, curve)},
     }
-
-
-def learner_iterations(folder: Path) -> int:
-    """Iterations that a folder's checkpoint has done."""
-    from bayesmeta.train import checkpoint
-
-    return int(checkpoint.load(folder / checkpoint.LAST)["step"])
 
 
 def _row(name: str, curve: AdaptationCurve) -> dict[str, Any]:
@@ -231,14 +224,14 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         raise RunFolderError(f"{path} could not be written: {reason(error)}") from error
 
 
-def _film(setup: Setup, learner: Any, family: Any, points: int | None, seed: int, device: Any, video: Path) -> None:
-    pictures = {"render_mode": "rgb_array"} if isinstance(family, GymFamily) else {}
-    few = setup.held_out(family, FILMED, split="test", seed=seed, device=device, **pictures)
-    save_video(watch(learner, few, points=points, pictures=True), video)
+def _film(run: OpenedRun, points: int | None, seed: int, video: Path) -> None:
+    pictures = {"render_mode": "rgb_array"} if isinstance(run.family, GymFamily) else {}
+    few = run.held_out(FILMED, seed=seed, **pictures)
+    save_video(watch(run.learner, few, points=points, pictures=True), video)
 
 
-def _draw(setup: Setup, learner: Any, family: Any, points: int | None, seed: int, device: Any, folder: Path) -> None:
-    few = setup.held_out(family, WATCHED, split="test", seed=seed, device=device)
-    seen = watch(learner, few, points=points)
-    title = f"{setup.method} on {setup.env}: test tasks"
+def _draw(run: OpenedRun, points: int | None, seed: int, folder: Path) -> None:
+    few = run.held_out(WATCHED, seed=seed)
+    seen = watch(run.learner, few, points=points)
+    title = f"{run.setup.method} on {run.setup.env}: test tasks"
     plots.save_figure(plot_trajectories(seen, title=title), folder / TRAJECTORIES)

@@ -157,7 +157,10 @@ def read_setup(folder: Path) -> Setup:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, OptionError):
             raise
-        raise CheckpointError(f"{folder}/{CONFIG} is not of a run of bayesmeta rl train. Give its --out.") from error
+        raise CheckpointError(
+            f"{folder}/{CONFIG} is not of a run of bayesmeta rl train. Give its --out; what bm.rl.fit left "
+            "is for bm.rl.load_learner."
+        ) from error
 
 
 def _resumed(given: Setup, begun: Setup, validation_tasks: int | None, before: int | None) -> Setup:

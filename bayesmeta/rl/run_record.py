@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any, ClassVar
+
+from tqdm import tqdm
 
 from bayesmeta.errors import NonFiniteLossError, RunFolderError
 from bayesmeta.train import checkpoint
@@ -10,8 +14,12 @@ from bayesmeta.train.folder import write_config
 from bayesmeta.train.journal import Journal, Keeping
 
 
+#: Seconds after which it is said how long the rest will take, and how long that must be to be worth a line.
+_SURE, _LONG = 5.0, 20.0
+
+
 class RunRecord(Journal):
-    """Writes the run of a learner down.
+    """Writes the run of a learner down, and says once how long the rest will take.
 
     Args:
         run: a :class:`bayesmeta.rl.runs.Run`, on resume restored.
@@ -28,6 +36,8 @@ class RunRecord(Journal):
     def __init__(self, run: Any, keeping: Keeping, *, validate_every: int) -> None:
         self.run, self.validate_every = run, validate_every
         super().__init__(keeping, run.step, tag=_tag)
+        self._began: tuple[int, float] | None = None  # behind the first iteration, which is slower
+        self._told = False
         if self.folder is not None and not keeping.resume:
             facts = {name: run.fingerprint[name] for name in ("options", "environments")}
             write_config(self.folder, {"settings": self.config, "iterations": keeping.steps, **facts})
@@ -56,6 +66,23 @@ class RunRecord(Journal):
             self._write(entry)
         if self.due(run.step, keeping.checkpoint_every):
             self._save()
+        self._foretell()
+
+    def _foretell(self) -> None:
+        """Say once, on standard error and no terminal needed, how long the rest will take at the pace so far."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (self.run.step, now)
+        step, begin = self._began
+        done = self.run.step - step
+        if not self.keeping.progress or self._told or not done or now - begin < _SURE:
+            return
+        self._told = True
+        rest = (self.keeping.steps - self.run.step) * (now - begin) / done
+        if rest >= _LONG:
+            with tqdm.external_write_mode():  # not into the bar
+                told = f"iteration {self.run.step} of {self.keeping.steps}; about {spoken(rest)} to go at this pace"
+                print(told, file=sys.stderr, flush=True)
 
     def _write(self, entry: dict[str, float]) -> None:
         self.write({**entry, "step": int(entry["step"]), "seconds": round(self.run.seconds, 6)})
@@ -87,6 +114,14 @@ class RunRecord(Journal):
         except RunFolderError as error:
             return f"What was done before could not be saved: {error}"
         return f"All up to iteration {step} is saved in {self.folder}: go on with resume{' ' * bool(then)}{then}."
+
+
+def spoken(seconds: float) -> str:
+    """A time in words, to about a tenth."""
+    for size, unit in ((3600.0, "hour"), (60.0, "minute")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}s" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}s"
+    return f"{seconds:.0f} seconds"
 
 
 def _tag(name: str) -> str | None:

@@ -30,9 +30,9 @@ from bayesmeta.rl.policy_gradient.inner import Estimation
 from bayesmeta.rl.policy_gradient.maml_rl import MAMLRL, MAMLRLConfig
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
 from bayesmeta.rl.protocols import num_features
-from bayesmeta.rl.setups_latent import LATENT_METHODS, maesn_for
+from bayesmeta.rl.setups_latent import LATENT_METHODS, OWN_DECODERS, maesn_for
+from bayesmeta.rl_settings import DECODING, Settings, suggestion
 from bayesmeta.rl_settings import METHODS as METHODS
-from bayesmeta.rl_settings import Settings, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,10 +205,29 @@ class Setup(Settings):
         for name in foreign:
             if getattr(self, name) is not None:
                 raise OptionError(f"{name}={getattr(self, name)!r} is not an option of {self.method}; leave it out.")
+        self._check_reconstruction()
         for name in ("horizon", "arms", "episodes", "tasks", "copies", "units", "iterations", "inner_steps"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}.")
+
+    def _check_reconstruction(self) -> None:
+        """Whether it can be chosen. Environments with settings of their own have decoders of their own."""
+        value = self.reconstruction
+        if value is None:
+            return
+        if value not in ("reward", "transition"):
+            raise OptionError(f"reconstruction is {value!r}; expected 'reward' or 'transition'.")
+        if self.method not in DECODING:
+            raise OptionError(
+                f"reconstruction={value!r} is not an option of {self.method}; leave it out, or take one of "
+                f"{', '.join(DECODING)}."
+            )
+        if self.method in self.defaults.made or (self.method == "varibad" and self.env in OWN_DECODERS):
+            raise OptionError(
+                f"reconstruction={value!r} is not an option of {self.method} on {self.env}, whose settings have a "
+                "decoder of their own; leave it out."
+            )
 
     @property
     def defaults(self) -> EnvDefaults:
@@ -226,6 +245,8 @@ class Setup(Settings):
         defaults: dict[str, Any] = {"horizon": known.horizon}
         if self.method in LATENT_METHODS:
             defaults |= LATENT_METHODS[self.method].defaults(known)
+            if self.method == "varibad" and known is OWN:  # whose reward may be the same in all tasks
+                defaults["reconstruction"] = "transition"
         elif self.method == "maesn":
             defaults |= maesn_defaults(self.env)
         elif self.remembers:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.maesn.learner import MAESN
 from bayesmeta.rl.maesn.setups import POINT_ROBOT_MIN_STD, latent_policy, maesn_config
 from bayesmeta.rl.off_policy.distilled import DistilledLatents
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from bayesmeta.rl.setups import EnvDefaults, Setup
 
 
+#: Environments in which VariBAD has a decoder of its own, or rewards that one likelihood describes and nothing beside.
+OWN_DECODERS = ("grid", "point-robot", "bandit")
 #: Training tasks of MAESN, each with variational parameters of its own, where a family has no fixed number.
 MAESN_TASKS = 80
 
@@ -66,6 +69,7 @@ def _pearl(setup: Setup, family: Any, device: torch.device | str) -> PEARL:
         context_batch=128,
         kl_weight=0.08,
         train_reward="dense_reward" if dense else None,
+        reconstruction=setup.reconstruction,
     )
     return PEARL(env, config, seed=setup.seed)
 
@@ -82,10 +86,28 @@ def _varibad(setup: Setup, family: Any, device: torch.device | str) -> VariBAD:
     env = setup.vector(
         family, setup.tasks, new_tasks=True, episodes_per_trial=setup.episodes, generator=setup.seed, device=device
     )
+    if setup.reconstruction is not None or setup.env == "bandit":
+        return VariBAD(
+            env, spec=_foretold(setup, env), iterations=setup.iterations, seed=setup.seed, units=setup.units,
+            steps=known.steps, log_std=math.log(known.std),
+        )  # fmt: skip
     return varibad_for(
         env, iterations=setup.iterations, seed=setup.seed, units=setup.units, steps=known.steps,
         reward_shift=known.reward_shift, reward_scale=known.reward_scale, log_std=math.log(known.std),
     )  # fmt: skip
+
+
+def _foretold(setup: Setup, env: Any) -> ContextSpec:
+    """What VariBAD's decoder foretells: the reward given [s, a, s′], or [r, s′ − s] given [s, a].
+
+    A Bernoulli bandit has no state, and rewards that are 0 or 1.
+    """
+    if setup.env == "bandit":
+        return ContextSpec.of(env, inputs=("action",), binary=True)
+    scale = {"reward_shift": setup.defaults.reward_shift, "reward_scale": setup.defaults.reward_scale}
+    if setup.reconstruction == "reward":
+        return ContextSpec.of(env, inputs=("state", "action", "successor"), **scale)
+    return ContextSpec.of(env, inputs=("state", "action"), targets=("reward", "change"), **scale)
 
 
 def _distilled_defaults(known: EnvDefaults) -> dict[str, Any]:

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesmeta.rl.latent.drawn import plot_weights
+from bayesmeta.rl.latent.drawn import check_weights, plot_weights
 from bayesmeta.rl.learner import standard_error
 from bayesmeta.rl.rollout import Rollout
 
 
 def spread_over(weights: Tensor) -> Tensor:
-    """How many tasks weights ``[…, tasks]`` are spread over, the exponential of their entropy in nats, ``[…]``."""
+    """How many tasks weights ``[…, tasks]`` are spread over, the exponential of their entropy in nats, ``[…]``.
+
+    Raises:
+        NonFiniteDataError, DataError: for weights that are not finite, below 0, or 0 of all tasks.
+    """
+    check_weights(weights)
     return torch.distributions.Categorical(weights).entropy().exp()
 
 

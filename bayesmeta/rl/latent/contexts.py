@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Input = Literal["state", "action", "successor"]
 Target = Literal["reward", "successor", "change"]
 Trial = Literal["first", "current", "all"]
+#: What z explains: the reward given s, a and s′, or reward and change of the state given s and a.
+Reconstruction = Literal["reward", "transition"]
 
 
 @dataclasses.dataclass(frozen=True)

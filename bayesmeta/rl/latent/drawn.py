@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesmeta.errors import OptionError, ShapeError
+from bayesmeta.errors import DataError, NonFiniteDataError, OptionError, ShapeError
+from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.pictures import finish_panels, walked
 
@@ -31,7 +32,14 @@ def learned_most(path: BeliefPath, env: int, most: int = SHOWN) -> list[int]:
         path: beliefs about some tasks.
         env: about which.
         most: how many at most.
+
+    Raises:
+        OptionError: for an environment that there is not, and ``most`` below 1.
     """
+    if not is_whole(env, 0) or env >= path.num_tasks:
+        raise OptionError(f"env={env!r}; expected a whole number of 0 to {path.num_tasks - 1}, one of the beliefs.")
+    if not is_whole(most, 1):
+        raise OptionError(f"most={most!r}; expected a whole number of at least 1.")
     contraction = 1.0 - path.scale[-1, env].square()
     return sorted(contraction.argsort(descending=True, stable=True)[:most].tolist())
 
@@ -114,10 +122,15 @@ def plot_weights(
 
     Raises:
         OptionError: for no step or one that there is not, and weights of another rollout or environment.
-        ShapeError: for places of another number of tasks, and observations that are no positions.
+        ShapeError: for weights of other dimensions, places of another number of tasks, and observations that are no
+            positions.
+        NonFiniteDataError: for weights that are drawn and not finite.
+        DataError: for weights that are drawn and below 0, or 0 of all tasks.
     """
     from matplotlib.figure import Figure
 
+    if weights.ndim != 3:
+        raise ShapeError(f"weights have shape {list(weights.shape)}; expected [steps + 1, environments, tasks].")
     _check(rollout, (len(weights) - 1, weights.shape[1]), env)
     if not steps or min(steps) < 0 or max(steps) >= len(weights):
         raise OptionError(f"steps={list(steps)}; expected some of 0 to {len(weights) - 1}.")
@@ -125,6 +138,7 @@ def plot_weights(
         raise ShapeError(
             f"places have shape {list(places.shape)}; expected [{weights.shape[-1]}, 2], one a known task."
         )
+    check_weights(weights[list(steps), env])
     columns = min(4, len(steps))
     rows = -(-len(steps) // columns)
     where = places.float().cpu()
@@ -148,8 +162,28 @@ def plot_weights(
     return figure
 
 
+def check_weights(weights: Tensor) -> None:
+    """Refuse what are no weights of tasks, ``[…, tasks]``; they need not add up to 1.
+
+    Raises:
+        NonFiniteDataError: for NaN and infinity.
+        DataError: for weights below 0, and such as are 0 of all tasks.
+    """
+    finite = weights.isfinite().all(-1)
+    good = finite & (weights >= 0).all(-1) & (weights.sum(-1) > 0)
+    if bool(good.all()):
+        return
+    kind, wrong = (DataError, ~good) if bool(finite.all()) else (NonFiniteDataError, ~finite)
+    at = wrong.nonzero()[0].tolist()
+    given = ", ".join(f"{x:.4g}" for x in weights[tuple(at)][:6].tolist()) + ", …" * (weights.shape[-1] > 6)
+    raise kind(
+        f"Weights of tasks at {at} are {given}; expected finite numbers of at least 0 that are not all 0. Give "
+        "probabilities, such as those of belief_weights, and not their logarithms."
+    )
+
+
 def _check(rollout: Rollout, of: tuple[int, int], env: int) -> None:
-    if rollout.reward.shape != of or not 0 <= env < of[1]:
+    if rollout.reward.shape != of or not is_whole(env, 0) or env >= of[1]:
         raise OptionError(
             f"env={env} of a rollout of {list(rollout.reward.shape)} steps and environments, and beliefs about "
             f"{of[1]} after {of[0]} steps; expected those of this rollout, and one of them."

@@ -108,7 +108,7 @@ def plot_beliefs(
     Raises:
         OptionError: for no step or one that there is not, another environment, neither a grid nor an extent, and
             a resolution below 2.
-        ShapeError: for observations that are no positions.
+        ShapeError: for observations that are no positions; :func:`bayesmeta.rl.plot_latents` draws z itself.
     """
     from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.figure import Figure
@@ -121,7 +121,8 @@ def plot_beliefs(
     maps = maps.cpu()
     columns = min(4, len(steps))
     rows = -(-len(steps) // columns)
-    figure = Figure(figsize=(2.7 * columns + 1.0, 2.7 * rows + 0.6), layout="constrained")
+    high = 2.5 * min(1.6, max(0.4, (sides[3] - sides[2]) / (sides[1] - sides[0])))  # a half plane has low panels
+    figure = Figure(figsize=(2.7 * columns + 1.0, (high + 0.3) * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     scale = Normalize(float(maps.min()), float(maps.max()))
     if family is not None:  # so that one cell of 1 does not hide what is between 0 and a tenth
@@ -192,7 +193,10 @@ def _check(
     if resolution < 2:
         raise OptionError(f"resolution={resolution}; expected at least 2 places along a side.")
     if (family is None) == (extent is None):
-        raise OptionError("Give family= of a grid, or extent=(left, right, bottom, top) of another plane; one of them.")
+        raise OptionError(
+            "Give family= of a grid, or extent=(left, right, bottom, top) of another plane; one of them. Where "
+            "environments are no plane, bm.rl.plot_latents draws z itself."
+        )
 
 
 def _draw_way(axes: object, places: Tensor, begins: Tensor, start: Tensor) -> None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from bayesmeta.data import Observations
+from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.undecoded import Undecoded
 from bayesmeta.rl.maesn.inner import split_phi
@@ -34,15 +36,23 @@ def task_gaussians(
         learner: whose ``omega`` has (μ, log σ) of its training tasks, in the order of ``learner.tasks``.
         env: of new tasks, each of which begins at the prior and takes inner steps on the environment's own reward; a
             step reads one episode in each copy, and the environment is reset. None is the training tasks.
-        inner_steps: how many; None is as trained, and further ones are at ``later_rates`` of the one before.
+        inner_steps: how many, of 0 (the prior) on; None is as trained, and further ones are at ``later_rates`` of the one before.
         generator: of latents and actions; None means seed 0.
 
     Returns:
         Beliefs of shape ``[1, tasks, latent]``.
 
     Raises:
-        OptionError: for environments that draw new tasks.
+        OptionError: for environments that draw new tasks, inner steps that are no whole number of at least 0, and
+            inner steps of the training tasks, which take none.
     """
+    if inner_steps is not None and not is_whole(inner_steps, 0):
+        raise OptionError(f"inner_steps must be a whole number of at least 0, or None; got {inner_steps!r}.")
+    if inner_steps is not None and env is None:
+        raise OptionError(
+            f"inner_steps={inner_steps} are those of new tasks; give their environments by env, or leave inner_steps "
+            "out for the training tasks as they were learned."
+        )
     omega = learner.omega if env is None else _adapted(learner, env, inner_steps, generator)
     normal = latent_distribution(omega).base_dist
     nothing = Observations(omega.new_zeros(len(omega), 0, 1), omega.new_zeros(len(omega), 0))

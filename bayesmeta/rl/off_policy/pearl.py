@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from bayesmeta.errors import OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.ops.whole import is_whole
 from bayesmeta.rl.latent.beliefs import BeliefPath
-from bayesmeta.rl.latent.contexts import ContextSpec
+from bayesmeta.rl.latent.contexts import ContextSpec, Reconstruction
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.latent.undecoded import Undecoded
@@ -40,8 +40,6 @@ from bayesmeta.rl.off_policy.sac import SACConfig, SACNetworks, SACUpdate, avera
 from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Rollout
 from bayesmeta.rl.trials import curve_of_trials, told_by
-
-Reconstruction = Literal["reward", "transition"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +329,7 @@ class PEARL(OffPolicyLearner):
         rollout = self.evaluate(env, greedy=greedy, generator=generator)
         q = self.policy.latent.beliefs(self.spec.of_rollout(rollout)).base_dist
         decoder = self.policy.decoder
-        program = Undecoded("train PEARL with reconstruction='reward'.") if decoder is None else decoder.program()
+        program = Undecoded(_TRAIN) if decoder is None else decoder.program()
         return BeliefPath(program, self.belief_spec.of_rollout(rollout), q.loc, q.scale), rollout
 
     # -- going on later -------------------------------------------------------------------------------------------
@@ -347,6 +345,9 @@ class PEARL(OffPolicyLearner):
 
     def _load_more(self, state: Mapping[str, Any]) -> None:
         self.fresh = state["fresh"]
+
+
+_TRAIN = "train PEARL with reconstruction='reward' (bayesmeta rl train: --reconstruction reward)."
 
 
 def explained(spec: ContextSpec, reconstruction: Reconstruction | None) -> ContextSpec | None:

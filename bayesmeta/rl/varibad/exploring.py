@@ -21,6 +21,10 @@ class CorrelatedNoise:
     PPO", AAAI 2024, https://arxiv.org/abs/2312.11091; PPO reads each action's density by itself, as there. Departure:
     the noise is autoregressive, and not coloured by a power of the frequency.
 
+    The densities are right, and yet the policy gradient is biased: noise that has made the state is not independent of
+    it, so that what depends on the state alone (a baseline, an error of the values) no longer cancels; the more so the
+    larger c is. Take ``correlation=0`` for what must be optimal. The sparse robot's settings keep c to the end.
+
     Args:
         correlation: c, in [0, 1).
 

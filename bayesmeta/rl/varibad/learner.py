@@ -37,7 +37,7 @@ from bayesmeta.rl.protocols import TaskVectorEnv
 from bayesmeta.rl.rollout import Rollout, collect
 from bayesmeta.rl.varibad.loss import Against, Bound, Decode, bound, decoded_steps, trial_numbers
 from bayesmeta.rl.varibad.policy import BeliefPolicy
-from bayesmeta.rl.varibad.shaping import BeliefBonus, Curriculum, PolicyReward
+from bayesmeta.rl.varibad.shaping import BeliefBonus, Curriculum, PolicyReward, check_training
 
 #: in a learner's state, before the names of the decoder's parameters
 _DECODER = "decoder."
@@ -150,6 +150,7 @@ class VariBAD(RL2):
         seed: int = 0,
         **policy_options: Any,
     ) -> None:
+        check_training(policy_reward, bonus, curriculum)
         config = PPOConfig() if config is None else config
         if policy is None:
             spec = ContextSpec.of(env, inputs=("state", "action", "successor")) if spec is None else spec

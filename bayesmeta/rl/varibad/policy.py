@@ -93,8 +93,8 @@ class BeliefPolicy(MemoryPolicy):
         readout: what the policy reads of the belief, a :data:`Readout` with a ``size`` such as
             :class:`DecodedReadout`; None: mean and log standard deviation.
         correlation: of the noise of continuous actions from step to step of an episode, in [0, 1): noise that stays on
-            one side leads away from where the policy would go, and white noise only around it; see
-            :class:`~bayesmeta.rl.varibad.exploring.CorrelatedNoise`. It is new in each rollout.
+            one side leads away from where the policy would go, and white noise only around it, but it biases the
+            policy gradient; see :class:`~bayesmeta.rl.varibad.exploring.CorrelatedNoise`. It is new in each rollout.
         spread: let the standard deviation of continuous actions depend on state and belief: a policy that still
             searches may be less sure of what to do than one that knows.
         trial_clock: read how much of the trial is gone; without it, trials may be longer than in training, and the

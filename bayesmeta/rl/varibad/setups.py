@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
+from bayesmeta.errors import OptionError
 from bayesmeta.models.encoders import ProductEncoder
-from bayesmeta.rl.latent.contexts import ContextSpec
+from bayesmeta.rl.envs.gym_family import GymFamily
+from bayesmeta.rl.latent.contexts import ContextSpec, Reconstruction
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig
@@ -96,6 +99,7 @@ def varibad_for(
     reward_shift: float = 0.0,
     reward_scale: float = 1.0,
     log_std: float = 0.0,
+    reconstruction: Reconstruction | None = None,
 ) -> VariBAD:
     """VariBAD with the settings of an environment's family.
 
@@ -106,15 +110,30 @@ def varibad_for(
         units: width of the policy's hidden layers.
         steps: of each rollout; None: one trial.
         reward_shift, reward_scale, log_std: of contexts and first actions, for families without settings of their own.
+        reconstruction: what a belief explains, for families without settings of their own: the ``"reward"`` given s, a
+            and s′, or the whole ``"transition"``, that is reward and change of the state given s and a. None is the
+            transition for ordinary gymnasium environments with a box of observations, of which nothing says that tasks
+            differ in their rewards, and else the reward.
     """
     if env.family.name == "grid":
         return grid_varibad(env, iterations=iterations, seed=seed, units=units)
     if env.family.name == "sparse_point_robot":
         return robot_varibad(env, iterations=iterations, seed=seed, units=units)
-    spec = ContextSpec.of(
-        env, inputs=("state", "action", "successor"), reward_shift=reward_shift, reward_scale=reward_scale
-    )
+    if reconstruction is None:
+        ordinary = isinstance(env.family, GymFamily) and isinstance(env.single_observation_space, spaces.Box)
+        reconstruction = "transition" if ordinary else "reward"
+    if reconstruction not in get_args(Reconstruction):
+        raise OptionError(f"reconstruction is {reconstruction!r}; expected 'reward', 'transition' or None.")
+    inputs, targets = _EXPLAINED[reconstruction]
+    spec = ContextSpec.of(env, inputs=inputs, targets=targets, reward_shift=reward_shift, reward_scale=reward_scale)
     return VariBAD(env, spec=spec, iterations=iterations, seed=seed, units=units, steps=steps, log_std=log_std)
+
+
+#: What contexts have as inputs and targets.
+_EXPLAINED: dict[Reconstruction, tuple[Any, Any]] = {
+    "reward": (("state", "action", "successor"), ("reward",)),
+    "transition": (("state", "action"), ("reward", "change")),
+}
 
 
 def grid_varibad(
@@ -198,6 +217,12 @@ def robot_varibad(
     are near and not excluded; it reads no clock of the trial, so that trials may be longer than in training. In
     training the disc around the goal is wider at first, the noise is correlated, and the policy is paid for what its
     belief gains, by a weight that goes to 0.
+
+    So it is given what PEARL, MAESN and distilled latents are not: the half circle, as places in encoder, decoder and
+    readout, and a wider disc in training. (Ideal Thompson sampling knows the half circle too.) The rule that the
+    readout suggests, a step towards the places weighted by share · exp(−distance / reach), needs no learning: under
+    Bayes' rule over the places it reaches returns of about 12.5 on validation goals after ten episodes, at reach .06.
+    What is learned beyond it shows in the first episode.
 
     Args:
         env: of a :class:`~bayesmeta.rl.SparsePointRobot`.

@@ -43,7 +43,7 @@ class BeliefBonus:
         kind: ``"invariant"`` or ``"gain"``.
 
     Raises:
-        OptionError: for weights below 0 and other settings outside their range.
+        OptionError: for a potential that cannot be called, weights below 0 and other settings outside their range.
     """
 
     potential: Potential
@@ -53,6 +53,11 @@ class BeliefBonus:
     kind: Kind = "gain"
 
     def __post_init__(self) -> None:
+        if not callable(self.potential):
+            raise OptionError(
+                f"potential is {self.potential!r}; expected a callable from mean and standard deviation of a belief, "
+                "such as a PlaceCertainty."
+            )
         if self.kind not in get_args(Kind):
             raise OptionError(f"Unknown kind {self.kind!r}; expected {' or '.join(map(repr, get_args(Kind)))}.")
         for name in ("weight", "last_weight"):
@@ -194,3 +199,42 @@ class ShrinkingRadius:
         if share >= self.until:
             return family
         return dataclasses.replace(family, radius=self.first + share / self.until * (own - self.first))
+
+
+def check_training(policy_reward: Any, bonus: Any, curriculum: Any) -> None:
+    """See that a policy can be trained by these, before a first rollout is spent on it.
+
+    Args:
+        policy_reward: None, the name of a number in ``info``, or a :class:`PolicyReward`.
+        bonus: None or a :class:`BeliefBonus`.
+        curriculum: None or a :class:`Curriculum`.
+
+    Raises:
+        OptionError: for anything else, which says what is expected; for a class where an object of it is.
+    """
+    given = {"policy_reward": policy_reward, "bonus": bonus, "curriculum": curriculum}
+    for name, value in given.items():
+        if isinstance(value, type):
+            raise OptionError(f"{name} is the class {value.__name__}; expected an object of it: {value.__name__}(…).")
+    if not (bonus is None or isinstance(bonus, BeliefBonus)):
+        raise OptionError(
+            f"bonus is {bonus!r}; expected a BeliefBonus or None. A potential alone is made one by "
+            "BeliefBonus(potential)."
+        )
+    if not (policy_reward is None or isinstance(policy_reward, str)):
+        if not callable(policy_reward):
+            raise OptionError(
+                f"policy_reward is {policy_reward!r}; expected the name of a number in info such as 'dense_reward', or "
+                "a PolicyReward such as a ShrinkingDisc."
+            )
+        names = getattr(policy_reward, "names", None)
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise OptionError(
+                f"policy_reward has names={names!r}; expected a tuple of the names of the numbers in info that it "
+                "reads, () where it reads none."
+            )
+    if not (curriculum is None or callable(curriculum)):
+        raise OptionError(
+            f"curriculum is {curriculum!r}; expected a callable from a family and the share of the training that is "
+            "done to a family, such as a ShrinkingRadius."
+        )
