@@ -29,7 +29,9 @@ class Train:
     validation_tasks: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 100)")] = None
     """Tasks that the learning curve is measured on."""
 
-    validate_every: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: a twentieth)")] = None
+    validate_every: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: a twentieth)")] = (
+        None
+    )
     """Iterations between two points of the learning curve."""
 
     checkpoint_every: int = 10
@@ -120,6 +122,7 @@ _SAYINGS = (
     (r"leave render_mode out", "leave --video out"),
     (r"take PPO or TRPO", "take --method rl2"),
     (r"Give its vector environment a horizon \(", "Give --horizon, or a limit in the environment ("),
+    (r"Go on with it \(resume\), replace it \(overwrite\)", "Go on with it (--resume), replace it (--overwrite)"),
     (r"Install it, or ask for no pictures", "Install it, or leave --video out"),
     (r"\b(\w+)=True\b", lambda m: _option(m[1]) or m[0]),
     (r"\b(\w+)=(\([^()]*\)|'[^']*'|[-\w.+]+)", lambda m: f"{_option(m[1])} {_value(m[2])}" if _option(m[1]) else m[0]),

@@ -136,7 +136,9 @@ class Settings:
         ),
     ] = None
     seed: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)"), Doc("Of tasks, first weights and actions.")
+        int | None,
+        tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)"),
+        Doc("Of tasks, first weights and actions."),
     ] = None
 
 

@@ -191,7 +191,7 @@ def trained(name: str, args: argparse.Namespace, seed: int) -> Training:
     path = KEPT / f"{name}_{seed}.pt"
     if args.reuse and path.is_file():
         known = torch.load(path, weights_only=True)
-        if known["asked"] == asked:
+        if _given(known["asked"]) == _given(asked):
             run.load_learned(known["state"])
             told = ", ".join(f"{x:.3f}" for x in known["curve"][-1]["normalised"])
             print(f"{name}, seed {seed}, from {path}: {told} after {known['seconds']:.0f} s", flush=True)
@@ -202,6 +202,11 @@ def trained(name: str, args: argparse.Namespace, seed: int) -> Training:
         state = {"policy": run.state_dict()["policy"]}
         torch.save({"asked": asked, "state": state, "curve": curve, "seconds": seconds}, path)
     return Training(run, curve, seconds)
+
+
+def _given(asked: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are None: an option that came after a training, and is off, is no other setting."""
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def train(run: RL2, name: str, args: argparse.Namespace, seed: int) -> tuple[list[dict[str, Any]], float]:

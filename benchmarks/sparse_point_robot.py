@@ -19,7 +19,7 @@ disc; ``seconds`` is CPU time of one training.
   the methods above: encoder, decoder and readout have 32 places of the half circle, where the goal is known to be, and
   the readout offers the way to the near places that are not excluded. It learns from the sparse reward of a disc that
   is wider at first, and is paid for what its belief gains. In an offline check of the readout's rule alone, with a
-  likelihood written by hand, test goals were scored beside validation goals; both put its lengths in the same order.
+  likelihood written by hand, test goals were scored beside validation goals; both put the same length first.
 - ``pearl_best_after_K``: the one of PEARL and the two distilled forms with the highest validation return after ten
   episodes, held to the bars.
 - ``explore_STRATEGY_after_K``: the same trained learner of ``pearl_best`` with other ways to explore: the mean of the

@@ -127,6 +127,21 @@ def test_a_training_is_read_again_if_it_was_made_with_the_same_settings(monkeypa
         assert "from" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "value", "same"), [("later", None, True), ("later", 0.5, False), ("seed", 5, False)])
+def test_an_option_that_came_after_a_training_is_none_of_its_settings_if_it_is_off(
+    name, value, same, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(bench, "KEPT", tmp_path)
+    monkeypatch.setattr(bench, "FAMILY", SMALL)
+    args = options(quick=False, reuse=True)
+    bench.trained("rl2", args, 4)
+    capsys.readouterr()
+    told = RL2.options
+    monkeypatch.setattr(RL2, "options", lambda run: told(run) | {name: value})
+    bench.trained("rl2", args, 4)
+    assert ("from" in capsys.readouterr().out) == same
+
+
 def test_rows_of_a_strategy_are_normalised_with_their_errors():
     scale = bench.scale_of(bench.FAMILY, bench.EPISODES)
     low = scale.random.expand(2, 2, 4)

@@ -34,12 +34,12 @@ def seen(tasks=1500, pulls=12, arms=3, seed=0):
     return means, won, pulled - won
 
 
-def shaken(run):
+def shaken(run, amount=0.3):
     """A learner whose belief depends on what was seen: untrained ones believe the prior, whatever happens."""
     generator = as_generator(7)
     with torch.no_grad():
         for parameter in run.policy.latent.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
     return run
 
 
@@ -225,7 +225,7 @@ def test_nuts_knows_the_posterior_under_the_decoder():
 
 def test_a_quick_run_has_all_rows_and_no_bar(monkeypatch):
     make = bench.make
-    monkeypatch.setattr(bench, "make", lambda *given: shaken(make(*given)))
+    monkeypatch.setattr(bench, "make", lambda *given: shaken(make(*given), 0.1))
     monkeypatch.setattr(bench, "DRAWS", 10)
     args = options()
     rows = {row.name: row for row in bench.run(args)}

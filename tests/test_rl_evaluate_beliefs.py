@@ -285,7 +285,7 @@ def test_what_has_no_decoder_or_no_gaussian_says_so_and_is_drawn_as_what_it_is(t
         plots, "save_figure", lambda figure, file: drawn.setdefault((file.parent.name, file.name), figure)
     )
     for method, files, words in (
-        ("pearl", ["beliefs.nc", "beliefs.png"], "This belief has no decoder, so that beliefs.png shows z itself"),
+        ("pearl", ["beliefs.nc", "beliefs.png"], "beliefs.png shows z itself. This belief has no decoder: train PEARL"),
         ("distilled", ["beliefs.png"], "The belief is a mixture"),
     ):
         folder = trained(tmp_path / method, "navigation", method, episodes=2)
@@ -322,11 +322,16 @@ def test_weights_of_training_tasks_are_those_of_the_trial_that_is_played():
         distilled("gaussian").belief_weights(robots(5))
 
 
-def test_a_bandits_belief_has_no_plane_and_no_picture(tmp_path):
+def test_a_bandits_belief_has_no_plane_and_is_drawn_as_what_it_is(tmp_path, monkeypatch):
+    from bayesmeta.diagnostics import plots
+
+    drawn = {}
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file: drawn.setdefault(file.name, figure))
     folder = trained(tmp_path / "run", "bandit", "varibad", episodes=2)
     found = evaluate_folder(folder, tasks=3)["beliefs"]
-    assert found["files"] == ["beliefs.nc"]
-    assert "note" not in found
+    assert found["files"] == ["beliefs.nc", "beliefs.png"]
+    assert found["note"] == "beliefs.png shows z itself. These environments are no plane with goals."
+    assert drawn["beliefs.png"].axes[0].get_ylabel() == "z[0]"
 
 
 def test_beliefs_that_cannot_be_written_are_refused(tmp_path):
@@ -336,11 +341,20 @@ def test_beliefs_that_cannot_be_written_are_refused(tmp_path):
         told.evaluate_beliefs(learner, env, seed=0, folder=tmp_path)
 
 
-def test_a_decoder_that_is_told_no_place_draws_none(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"inputs": ("action",)}, "told ('action',) and no place"),
+        ({"inputs": ("state", "action"), "targets": ("change",)}, "foretells ('change',) and no reward"),
+        ({"inputs": ("state", "action"), "targets": ("reward", "change")}, ""),
+    ],
+)
+def test_a_decoder_that_says_nothing_of_rewards_at_places_draws_z(options, why, tmp_path):
     env = robots(3)
     rollout = played(env, torch.tensor([0.1, 0.0]), 12)
-    spec = ContextSpec.of(env, inputs=("action",))
+    spec = ContextSpec.of(env, **options)
     program = TransitionDecoder(spec, 2).program()
     path = BeliefPath(program, spec.of_rollout(rollout), torch.zeros(13, 3, 2), torch.ones(13, 3, 2))
-    with pytest.raises(errors.ContextError, match="no place"):
-        told.draw(path, spec, rollout, env, seed=0, file=tmp_path / "x.png")
+    said = told.draw(path, spec, rollout, env, seed=0, file=tmp_path / "x.png")
+    assert (why in said) if why else said == ""
+    assert (tmp_path / "x.png").exists()

@@ -120,7 +120,7 @@ def test_over_how_many_tasks_weights_are_spread():
 
 
 def test_weights_that_are_none_are_refused():
-    env, rollout = walks()
+    _, rollout = walks()
     places = torch.zeros(4, 2)
     for bad, kind in (
         ([0.0, 0.0, 0.0, 0.0], errors.DataError),
@@ -154,7 +154,9 @@ def test_bad_input():
             drawn.plot_latents(path, rollout, **bad)
     with pytest.raises(errors.OptionError, match="those of this rollout"):
         drawn.plot_latents(path.tasks([0]), rollout)
-    for bad in ({"steps": []}, {"steps": [9]}, {"steps": [-1]}, {"steps": [0], "env": 3}):
+    for bad in (
+        {"steps": []}, {"steps": [9]}, {"steps": [-1]}, {"steps": [0], "env": 3}, {"steps": [0], "env": 0.5},
+    ):  # fmt: skip
         with pytest.raises(errors.OptionError):
             drawn.plot_weights(weights, places, rollout, **bad)
     with pytest.raises(errors.OptionError, match="those of this rollout"):

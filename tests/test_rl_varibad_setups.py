@@ -8,6 +8,7 @@ import bayesmeta as bm
 from bayesmeta.errors import OptionError
 from bayesmeta.rl.envs.grid import CellTasks
 from bayesmeta.rl.latent.checks import admissible_cells, cell_rows, compare_goals, goal_probabilities, seen_cells
+from bayesmeta.rl.oracles.robot import straight_returns
 from bayesmeta.rl.varibad.decoder import LinearDecoder
 from bayesmeta.rl.varibad.places import PlaceDecoder
 from bayesmeta.rl.varibad.policy import DecodedReadout
@@ -104,6 +105,37 @@ def test_the_robots_belief_begins_with_weak_factors():
     assert scale.max() < 0.95  # and yet it says something
 
 
+def returns_of_the_rule(reach):
+    """Mean returns of 11 episodes on validation goals: the way that the readout tells, of beliefs by Bayes' rule."""
+    family = bm.rl.SparsePointRobot()
+    readout = made(family).policy.memory.readout
+    places, goals = readout.decoder.places, family.goals("validation")
+    log_share, returns = torch.zeros(len(goals), len(places)), []
+    for _ in range(11):
+        at, total = torch.zeros(len(goals), 2), 0.0
+        for _ in range(family.horizon):
+            way = readout.beside(at, log_share.softmax(-1))[:, 2 * reach : 2 * reach + 2]
+            at = at + (5 * way).clamp(-family.max_step, family.max_step)
+            away = (at - goals).norm(dim=-1)
+            reward = torch.where(away <= family.radius, 1 - away, 0.0).unsqueeze(-1)
+            distance = (at.unsqueeze(1) - places).norm(dim=-1)
+            near = torch.sigmoid((family.radius - distance) / 0.01).clamp(1e-4, 1 - 1e-4)  # goals stand between places
+            found = near.log() - 0.5 * ((reward - 1 + distance) / 0.03).square()
+            log_share = log_share + torch.where(reward > 0, found, (1 - near).log())
+            total = total + reward.mean().item()
+        returns.append(total)
+    return returns
+
+
+def test_the_readout_and_bayes_rule_find_the_goal_without_learning():
+    """Of robot_varibad's docstring: in the end each goal is found; the control is a reach at which the ways cancel."""
+    family, returns = bm.rl.SparsePointRobot(), returns_of_the_rule(0)
+    best = straight_returns(family, family.goals("validation")).mean().item()
+    assert returns[0] < 0.4 * best  # a search
+    assert 12 < returns[10] < best
+    assert max(returns_of_the_rule(2)) < 1
+
+
 def test_the_decoder_is_trained_by_the_bound_and_not_by_the_policy():
     run = made()
     names = [name for name, _ in run.policy.named_parameters()]
@@ -150,6 +182,8 @@ def test_ordinary_environments_have_their_transitions_explained():
     assert run.train(1)[0]["reconstruction"] < 0
     told = varibad_for(env, iterations=1, reconstruction="reward")
     assert told.belief_spec.targets == ("reward",)
+    with pytest.raises(OptionError, match="has made its environments already"):
+        bm.rl.VariBAD(env, iterations=1, curriculum=bm.rl.ShrinkingRadius())
     robots = bm.rl.TensorVectorEnv(bm.rl.Navigation(horizon=3), 2, new_tasks=True, generator=0)
     assert varibad_for(robots, iterations=1).belief_spec.targets == ("reward",)  # rewards are what differs there
     with pytest.raises(OptionError, match="'reward', 'transition' or None"):

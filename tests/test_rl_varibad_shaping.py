@@ -168,9 +168,8 @@ def test_a_training_has_the_weight_of_its_share_and_ends_with_the_reward():
     assert extra[0].min() > 0
     assert torch.equal(paid[3], read[3])
     assert torch.equal(paid[2], read[2])
-    constant = learner(bonus=BeliefBonus(lambda loc, scale: scale.log().sum(-1).mul(0) + 1, weight=3.0, until=0.5))
-    # Φ is 1: "gain" pays nothing, "invariant" the weight of the share by itself
-    constant.bonus = dataclasses.replace(constant.bonus, kind="invariant")
+    constant = BeliefBonus(lambda loc, scale: torch.ones_like(loc[..., 0]), weight=3.0, until=0.5, kind="invariant")
+    constant = learner(bonus=constant)  # Φ is 1, so that each step pays (γ − 1) times the weight, and the last −1 times
     for share, weight in ((0.0, 3.0), (1 / 3, 1.0), (0.5, 0.0)):
         rollout = collect(constant.env, constant.policy.actor(), 6, generator=seeded(), state=constant.policy.first(6))
         found = constant._pay(rollout, None, share) - rollout.reward

@@ -98,7 +98,11 @@ def dry_run(
     plan = plan_of(
         setup, out, validation_tasks=validation_tasks, validate_every=validate_every, device=device, resume=resume
     )
-    lines = [plan.table(), length(plan.setup, plan.learner()), "Nothing was trained or written: leave --dry-run out to begin."]
+    lines = [
+        plan.table(),
+        length(plan.setup, plan.learner()),
+        "Nothing was trained or written: leave --dry-run out to begin.",
+    ]
     held = out is not None and ((out / CONFIG).exists() or has_checkpoint(out))
     if held and not (overwrite or resume):
         lines.append(f"{out} holds a run already: give --resume, --overwrite, or another --out.")
@@ -123,7 +127,7 @@ def length(setup: Setup, learner: Any) -> str:
 def _episodes(setup: Setup, learner: Any) -> float:
     """Of an iteration in each environment, for learners that play whole ones."""
     if not setup.remembers:
-        return 1 + float(setup.inner_steps or 0)
+        return 1 + float(learner.config.inner_steps)  # 0 of joint training
     if setup.method == "distilled":  # an episode, and a trial every so often
         return 1 + (setup.episodes or 1) / float(learner.config.chain_every)
     return float(setup.episodes or 1)

@@ -13,7 +13,6 @@ from bayesmeta.train import checkpoint
 from bayesmeta.train.folder import write_config
 from bayesmeta.train.journal import Journal, Keeping
 
-
 #: Seconds after which it is said how long the rest will take, and how long that must be to be worth a line.
 _SURE, _LONG = 5.0, 20.0
 

@@ -36,7 +36,8 @@ def task_gaussians(
         learner: whose ``omega`` has (μ, log σ) of its training tasks, in the order of ``learner.tasks``.
         env: of new tasks, each of which begins at the prior and takes inner steps on the environment's own reward; a
             step reads one episode in each copy, and the environment is reset. None is the training tasks.
-        inner_steps: how many, of 0 (the prior) on; None is as trained, and further ones are at ``later_rates`` of the one before.
+        inner_steps: how many, of 0 (the prior) on; None is as trained, and further ones are at ``later_rates`` of the
+            one before.
         generator: of latents and actions; None means seed 0.
 
     Returns:

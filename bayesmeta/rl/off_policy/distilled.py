@@ -322,7 +322,9 @@ class DistilledLatents(OffPolicyLearner):
                 "for the mixtures, or train with posterior='gaussian'."
             )
         rollout = self.evaluate(env, greedy=greedy, generator=generator)
-        program = Undecoded("DistilledLatents learns none; take VariBAD, or PEARL with reconstruction='reward' (--reconstruction).")
+        program = Undecoded(
+            "DistilledLatents learns none; take VariBAD, or PEARL with reconstruction='reward' (--reconstruction)."
+        )
         return BeliefPath.of(belief, self.spec.of_rollout(rollout), program), rollout
 
     def belief_weights(

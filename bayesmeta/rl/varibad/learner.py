@@ -27,6 +27,7 @@ from bayesmeta.data import Observations
 from bayesmeta.errors import CheckpointError, NonFiniteLossError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
 from bayesmeta.ops.whole import is_whole
+from bayesmeta.rl.envs.vector import TensorVectorEnv
 from bayesmeta.rl.latent.beliefs import BeliefPath
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.core import LatentContext
@@ -178,8 +179,11 @@ class VariBAD(RL2):
             )
         self.decoder, self.beliefs = decoder, beliefs or BeliefConfig()
         self.policy_reward, self.policy_reward_until, self.bonus = policy_reward, policy_reward_until, bonus
-        if curriculum is not None and getattr(env, "family", None) is None:
-            raise OptionError(f"A curriculum changes the family of an environment; {type(env).__name__} has none.")
+        if curriculum is not None and not isinstance(env, TensorVectorEnv):
+            raise OptionError(
+                f"A curriculum changes the family by which a TensorVectorEnv steps; a {type(env).__name__} has made its "
+                "environments already. Train without curriculum, or on a family that steps as tensors."
+            )
         self.curriculum = curriculum
         self._noise = as_generator(seed, env.device, "varibad")
         self._learned = [*core.parameters(), *decoder.parameters()]
