@@ -296,6 +296,7 @@ def _run(command: Command) -> None:
         print(methods_table())
         return
     if isinstance(command, cli_rl.RL):
+        cli_rl.refuse_what_is_there(command)
         if command.threads is not None:
             _refuse_ranks("rl")
             _set_threads(command.threads)

@@ -179,10 +179,16 @@ def _how_to_go_on(told: str, stopped: Train | EvaluateRL) -> str:
 _FILES, _LOCK = ("config.json", "log.jsonl", "checkpoint.pt"), ".run.lock"
 
 
-def _refuse_what_is_there(train: Train) -> None:
-    """Refuse a folder that holds a run before torch is imported, which takes seconds."""
-    out = train.out
-    if out is None or train.settings.env is None or train.dry_run or train.overwrite or train.resume:
+def refuse_what_is_there(command: RL) -> None:
+    """Refuse a folder that holds a run before torch is imported, which takes seconds.
+
+    Raises:
+        RunFolderError: when it holds one, and nothing was said of going on with it or of replacing it.
+    """
+    train, out = command.command, command.out
+    if not isinstance(train, Train) or out is None:
+        return
+    if train.settings.env is None or train.dry_run or train.overwrite or train.resume:
         return
     if any((out / name).exists() for name in _FILES) and not (out / _LOCK).exists():
         from bayesmeta.errors import RunFolderError
@@ -201,8 +207,6 @@ def _run(command: RL) -> None:
         evaluate_folder(options.pop("folder"), **options)
         return
     from bayesmeta.errors import OptionError
-
-    _refuse_what_is_there(command.command)
     from bayesmeta.rl.command import dry_run, train_setup
     from bayesmeta.rl.plan import setup_of
 

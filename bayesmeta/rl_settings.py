@@ -131,8 +131,8 @@ class Settings:
         Literal["reward", "transition"] | None,
         tyro.conf.arg(metavar="{reward,transition}", help_behavior_hint=_SEE),
         Doc(
-            "Of pearl and varibad: what the belief must foretell: rewards alone, or next states too. By default pearl's "
-            "nothing, and varibad's rewards; in an environment of your own varibad's next states too."
+            "Of pearl and varibad: what the belief must foretell: rewards alone, or next states too. By default "
+            "nothing of pearl's, rewards of varibad's; in an environment of your own next states too."
         ),
     ] = None
     seed: Annotated[

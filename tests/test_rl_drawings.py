@@ -9,6 +9,8 @@ from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.reference_policies import Reference
 from bayesmeta.rl.watching import Watching
 
+HALF_AND_WHOLE = (bm.rl.SparsePointRobot(), bm.rl.Navigation())
+
 
 def seen(family, *, tasks=2, points=3, steps=4):
     """Ways that are the same at each point of the adaptation, one step of 1 along the first axis at a time."""
@@ -88,6 +90,23 @@ def test_watching_knows_the_family():
     grid = bm.rl.Grid(cells=3, horizon=3)
     env = bm.rl.TensorVectorEnv(grid, 2, episodes_per_trial=2, generator=1)
     assert bm.rl.watch(bm.rl.RL2(env, iterations=1, units=4), env).family is grid
+
+
+def test_of_learning_curves_that_coincide_all_are_seen():
+    """What is drawn later is narrower than what it covers, and broken where its neighbour is not."""
+    curves = [{"step": s, **{f"return_{n}": float(s) for n in range(4)}} for s in (0, 1)]
+    lines = bm.rl.plot_learning_curve(curves, unit="episode").axes[0].get_lines()
+    widths = [line.get_linewidth() for line in lines]
+    assert len(lines) == 4
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1] + 1
+    assert [line.is_dashed() for line in lines] == [False, True, False, True]
+
+
+def test_the_point_robots_half_plane_has_low_panels():
+    high = {family: bm.rl.plot_trajectories(seen(family)).get_figheight() for family in HALF_AND_WHOLE}
+    half, whole = high.values()
+    assert half < 0.8 * whole
 
 
 def test_adaptation_is_drawn_with_references_where_they_belong():

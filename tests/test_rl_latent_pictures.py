@@ -109,6 +109,15 @@ def test_a_grid_is_drawn_by_its_cells():
     assert image.sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_a_half_plane_has_low_panels():
+    path, spec, rollout, _ = a_plane()
+    heights = []
+    for top in (1.0, 0.0):
+        figure = pictures.plot_beliefs(path, spec, rollout, steps=[0, 1, 2, 3, 4], extent=(-1.0, 1.0, -1.0, top))
+        heights.append(figure.get_figheight())
+    assert heights[1] < 0.75 * heights[0]
+
+
 def test_bad_input():
     path, spec, rollout, _ = a_plane()
     whole = {"steps": [0], "extent": (-1.0, 1.0, -1.0, 1.0)}
@@ -121,7 +130,7 @@ def test_bad_input():
         {"family": bm.rl.Grid()},
         {"resolution": 1},
     ):
-        with pytest.raises(errors.OptionError):
+        with pytest.raises(errors.OptionError, match="plot_latents draws z" if "extent" in bad else "expected|Give"):
             pictures.plot_beliefs(path, spec, rollout, **{**whole, **bad})
     with pytest.raises(errors.OptionError, match="those of this rollout"):
         pictures.plot_beliefs(path.tasks([0]), spec, rollout, **whole)

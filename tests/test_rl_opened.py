@@ -1,4 +1,4 @@
-"""From the folder of a command back to the learner: the same that was trained, and errors for what is no such folder."""
+"""From the folder of a command back to its learner; what a run says of its length; what beliefs must foretell."""
 
 import json
 

@@ -14,6 +14,8 @@ from bayesmeta.rl.setups import ENVIRONMENTS, Setup
 from bayesmeta.rl_settings import METHODS
 from bayesmeta.train import checkpoint
 from bayesmeta.train.fit import pick_device
+from bayesmeta.train.folder import _OURS
+from bayesmeta.train.lock import LOCK
 
 TINY = ("--horizon", "4", "--tasks", "6", "--units", "4", "--iterations", "2", "--validation-tasks", "4")
 
@@ -64,6 +66,20 @@ def test_the_listing_names_all_and_needs_no_torch():
         *ENVIRONMENTS, *METHODS, "MODULE:ATTRIBUTE",
     }  # fmt: skip
     assert "torch" in sys.modules
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_torch_is_loaded(tmp_path):
+    """By the names of files that a run has; one that is being written is left to its lock. A dry run loads torch."""
+    assert set(cli_rl._FILES) < set(_OURS)
+    assert cli_rl._LOCK == LOCK
+    (tmp_path / "log.jsonl").touch()
+    code = "import sys; from bayesmeta import cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    train = [sys.executable, "-c", code, "rl", "train", "--env", "grid", "--out", str(tmp_path)]
+    done = subprocess.run(train, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (2, ["False"])
+    assert f"{tmp_path} already holds a run. Go on with it (--resume), replace it (--overwrite)" in done.stderr
+    done = subprocess.run([*train, "--dry-run"], capture_output=True, text=True, check=False)  # the control
+    assert done.stdout.split()[-1] == "True"
 
 
 def test_settings_are_options_under_their_own_names_with_what_they_mean(capsys):

@@ -181,8 +181,8 @@ class VariBAD(RL2):
         self.policy_reward, self.policy_reward_until, self.bonus = policy_reward, policy_reward_until, bonus
         if curriculum is not None and not isinstance(env, TensorVectorEnv):
             raise OptionError(
-                f"A curriculum changes the family by which a TensorVectorEnv steps; a {type(env).__name__} has made its "
-                "environments already. Train without curriculum, or on a family that steps as tensors."
+                f"A curriculum changes the family by which a TensorVectorEnv steps; a {type(env).__name__} has made "
+                "its environments already. Train without curriculum, or on a family that steps as tensors."
             )
         self.curriculum = curriculum
         self._noise = as_generator(seed, env.device, "varibad")
