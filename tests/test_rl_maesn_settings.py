@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import gymnasium
 import pytest
 import torch
+from gymnasium.envs.classic_control import PendulumEnv
 from test_rl_maesn_truth import rollouts, small
 from torch import nn
 
+import bayesmeta as bm
 from bayesmeta.rl.envs import TensorVectorEnv
 from bayesmeta.rl.maesn.config import MAESNConfig
 from bayesmeta.rl.maesn.learner import MAESN, _first
@@ -106,3 +109,30 @@ def test_tasks_begin_at_the_prior_after_the_first_iterations():
     assert own_of(4, prior_share=1.0, prior_after=2).tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
     some = own_of(4, tasks=20, training=20, copies=2, prior_share=0.25)
     assert abs(some.mean().item() - 0.75) < 4 * (0.1875 / 80) ** 0.5
+
+
+def test_ordinary_environments_are_trained_on_and_gone_on_with():
+    """Their tasks are a list: of them those of an iteration are told to the environments, and a state has them all."""
+
+    def pendulum(gravity):
+        return gymnasium.wrappers.TimeLimit(PendulumEnv(g=gravity), 4)
+
+    family = bm.rl.GymFamily.uniform(pendulum, 5.0, 15.0)
+
+    def learner(seed):
+        env = family.vector(2, copies=2, generator=0)
+        policy = bm.rl.LatentPolicy(bm.nets.mlp(3 + 2, [4], 1), bm.rl.GaussianHead(1), latent=2)
+        for index, parameter in enumerate(policy.parameters()):
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+        return bm.rl.MAESN(env, policy, tasks=[5.0, 7.0, 9.0, 11.0][:: 1 if seed == 0 else -1], seed=seed)
+
+    whole, parts, other = learner(0), learner(0), learner(1)
+    whole.train(2)
+    assert set(whole.env.tasks) <= {5.0, 7.0, 9.0, 11.0}
+    parts.train(1)
+    other.load_state_dict(parts.state_dict())  # its tasks were in another order
+    other.train(1)
+    assert other.tasks == whole.tasks == [5.0, 7.0, 9.0, 11.0]
+    assert other.env.tasks == whole.env.tasks
+    assert torch.equal(other.theta, whole.theta)
+    assert torch.equal(other.omega, whole.omega)

@@ -100,7 +100,7 @@ def test_a_function_from_a_task_to_an_environment_is_trained_resumed_and_scored(
     assert film.stat().st_size > 0
     setup = read_setup(out)
     assert (setup.env, setup.task_range, setup.horizon) == ("hill_env:make_env", (-1.0, 1.0), 4)
-    told = refused(capsys, "train", *task, *SMALL, *more, "--task-values", 1, 2)
+    told = refused(capsys, "train", *task, *SMALL, *more, "--task-values", 1, 2, "--overwrite")
     assert "either --task-values (numbers) or --task-range (two numbers" in told
     rl("train", *task, *SMALL, *more, "--resume")  # there is nothing left to do
     other = [(-2 if value == -1 else value) for value in task]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bayesmeta.errors import CheckpointError, OptionError
 from bayesmeta.ops.random import Seed, as_generator
+from bayesmeta.rl.envs.gym_family import as_list, packed, unpacked
 from bayesmeta.rl.learner import AdaptationCurve, horizon_of
 from bayesmeta.rl.maesn.config import MAESNConfig
 from bayesmeta.rl.maesn.inner import LatentSteps, latent_episodes, latent_step, split_phi
@@ -43,7 +44,7 @@ from bayesmeta.rl.policy_gradient.inner import check_tasks_stay, first_copies
 from bayesmeta.rl.policy_gradient.learner import FlatLearner
 from bayesmeta.rl.policy_gradient.objectives import average, likelihood_ratio
 from bayesmeta.rl.policy_gradient.trpo import TrustRegionStep, gradient, trust_region_step
-from bayesmeta.rl.protocols import TaskVectorEnv
+from bayesmeta.rl.protocols import TaskVectorEnv, Tensors
 
 
 class MAESN(FlatLearner):
@@ -171,7 +172,7 @@ class MAESN(FlatLearner):
     def _iterate(self) -> dict[str, float]:
         env, config = self.env, self.config
         rows = torch.randperm(len(self.tasks), generator=self.generator, device=self.generator.device)[: env.num_tasks]
-        env.reset(options={"tasks": self.tasks[rows]})
+        env.reset(options={"tasks": [self.tasks[int(row)] for row in rows] if self._listed else self.tasks[rows]})
         share = config.prior_share if self.iteration >= config.prior_after else 0.0
         chosen = torch.rand(len(rows), generator=self.generator, device=self.generator.device) >= share
         own = chosen.to(self.omega).unsqueeze(-1)
@@ -361,7 +362,11 @@ class MAESN(FlatLearner):
     def _more_state(self) -> dict[str, Any]:
         return {
             "policy": {"omega": self.omega.clone()},
-            "tasks": {name: value.clone() for name, value in self.tasks.as_dict().items()},
+            "tasks": (
+                [packed(task) for task in self.tasks]
+                if self._listed
+                else {name: value.clone() for name, value in self.tasks.as_dict().items()}
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -380,7 +385,16 @@ class MAESN(FlatLearner):
 
     def _load_more(self, state: Mapping[str, Any]) -> None:
         self.omega = state["policy"]["omega"].to(self.omega, copy=True)
-        self.tasks = type(self.tasks)(**{n: v.to(self.env.device, copy=True) for n, v in state["tasks"].items()})
+        tasks = state["tasks"]
+        if self._listed:
+            self.tasks = [unpacked(task) for task in tasks]
+        else:
+            self.tasks = type(self.tasks)(**{n: v.to(self.env.device, copy=True) for n, v in tasks.items()})
+
+    @property
+    def _listed(self) -> bool:
+        """Whether tasks are those of ordinary gymnasium environments, one by one."""
+        return isinstance(self.tasks, list)
 
 
 def _first(episodes: LatentSteps, number: int) -> LatentSteps:
@@ -401,4 +415,4 @@ def _training_tasks(env: Any, tasks: Any, seed: int) -> Any:
         raise OptionError(
             f"{len(tasks)} training tasks were given to environments of {env.num_tasks}; give as many at least."
         )
-    return tasks.to(env.device)
+    return tasks.to(env.device) if isinstance(tasks, Tensors) else as_list(tasks)
