@@ -391,6 +391,7 @@ _OPTIONS = (
     (r"\bchunk=(\d+)", r"--chunk \1"),
     (r"\b(memory|precision|compile)='([\w.]+)'", r"--\1 \2"),
     (r"\bresume=True", "--resume"),
+    (r"\boverwrite=True", "--overwrite"),
     (r"\b[Gg]o on with resume\b", "go on with --resume"),
     (r"(?:finite )?numbers of torch\.float(32|64)", "finite numbers"),
 )

@@ -122,7 +122,6 @@ _SAYINGS = (
     (r"leave render_mode out", "leave --video out"),
     (r"take PPO or TRPO", "take --method rl2"),
     (r"Give its vector environment a horizon \(", "Give --horizon, or a limit in the environment ("),
-    (r"Go on with it \(resume\), replace it \(overwrite\)", "Go on with it (--resume), replace it (--overwrite)"),
     (r"Install it, or ask for no pictures", "Install it, or leave --video out"),
     (r"\b(\w+)=True\b", lambda m: _option(m[1]) or m[0]),
     (r"\b(\w+)=(\([^()]*\)|'[^']*'|[-\w.+]+)", lambda m: f"{_option(m[1])} {_value(m[2])}" if _option(m[1]) else m[0]),

@@ -10,6 +10,7 @@ from bayesmeta import errors
 from bayesmeta.rl import run_record
 from bayesmeta.rl.command import length, train_setup
 from bayesmeta.rl.evaluation import evaluate_folder, table
+from bayesmeta.rl.plan import read_setup
 from bayesmeta.rl.setups import Setup
 from bayesmeta.rl.setups_latent import varibad_for
 from bayesmeta.rl_settings import METHODS
@@ -105,7 +106,7 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("each", "progress", "told"),
-    [(3.0, True, "iteration 3 of 30; about 81 seconds to go"), (0.1, True, ""), (3.0, False, "")],
+    [(3.0, True, "iteration 3 of 30; about 81 seconds to go"), (0.1, True, ""), (0.75, True, ""), (3.0, False, "")],
 )
 def test_a_run_says_once_how_long_the_rest_takes(each, progress, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_record, "time", Clock(each))
@@ -150,6 +151,13 @@ def test_in_an_environment_of_ones_own_next_states_are_foretold_too():
     own = "rl_small:Constant"
     assert made(own, "varibad").decoder.spec.targets == ("reward", "change")
     assert made(own, "varibad", reconstruction="reward").decoder.spec.targets == ("reward",)
+
+
+def test_a_run_of_before_there_was_a_choice_is_opened_as_what_it_was(tmp_path):
+    saved = {"env": "rl_small:Constant", "method": "varibad"}
+    for more, what in (({}, "reward"), ({"reconstruction": "transition"}, "transition"), ({"method": "pearl"}, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"settings": {"setup": saved | more}}))
+        assert read_setup(tmp_path).reconstruction == what
 
 
 def test_a_bandits_rewards_are_foretold_as_what_they_are():

@@ -180,6 +180,7 @@ def test_ordinary_environments_have_their_transitions_explained():
     assert (run.belief_spec.inputs, run.belief_spec.targets) == (("state", "action"), ("reward", "change"))
     assert run.decoder.likelihood.scale.shape == (1 + 4,)
     assert run.train(1)[0]["reconstruction"] < 0
+    assert bm.rl.VariBAD(env).belief_spec == run.belief_spec
     told = varibad_for(env, iterations=1, reconstruction="reward")
     assert told.belief_spec.targets == ("reward",)
     with pytest.raises(OptionError, match="has made its environments already"):
@@ -188,3 +189,11 @@ def test_ordinary_environments_have_their_transitions_explained():
     assert varibad_for(robots, iterations=1).belief_spec.targets == ("reward",)  # rewards are what differs there
     with pytest.raises(OptionError, match="'reward', 'transition' or None"):
         varibad_for(robots, iterations=1, reconstruction="state")
+
+
+def test_what_is_no_environments_side_by_side_is_refused_with_a_way_to_make_them():
+    family = bm.rl.Navigation(horizon=3)
+    for learner in (bm.rl.VariBAD, bm.rl.RL2):
+        for given in (gymnasium.make("CartPole-v1"), family):
+            with pytest.raises(OptionError, match=r"side by side; got .* Of a family make them by"):
+                learner(given)

@@ -20,7 +20,7 @@ POINTS = 3
 
 def train_setup(
     setup: Setup,
-    out: Path,
+    out: str | Path,
     *,
     validation_tasks: int | None = None,
     validate_every: int | None = None,
@@ -47,8 +47,9 @@ def train_setup(
     Raises:
         OptionError: for settings that cannot be used, and on resume for others than those of the run.
     """
+    out = Path(out)
     plan = plan_of(
-        setup, Path(out), validation_tasks=validation_tasks, validate_every=validate_every, device=device, resume=resume
+        setup, out, validation_tasks=validation_tasks, validate_every=validate_every, device=device, resume=resume
     )
     setup, learner = plan.setup, plan.learner()
     if progress:

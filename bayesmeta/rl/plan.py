@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bayesmeta.errors import CheckpointError, OptionError
+from bayesmeta.rl.own import is_path
 from bayesmeta.rl.setups import ENVIRONMENTS, Setup
 from bayesmeta.rl_settings import ENV_TEXTS, LONGER, METHODS, meanings
 from bayesmeta.train.fit import pick_device
@@ -149,6 +150,8 @@ def read_setup(folder: Path) -> Setup:
     """
     try:
         saved = json.loads((folder / CONFIG).read_text())["settings"]["setup"]
+        if "reconstruction" not in saved and saved["method"] == "varibad" and is_path(saved["env"]):
+            saved["reconstruction"] = "reward"  # as all were before there was a choice
         return Setup(**saved)
     except NotADirectoryError as error:
         raise CheckpointError(f"{folder} is a file; give the folder of the run, the --out of rl train.") from error

@@ -209,3 +209,21 @@ def _unknown(space: gymnasium.Space[Any]) -> Exception:
         f"the space {space} was given; Discrete and Box spaces are known. Wrap the environment "
         "(gymnasium.wrappers.FlattenObservation, TransformObservation) so that it has one of these"
     )
+
+
+def check_vector(env: Any) -> None:
+    """See that a learner was given environments side by side.
+
+    Raises:
+        OptionError: for a family or a single gymnasium environment, saying how to make environments of it.
+    """
+    from bayesmeta.errors import OptionError
+
+    if hasattr(env, "single_observation_space") and hasattr(env, "num_tasks"):
+        return
+    what = f"{type(env).__module__.partition('.')[0]}'s {type(env).__name__}"
+    raise OptionError(
+        f"A learner trains on environments of several tasks side by side; got {what}. Of a family make them by "
+        "bm.rl.TensorVectorEnv(family, …), or by family.vector(…) of a bm.rl.GymFamily, which any function from a task "
+        "to a gymnasium environment can be."
+    )

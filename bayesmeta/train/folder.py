@@ -66,7 +66,8 @@ def _look(path: Path, *, overwrite: bool, resume: bool, began: bool) -> None:
     holds_run = any((path / name).exists() for name in _OURS)
     if holds_run and not (overwrite or resume):
         raise RunFolderError(
-            f"{path} already holds a run. Go on with it (resume), replace it (overwrite), or choose another folder."
+            f"{path} already holds a run. Go on with it (resume=True), replace it (overwrite=True), or choose "
+            "another folder."
         )
     if resume and not (holds_run or began):
         raise RunFolderError(f"{path} holds no run to resume; start without resume.")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import gymnasium
 import torch
 from torch import Tensor
 
@@ -90,6 +91,35 @@ class ContextSpec:
     def of(cls, env: TaskVectorEnv, **options: Any) -> ContextSpec:
         """That of an environment's spaces; ``options`` are the other arguments."""
         return cls(env.single_observation_space, env.single_action_space, **options)
+
+    @classmethod
+    def explaining(
+        cls, env: TaskVectorEnv, reconstruction: Reconstruction | None = None, **options: Any
+    ) -> ContextSpec:
+        """That of an environment's spaces, with inputs and targets by what z is to explain.
+
+        Args:
+            env: whose spaces.
+            reconstruction: the ``"reward"`` given s, a and s′, or the whole ``"transition"``: reward and change of the
+                state given s and a. None is the transition for ordinary gymnasium environments
+                (:class:`~bayesmeta.rl.GymFamily`) with a box of observations, since nothing says that their tasks
+                differ in rewards, and else the reward.
+            options: the other arguments.
+
+        Raises:
+            OptionError: for another reconstruction.
+        """
+        if reconstruction is None:
+            from bayesmeta.rl.envs.gym_family import GymFamily
+
+            ordinary = isinstance(getattr(env, "family", None), GymFamily)
+            box = isinstance(env.single_observation_space, gymnasium.spaces.Box)
+            reconstruction = "transition" if ordinary and box else "reward"
+        if reconstruction == "transition":
+            return cls.of(env, inputs=("state", "action"), targets=("reward", "change"), **options)
+        if reconstruction != "reward":
+            raise OptionError(f"reconstruction is {reconstruction!r}; expected 'reward', 'transition' or None.")
+        return cls.of(env, inputs=("state", "action", "successor"), **options)
 
     # -- widths -------------------------------------------------------------------------------------------------
 

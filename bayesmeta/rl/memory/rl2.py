@@ -24,7 +24,7 @@ from bayesmeta.rl.learner import AdaptationCurve
 from bayesmeta.rl.memory.policy import MemoryPolicy
 from bayesmeta.rl.policy_gradient.ppo import PPO, PPOConfig, trial_advantages
 from bayesmeta.rl.policy_gradient.trpo_policy import TRPO, TRPOConfig
-from bayesmeta.rl.protocols import TaskVectorEnv
+from bayesmeta.rl.protocols import TaskVectorEnv, check_vector
 from bayesmeta.rl.rollout import Moment, Rollout, collect
 from bayesmeta.rl.states import copied, load_networks
 from bayesmeta.rl.trials import TrialReturns, curve_of, told_by, trial_returns
@@ -63,6 +63,7 @@ class RL2:
         seed: int = 0,
         **policy_options: Any,
     ) -> None:
+        check_vector(env)
         self.config: PPOConfig | TRPOConfig = PPOConfig() if config is None else config
         if iterations < 1:
             raise OptionError(f"iterations must be at least 1; got {iterations}.")

@@ -34,7 +34,7 @@ from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
 from bayesmeta.rl.memory.rl2 import RL2
 from bayesmeta.rl.policy_gradient.ppo import PPOConfig, trial_advantages
-from bayesmeta.rl.protocols import TaskVectorEnv
+from bayesmeta.rl.protocols import TaskVectorEnv, check_vector
 from bayesmeta.rl.rollout import Rollout, collect
 from bayesmeta.rl.varibad.loss import Against, Bound, Decode, bound, decoded_steps, trial_numbers
 from bayesmeta.rl.varibad.policy import BeliefPolicy
@@ -97,7 +97,8 @@ class VariBAD(RL2):
         policy: to be trained, in place, with its latent context; None makes one.
         decoder: to be trained, in place; None makes a :class:`~bayesmeta.rl.latent.decoder.TransitionDecoder` with two
             hidden layers of ``width``.
-        spec: of the contexts, for a new policy; None: inputs s, a and s′, and the reward as target.
+        spec: of the contexts, for a new policy; None: :meth:`~bayesmeta.rl.ContextSpec.explaining`, that is the reward
+            given s, a and s′, and in ordinary gymnasium environments reward and change of the state given s and a.
         latent: size of the latent, of a new policy.
         width: of the encoder and of a new decoder, of a new policy.
         kl_weight, free_bits: of a new policy's latent context.
@@ -151,10 +152,11 @@ class VariBAD(RL2):
         seed: int = 0,
         **policy_options: Any,
     ) -> None:
+        check_vector(env)
         check_training(policy_reward, bonus, curriculum)
         config = PPOConfig() if config is None else config
         if policy is None:
-            spec = ContextSpec.of(env, inputs=("state", "action", "successor")) if spec is None else spec
+            spec = ContextSpec.explaining(env) if spec is None else spec
             core = LatentContext.make(
                 spec, latent, "recurrent", width=width, seed=seed, kl_weight=kl_weight, free_bits=free_bits
             )

@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
-from bayesmeta.errors import OptionError
 from bayesmeta.models.encoders import ProductEncoder
-from bayesmeta.rl.envs.gym_family import GymFamily
 from bayesmeta.rl.latent.contexts import ContextSpec, Reconstruction
 from bayesmeta.rl.latent.core import LatentContext
 from bayesmeta.rl.latent.decoder import TransitionDecoder
@@ -110,30 +107,15 @@ def varibad_for(
         units: width of the policy's hidden layers.
         steps: of each rollout; None: one trial.
         reward_shift, reward_scale, log_std: of contexts and first actions, for families without settings of their own.
-        reconstruction: what a belief explains, for families without settings of their own: the ``"reward"`` given s, a
-            and s′, or the whole ``"transition"``, that is reward and change of the state given s and a. None is the
-            transition for ordinary gymnasium environments with a box of observations, of which nothing says that tasks
-            differ in their rewards, and else the reward.
+        reconstruction: what z explains, for families without settings of their own; see
+            :meth:`~bayesmeta.rl.ContextSpec.explaining`.
     """
     if env.family.name == "grid":
         return grid_varibad(env, iterations=iterations, seed=seed, units=units)
     if env.family.name == "sparse_point_robot":
         return robot_varibad(env, iterations=iterations, seed=seed, units=units)
-    if reconstruction is None:
-        ordinary = isinstance(env.family, GymFamily) and isinstance(env.single_observation_space, spaces.Box)
-        reconstruction = "transition" if ordinary else "reward"
-    if reconstruction not in get_args(Reconstruction):
-        raise OptionError(f"reconstruction is {reconstruction!r}; expected 'reward', 'transition' or None.")
-    inputs, targets = _EXPLAINED[reconstruction]
-    spec = ContextSpec.of(env, inputs=inputs, targets=targets, reward_shift=reward_shift, reward_scale=reward_scale)
+    spec = ContextSpec.explaining(env, reconstruction, reward_shift=reward_shift, reward_scale=reward_scale)
     return VariBAD(env, spec=spec, iterations=iterations, seed=seed, units=units, steps=steps, log_std=log_std)
-
-
-#: What contexts have as inputs and targets.
-_EXPLAINED: dict[Reconstruction, tuple[Any, Any]] = {
-    "reward": (("state", "action", "successor"), ("reward",)),
-    "transition": (("state", "action"), ("reward", "change")),
-}
 
 
 def grid_varibad(
