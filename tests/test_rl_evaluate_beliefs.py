@@ -167,7 +167,12 @@ def test_the_figures_by_episode_are_those_of_the_episodes_ends():
         assert found["kl"][point] == pytest.approx(float(tasks.mean()), abs=1e-5)
         assert found["kl_standard_error"][point] == pytest.approx(float(tasks.std()) / 3**0.5, abs=1e-5)
         assert found["contraction"][point] == pytest.approx(1 - (1 - step / 10) ** 2, abs=1e-6)
+        means = torch.tensor([(4 * t + 1) / 2 * step / 8 for t in range(3)])  # of the two copies, in both dimensions
+        share = float(means.var() / (means.var() + (1 - step / 10) ** 2))
+        assert found["told_apart"][point] == pytest.approx(share, abs=1e-6)
     assert abs(kl(1, 4) - kl(1, 3)) > 0.05  # one step earlier it is another
+    assert found["told_apart"][0] == found["told_apart_standard_error"][0] == 0
+    assert 0 < found["told_apart_standard_error"][2] < 0.3
 
 
 class _Cell(nn.Module):

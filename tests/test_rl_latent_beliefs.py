@@ -8,7 +8,7 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta import errors
-from bayesmeta.rl.latent.beliefs import BeliefPath
+from bayesmeta.rl.latent.beliefs import BeliefPath, told_apart
 from bayesmeta.rl.latent.checks import next_calibration
 from bayesmeta.rl.latent.contexts import ContextSpec, prefix
 from bayesmeta.rl.latent.core import LatentContext
@@ -263,3 +263,17 @@ def test_bad_input():
         path.to_datatree(num_samples=5, decoded={"mean": lambda z: z.mean(0)})
     with pytest.raises(errors.ContextError, match="another task family"):
         BeliefPath.of(truth.exact(), bm.Observations(torch.zeros(2, 3, 4), torch.zeros(2, 3)), path.program)
+
+
+def test_calibrated_beliefs_tell_tasks_apart_as_far_as_they_contract():
+    """z ~ N(0, 1) seen with noise of variance 3: contraction ¼, and a quarter of the variance lies between tasks."""
+    generator = torch.Generator().manual_seed(0)
+    tasks, noise = 200_000, 3.0
+    z = torch.randn(tasks, 1, generator=generator)
+    seen = z + noise**0.5 * torch.randn(tasks, 1, generator=generator)
+    loc, scale = seen / (1 + noise), torch.full((tasks, 1), (noise / (1 + noise)) ** 0.5)
+    error = 0.25 * 0.75 * (2 / tasks) ** 0.5  # of a variance's share, by the delta method
+    assert abs(float(told_apart(loc, scale)) - 0.25) < 4 * error
+    assert float(told_apart(0.01 * loc, 0.1 * scale)) < 0.01  # control: sure, of much the same z for every task
+    with pytest.raises(errors.OptionError, match="at least two"):
+        told_apart(loc[:1], scale[:1])

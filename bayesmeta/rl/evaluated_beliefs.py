@@ -14,7 +14,7 @@ from bayesmeta.errors import ContextError, RunFolderError, UnsupportedError
 from bayesmeta.ops.files import reason
 from bayesmeta.rl.drawings import point_name
 from bayesmeta.rl.envs.grid import Grid
-from bayesmeta.rl.latent.beliefs import BeliefPath
+from bayesmeta.rl.latent.beliefs import BeliefPath, told_apart
 from bayesmeta.rl.latent.checks import Figure, GoalsCheck, admissible_cells, compare_goals, seen_cells
 from bayesmeta.rl.latent.contexts import ContextSpec
 from bayesmeta.rl.latent.drawn import plot_latents
@@ -44,7 +44,7 @@ def evaluate_beliefs(learner: HasBeliefs, env: Any, *, seed: int, folder: Path, 
         title: above the picture.
 
     Returns:
-        ``kl`` and ``contraction`` before anything and after each episode, means over tasks, each with
+        ``kl``, ``contraction`` and ``told_apart`` before anything and after each episode, means over tasks, each with
         ``_standard_error``; of a grid ``on_seen_empty`` and ``distance`` from the exact belief too; ``files``; ``note``
         where there was something that could not be done.
 
@@ -110,13 +110,39 @@ def ends_of(happened: Tensor, rollout: Rollout, episodes: int) -> Tensor:
 
 
 def by_episode(path: BeliefPath, rollout: Rollout, episodes: int) -> dict[str, list[float]]:
-    """Contraction and KL from the prior before anything and after each episode, mean and standard error over tasks."""
+    """KL from the prior, contraction, and how far tasks are told apart, before anything and after each episode.
+
+    Means over tasks with their standard errors; of ``told_apart``, which is one number of all tasks, by the jackknife.
+    """
     ends, found = episode_ends(path, rollout, episodes), dict[str, list[float]]()
     for name, values in (("kl", path.kl()), ("contraction", path.contraction())):
         each = rollout.by_task(values.gather(0, ends)).mean(2)
         found[name] = [float(x) for x in each.mean(1)]
         found[f"{name}_standard_error"] = standard_error(each)
+    if env_tasks(rollout) > 1:
+        index = ends.unsqueeze(-1).expand(-1, -1, path.loc.shape[-1])
+        loc, scale = (
+            torch.stack([rollout.by_task(x).mean(-1) for x in values.gather(0, index).unbind(-1)], -1)
+            for values in (path.loc, path.scale)
+        )
+        found["told_apart"] = told_apart(loc, scale).tolist()
+        found["told_apart_standard_error"] = _jackknife(loc, scale).tolist()
     return found
+
+
+def env_tasks(rollout: Rollout) -> int:
+    """How many tasks a rollout is of."""
+    return rollout.by_task(rollout.reward[:1]).shape[1]
+
+
+def _jackknife(loc: Tensor, scale: Tensor) -> Tensor:
+    """Standard error over tasks of :func:`told_apart`, of ``[points, tasks, D]``; NaN of two tasks."""
+    tasks = loc.shape[1]
+    if tasks < 3:
+        return loc.new_full((len(loc),), torch.nan)
+    kept = [[n for n in range(tasks) if n != left] for left in range(tasks)]
+    without = torch.stack([told_apart(loc[:, rows], scale[:, rows]) for rows in kept])
+    return ((tasks - 1) * without.var(0, correction=0)).sqrt()
 
 
 def goals_check(path: BeliefPath, spec: ContextSpec, rollout: Rollout, env: Any, seed: int) -> GoalsCheck | None:
@@ -149,12 +175,14 @@ def _goals(check: GoalsCheck) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """KL and contraction, a column an episode."""
+    """KL, contraction and how far tasks are told apart, a column an episode."""
     points = len(result["kl"])
     heads = ["before any", *(f"after {point_name('episode', n)}" for n in range(points - 1))]
-    names = {"kl": "KL from the prior, nats", "contraction": "contraction"}
+    names = {"kl": "KL from the prior, nats", "contraction": "contraction", "told_apart": "tasks told apart"}
     rows = {"belief": heads}
     for name, text in names.items():
+        if name not in result:
+            continue
         pairs = zip(result[name], result[f"{name}_standard_error"], strict=True)
         rows[text] = [f"{mean:.3f} ± {error:.3f}" for mean, error in pairs]
     width, wide = max(map(len, rows)), max(18, *(len(cell) + 2 for cells in rows.values() for cell in cells))

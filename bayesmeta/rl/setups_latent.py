@@ -105,7 +105,7 @@ def _foretold(setup: Setup, env: Any) -> ContextSpec:
     if setup.env == "bandit":
         return ContextSpec.of(env, inputs=("action",), binary=True)
     scale = {"reward_shift": setup.defaults.reward_shift, "reward_scale": setup.defaults.reward_scale}
-    return ContextSpec.explaining(env, setup.reconstruction, **scale)  # type: ignore[arg-type]
+    return ContextSpec.explaining(env, setup.reconstruction, **scale)
 
 
 def _distilled_defaults(known: EnvDefaults) -> dict[str, Any]:

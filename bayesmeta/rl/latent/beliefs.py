@@ -31,6 +31,24 @@ _Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]
 _TAKEN = frozenset({"chain", "draw", "task", "step", "transition", "latent", "feature", "output", "loc", "scale", "kl"})
 
 
+def told_apart(loc: Tensor, scale: Tensor) -> Tensor:
+    """var(means) / (var(means) + mean of variances), each summed over z's dimensions, ``[…]``.
+
+    By the law of total variance it is the mean contraction where beliefs are calibrated against the prior: then the two
+    parts add up to the prior's variance.
+
+    Args:
+        loc, scale: of Gaussian beliefs, ``[…, tasks, D]``.
+
+    Raises:
+        OptionError: for one task.
+    """
+    if loc.shape[-2] < 2:
+        raise OptionError("Tasks are told apart where there are at least two; got one.")
+    between, within = loc.var(-2).sum(-1), scale.square().mean(-2).sum(-1)
+    return between / (between + within)
+
+
 @dataclass(frozen=True, eq=False)
 class BeliefPath:
     """The beliefs about T tasks after 0, 1, …, N of their transitions.
@@ -122,6 +140,17 @@ class BeliefPath:
         known; below 0 where a belief is wider than the prior.
         """
         return (1.0 - self.scale.square()).mean(-1)
+
+    def told_apart(self) -> Tensor:
+        """Share of z's variance that is between tasks, ``[N + 1]``: 0 where all are believed to be the same task.
+
+        See :func:`told_apart`. Contraction says how sure beliefs are, not of what: near 1 beside a share near 0 they
+        are sure of much the same z for every task.
+
+        Raises:
+            OptionError: for one task.
+        """
+        return told_apart(self.loc, self.scale)
 
     def kl(self) -> Tensor:
         """KL of each belief from the prior in nats, ``[N + 1, tasks]``: how much was learned."""
