@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from test_rl_cli import refused, rl
 
-from bayesmeta import cli, cli_rl, errors
+from bayesmeta import cli_rl, errors
 from bayesmeta import rl_settings as settings
 from bayesmeta.diagnostics import plots
 from bayesmeta.rl.command import dry_run, train_setup
@@ -18,20 +19,6 @@ from bayesmeta.train.folder import _OURS
 from bayesmeta.train.lock import LOCK
 
 TINY = ("--horizon", "4", "--tasks", "6", "--units", "4", "--iterations", "2", "--validation-tasks", "4")
-
-
-def rl(*arguments):
-    cli.main(["rl", *map(str, arguments)])
-
-
-def refused(capsys, *arguments):
-    """The message with which a command ends, status 2."""
-    with pytest.raises(SystemExit) as caught:
-        rl(*arguments)
-    assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
 
 
 @pytest.fixture(autouse=True)
